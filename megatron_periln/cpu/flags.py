@@ -1,0 +1,67 @@
+"""Megatron's flags under ``--device cpu``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["adapt_arguments"]
+
+# What has a counterpart on the CPU that computes the same: argument, value there, reason.
+_COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
+    ("distributed_backend", "gloo", "NCCL needs a GPU"),
+    ("transformer_impl", "local", "Transformer Engine needs a GPU"),
+    ("no_persist_layer_norm", True, "the persistent LayerNorm kernel needs a GPU"),
+    ("gradient_accumulation_fusion", False, "it is a CUDA kernel"),
+    ("masked_softmax_fusion", False, "it is a CUDA kernel"),
+    ("apply_rope_fusion", False, "it is a CUDA kernel"),
+    ("moe_permute_fusion", False, "it is a Triton kernel"),
+    ("moe_router_fusion", False, "it is a CUDA kernel"),
+    ("cuda_graph_impl", "none", "there are no CUDA graphs"),
+    ("tp_comm_overlap", False, "it needs Transformer Engine"),
+    ("use_te_rng_tracker", False, "it needs Transformer Engine"),
+)
+
+# What has none: argument, flag, what to do.
+_GPU_ONLY: tuple[tuple[str, str, str], ...] = (
+    ("fp8", "--fp8-format", "use --bf16, or no precision flag for fp32"),
+    ("fp4", "--fp4-format", "use --bf16, or no precision flag for fp32"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
+    (
+        "dataloader_inter_document_masking",
+        "--dataloader-inter-document-masking",
+        "use --reset-attention-mask",
+    ),
+)
+
+
+def adapt_arguments(args: Namespace) -> list[str]:
+    """Set what needs a GPU to what computes the same on the CPU.
+
+    Parameters
+    ----------
+    args
+        Megatron's parsed arguments, before their validation; changed in place.
+
+    Returns
+    -------
+    list of str
+        One line for each argument that was changed.
+
+    Raises
+    ------
+    UsageError
+        For a flag whose result can't be had on the CPU.
+    """
+    for name, flag, advice in _GPU_ONLY:
+        if getattr(args, name, None):
+            raise UsageError(f"{flag} needs a GPU and has no counterpart under --device cpu; {advice}")
+    changes = []
+    for name, value, reason in _COUNTERPARTS:
+        asked = getattr(args, name, value)
+        if asked != value:
+            setattr(args, name, value)
+            changes.append(f"{name} {asked} -> {value} ({reason})")
+    return changes

@@ -1,0 +1,82 @@
+"""What Megatron itself needs changed to run on the CPU: one function per place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+__all__ = ["install_after_import", "install_before_import"]
+
+
+def _compile_nothing() -> None:
+    """``torch.compile`` returns its argument.
+
+    Megatron decorates functions with it while it is being imported (megatron/core/jit.py,
+    moe/router.py), before any flag could say otherwise; compiling them would need a C++ toolchain
+    and minutes for what runs in milliseconds.
+    """
+
+    def compile(model: Any = None, **_: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    torch.compile = compile
+
+
+def _write_checkpoints_from_a_fork() -> None:
+    """Start the checkpoint writer's manager with ``fork``.
+
+    megatron/core/dist_checkpointing/strategies/filesystem_async.py uses ``spawn``, because of
+    CUDA, which imports torch and the main module again: seconds and hundreds of MB a rank.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    results_queue = filesystem_async.get_write_results_queue
+
+    def from_a_fork(mp_mode: str = "fork") -> Any:
+        return results_queue("fork")
+
+    filesystem_async.get_write_results_queue = from_a_fork
+
+
+def _expect_the_cpu_generator_to_move() -> None:
+    """Drop the warning that the CPU's random state changed inside the device's.
+
+    ``CudaRNGStatesTracker.fork`` (megatron/core/tensor_parallel/random.py) watches the CPU's
+    generator while the device's is in use. Here they are the same.
+    """
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _split_sizes_are_on_the_cpu() -> None:
+    """Convert the split sizes of the all-to-all dispatcher for tensors that are on the CPU already.
+
+    ``maybe_move_tensor_to_cpu`` (megatron/core/transformer/moe/moe_utils.py) converts to numpy
+    only what ``is_cuda``.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.detach().numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = convert
+
+
+def install_before_import() -> None:
+    """Install what must precede the import of megatron."""
+    _compile_nothing()
+
+
+def install_after_import() -> None:
+    """Install what changes modules of megatron."""
+    _write_checkpoints_from_a_fork()
+    _expect_the_cpu_generator_to_move()
+    _split_sizes_are_on_the_cpu()

@@ -1,0 +1,130 @@
+"""GPT with a norm placement, built by Megatron's own builder.
+
+``GPTModelConfig`` and ``GPTModelBuilder`` extend megatron/training/models/gpt.py;
+``megatron.training.pretrain`` finds the builder through ``GPTModelConfig.builder``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.models import gpt as upstream
+
+from megatron_periln.models.local import complete_local_spec
+from megatron_periln.models.place_norms import place_norms
+from megatron_periln.norms import PERI, EmbeddingNorm, NormPlacement, ResidualNorm
+
+__all__ = ["GPTModelBuilder", "GPTModelConfig", "placed_layer_spec"]
+
+
+@dataclass(kw_only=True)
+class GPTModelConfig(upstream.GPTModelConfig):
+    """Megatron's ``GPTModelConfig`` and where the norms stand.
+
+    Attributes
+    ----------
+    norm_placement
+        Applied to whatever ``transformer_layer_spec`` gives, and to multi-token prediction.
+    """
+
+    builder: ClassVar[str] = "megatron_periln.models.gpt.GPTModelBuilder"
+    norm_placement: NormPlacement = PERI
+
+
+class GPTModelBuilder(upstream.GPTModelBuilder):
+    """Megatron's ``GPTModelBuilder`` for a `GPTModelConfig`."""
+
+    def __init__(self, model_config: GPTModelConfig) -> None:
+        placed = functools.partial(placed_layer_spec, base=model_config.transformer_layer_spec)
+        super().__init__(replace(model_config, transformer_layer_spec=placed))  # type: ignore[call-arg]
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build one pipeline stage, as upstream does, with its norms placed."""
+        config: GPTModelConfig = self._model_config
+        with _placed_mtp_spec(config.norm_placement):
+            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        _honour_no_grad(model)
+        if config.norm_placement.embedding and model.pre_process:
+            EmbeddingNorm(config.transformer).attach(model)
+        return model
+
+
+def placed_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None, base: Any = None
+) -> TransformerBlockSubmodules:
+    """Return the block spec of one pipeline stage: Megatron's own, or ``base``, with norms placed.
+
+    Parameters
+    ----------
+    config
+        The model's configuration.
+    vp_stage
+        The virtual pipeline stage.
+    base
+        A layer or block spec, or a function of ``config`` (and ``vp_stage``) that returns one;
+        None for Megatron's default.
+    """
+    if base is None:
+        base = upstream.default_layer_spec
+    if callable(base) and not isinstance(base, ModuleSpec):
+        takes_stage = "vp_stage" in inspect.signature(base).parameters
+        base = base(config, vp_stage=vp_stage) if takes_stage else base(config)
+    if isinstance(base, ModuleSpec):
+        layers = [base] * get_num_layers_to_build(config.transformer, vp_stage)
+        base = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNormImpl)
+    return place_norms(
+        complete_local_spec(base, config.transformer), config.norm_placement, config.transformer
+    )
+
+
+@contextlib.contextmanager
+def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
+    """Place norms in multi-token prediction layers while a model is built.
+
+    Upstream's builder derives their spec from the configuration anew, not from the layer spec it
+    is given (``mtp_block_spec``), and has no hook for it.
+    """
+    build_spec = upstream.mtp_block_spec
+
+    def placed(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
+        spec = build_spec(config, *args, **kwargs)
+        if spec is None:
+            return None
+        return place_norms(complete_local_spec(spec, config.transformer), placement, config.transformer)
+
+    upstream.mtp_block_spec = placed
+    try:
+        yield
+    finally:
+        upstream.mtp_block_spec = build_spec
+
+
+def _honour_no_grad(model: GPTModel) -> None:
+    """Let the residual slots see the caller's grad mode.
+
+    ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in the slots that
+    would keep every layer's activations alive in evaluation, and inside full recomputation.
+    """
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp_bda, ResidualNorm):
+            layer.bias_dropout_add_exec_handler = contextlib.nullcontext

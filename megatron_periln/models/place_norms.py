@@ -1,0 +1,129 @@
+"""Place norms in Megatron's layer specs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_periln.models.specs import with_submodules
+from megatron_periln.norms import AddNorm, NoNorm, NormPlacement, OutputNormAdd
+
+__all__ = ["place_norms"]
+
+# The linears whose input is the residual stream, and what each becomes when Transformer Engine
+# must not normalize that input. Other fused linears (q_up, kv_up) hold query and key norms.
+_STREAM_LINEARS: dict[str, type | None] = {
+    "linear_qkv": te.TEColumnParallelLinear,
+    "linear_qkv_down_proj": te.TELinear,
+    "linear_fc1": te.TEColumnParallelLinear,
+    "in_proj": te.TEColumnParallelLinear,
+}
+
+
+def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerConfig) -> Spec:
+    """Return ``spec`` with its norms placed; ``spec`` itself is left as it was.
+
+    Parameters
+    ----------
+    spec
+        One of Megatron's own: a ``ModuleSpec`` of a transformer layer or of a multi-token
+        prediction layer, ``TransformerBlockSubmodules`` or ``MultiTokenPredictionBlockSubmodules``;
+        local or Transformer Engine; dense, MoE or multi-latent attention.
+    placement
+        Where the norms stand.
+    config
+        The model's configuration, for the norms' kind, epsilon, dtype and parallelism.
+
+    Returns
+    -------
+    Spec
+        Pre-LN needs no change. With an input norm, Transformer Engine's norm stays fused into the
+        first linear; without one, that linear becomes a plain linear. Without a final norm, a
+        block has none.
+
+    Raises
+    ------
+    TypeError
+        If ``spec`` is none of these.
+    ValueError
+        If ``spec`` fuses a whole sublayer with its input norm, and the placement has none
+        (``--use-transformer-engine-op-fuser``).
+    """
+    place: Callable[[Any], Any] = functools.partial(place_norms, placement=placement, config=config)
+    if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
+        changes: dict[str, Any] = {"layer_specs": [place(layer) for layer in spec.layer_specs or []]}
+        if isinstance(spec, TransformerBlockSubmodules) and not placement.final:
+            changes["layer_norm"] = NoNorm
+        return replace(spec, **changes)
+    if isinstance(spec, MultiTokenPredictionLayerSubmodules):
+        changes = {"mtp_model_layer": place(spec.mtp_model_layer)}
+        if not placement.final:
+            changes["layer_norm"] = NoNorm
+        return replace(spec, **changes)
+    if isinstance(spec, TransformerLayerSubmodules):
+        return replace(spec, **_residual_slots(spec, placement, config), **_input_norms(spec, placement))
+    if isinstance(spec, ModuleSpec) and spec.submodules is not None:
+        return with_submodules(spec, place(spec.submodules))
+    raise TypeError(f"place_norms takes a layer or block spec of Megatron's, not {spec!r}")
+
+
+def _residual_slots(
+    layer: TransformerLayerSubmodules, placement: NormPlacement, config: TransformerConfig
+) -> dict[str, ModuleSpec]:
+    if placement.output:
+        slot = ModuleSpec(module=OutputNormAdd, params={"config": config, "placement": placement})
+    elif placement.after_add:
+        slot = ModuleSpec(module=AddNorm, params={"config": config})
+    else:
+        return {}
+    names = ("self_attn_bda", "mlp_bda")
+    return {name: slot for name in names if getattr(layer, name) is not IdentityFuncOp}
+
+
+def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
+    if placement.input:
+        return {}
+    return {
+        "input_layernorm": NoNorm,
+        "pre_mlp_layernorm": NoNorm,
+        "self_attention": _unfuse_input_norm(layer.self_attention, placement),
+        "mlp": _unfuse_input_norm(layer.mlp, placement),
+    }
+
+
+def _unfuse_input_norm(sublayer: Any, placement: NormPlacement) -> Any:
+    """Swap the Transformer Engine linears that normalize the residual stream for plain ones."""
+    if _fuses_whole_mlp(sublayer):
+        raise ValueError(
+            f"--use-transformer-engine-op-fuser builds the MLP around its input norm, and norm placement "
+            f"{placement.name!r} has none; drop the flag or choose pre or peri"
+        )
+    try:
+        submodules = get_submodules(sublayer)
+    except (KeyError, ValueError):
+        return sublayer
+    fused = (te.TELayerNormColumnParallelLinear,)
+    plain = {
+        name: linear
+        for name, linear in _STREAM_LINEARS.items()
+        if getattr(submodules, name, None) in fused and linear is not None
+    }
+    return with_submodules(sublayer, replace(submodules, **plain)) if plain else sublayer
+
+
+def _fuses_whole_mlp(sublayer: Any) -> bool:
+    owner = getattr(getattr(sublayer, "func", None), "__self__", None)
+    return owner is not None and owner in (te.TEFusedMLP, getattr(te, "TEFusedMLPWithGroupedLinear", None))

@@ -1,0 +1,22 @@
+"""Norm placement: where norms stand, and the modules that stand there."""
+
+from megatron_periln.norms.embedding import EmbeddingNorm
+from megatron_periln.norms.norm import InputNorm, NoNorm, Norm
+from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement
+from megatron_periln.norms.residual import AddNorm, OutputNormAdd, ResidualNorm
+
+__all__ = [
+    "OUTPUT",
+    "PERI",
+    "PLACEMENTS",
+    "POST",
+    "PRE",
+    "AddNorm",
+    "EmbeddingNorm",
+    "InputNorm",
+    "NoNorm",
+    "Norm",
+    "NormPlacement",
+    "OutputNormAdd",
+    "ResidualNorm",
+]

@@ -1,0 +1,114 @@
+"""The norm that Megatron's local layers, the residual slots and the embedding share."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_periln.norms import kernels
+
+__all__ = ["InputNorm", "NoNorm", "Norm"]
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, as ``config.normalization`` says.
+
+    Its parameters are tagged for sequence parallelism, so that Megatron sums their gradients over
+    the tensor-parallel group (``finalize_model_grads``).
+
+    Parameters
+    ----------
+    config
+        Gives the kind of norm, ``params_dtype``, ``layernorm_zero_centered_gamma`` and
+        ``sequence_parallel``.
+    hidden_size
+        Size of the last dimension; ``config.hidden_size`` by default.
+    eps
+        ``config.layernorm_epsilon`` by default.
+    initial_gain
+        The factor that each element starts with, also with zero-centered gamma.
+    trainable
+        Whether the parameters require gradients.
+
+    Attributes
+    ----------
+    weight
+        The gain, ``[hidden_size]``.
+    bias
+        The shift of LayerNorm, ``[hidden_size]``; None for RMSNorm.
+
+    Raises
+    ------
+    ValueError
+        If ``config.normalization`` is neither RMSNorm nor LayerNorm.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int | None = None,
+        eps: float | None = None,
+        *,
+        initial_gain: float = 1.0,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        if config.normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(
+                f"normalization is RMSNorm or LayerNorm for this norm, not {config.normalization!r}"
+            )
+        self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
+        self.eps = config.layernorm_epsilon if eps is None else eps
+        self.zero_centered_gamma = config.layernorm_zero_centered_gamma
+        stored_gain = initial_gain - 1 if self.zero_centered_gamma else initial_gain
+        self.weight = self._parameter(stored_gain, config, trainable)
+        self.bias = self._parameter(0.0, config, trainable) if config.normalization == "LayerNorm" else None
+
+    def _parameter(self, value: float, config: TransformerConfig, trainable: bool) -> nn.Parameter:
+        data = torch.full((self.hidden_size,), value, dtype=config.params_dtype)
+        parameter = nn.Parameter(data, requires_grad=trainable)
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x``, ``[..., hidden_size]``, in its own dtype."""
+        return kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the module for ``print(model)``."""
+        kind = "RMSNorm" if self.bias is None else "LayerNorm"
+        return f"{kind}, {self.hidden_size}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+
+
+class InputNorm(Norm):
+    """A norm whose result feeds a linear: always in the parameters' dtype.
+
+    Differs from `Norm` with ``fp32_residual_connection``, where the residual stream is fp32 and
+    the linears are not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x``, ``[..., hidden_size]``, into the dtype of the parameters."""
+        normed = kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        return normed.to(self.weight.dtype)
+
+
+class NoNorm(IdentityOp):
+    """Stands where a placement has no norm before a linear: casts, and changes nothing else.
+
+    Parameters
+    ----------
+    config
+        Gives ``params_dtype``, which the linears expect when ``fp32_residual_connection`` makes
+        the residual stream fp32.
+    """
+
+    def __init__(self, config: TransformerConfig, *_: object, **__: object) -> None:
+        super().__init__()
+        self.dtype = config.params_dtype
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        """Return ``x`` in the dtype of the parameters."""
+        return x.to(self.dtype)

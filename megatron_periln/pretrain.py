@@ -1,0 +1,59 @@
+"""Pretrain a GPT with a norm placement: ``torchrun --nproc-per-node N -m megatron_periln.pretrain``.
+
+Takes every flag of Megatron's GPT pretraining, and those of the norm placement group; ``--help``
+lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+
+PROGRAM_START = time.time()
+
+__all__ = ["main"]
+
+
+def _choose_device(argv: list[str]) -> None:
+    """Make ``--device`` true before megatron is imported, which decides much while being imported."""
+    import torch
+
+    from megatron_periln import cpu
+    from megatron_periln.errors import UsageError
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_known_args(argv)[0].device
+    if device == "cpu":
+        try:
+            cpu.activate()
+        except RuntimeError as error:
+            raise UsageError(str(error)) from error
+    elif not torch.cuda.is_available() and not {"-h", "--help", "--help-all"} & set(argv):
+        raise UsageError(
+            "no GPU is visible to this process; give --device cpu to train on the CPU, or check "
+            "`nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        )
+
+
+def main() -> None:
+    """Run the command line; exit with status 1 and one line on standard error for bad input."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    from megatron_periln.errors import UsageError
+
+    try:
+        _choose_device(sys.argv[1:])
+        from megatron_periln.training.run import run
+
+        run(PROGRAM_START)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

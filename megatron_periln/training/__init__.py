@@ -1,0 +1,1 @@
+"""Pretraining with Megatron: arguments, data, forward step."""

@@ -1,0 +1,197 @@
+"""The command line: Megatron's flags and the norm placement group."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from typing import NoReturn
+
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+
+from megatron_periln import cpu
+from megatron_periln.cpu.flags import adapt_arguments
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import PLACEMENTS, NormPlacement
+from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
+
+__all__ = ["add_arguments", "parse", "placement_from_args"]
+
+USAGE = (
+    "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
+)
+
+# Megatron's flags that belong to another kind of training than GPT pretraining.
+_OTHER_TRAINING = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "perform_rl_step": "--perform-rl-step",
+    "logits_load_dir": "--logits-load-dir",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
+    "yaml_cfg": "--yaml-cfg",
+}
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
+        for action in parser._actions:
+            try:
+                parser._get_formatter()._expand_help(action)
+            except (TypeError, ValueError):  # a bare percent sign in one of Megatron's help texts
+                action.help = (action.help or "").replace("%", "%%")
+        print(ArgumentParser.format_help(parser))
+        parser.exit()
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the norm placement group and ``--device`` to Megatron's parser, and a help that fits a screen."""
+    group = parser.add_argument_group(title="norm placement")
+    group.add_argument(
+        "--norm-placement",
+        choices=tuple(PLACEMENTS),
+        default="peri",
+        help="where norms stand around each sublayer M: pre x+M(N(x)), post N(x+M(x)), peri x+N(M(N(x))), "
+        "output x+N(M(x)); default: peri",
+    )
+    group.add_argument(
+        "--embedding-norm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="normalize the embedding; default: on for peri and output, off for pre and post",
+    )
+    group.add_argument(
+        "--output-norm-init",
+        choices=("ones", "depth-scaled"),
+        default="ones",
+        help="output gains start at 1, or at 1/sqrt(num_layers); default: ones",
+    )
+    group.add_argument("--freeze-output-norm", action="store_true", help="keep output gains at their start")
+    group.add_argument(
+        "--output-norm-epsilon", type=float, default=None, help="default: that of --norm-epsilon"
+    )
+    group = parser.add_argument_group(title="device")
+    group.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu runs Megatron on the CPU over gloo, on machines without a GPU; default: cuda",
+    )
+    group.add_argument("--help-all", action=_HelpAll, nargs=0, help="show Megatron's flags too, and exit")
+    parser.usage = USAGE
+    parser.description = "Pretrain a GPT with Megatron and a norm placement."
+    parser.format_help = lambda: _short_help(parser)  # type: ignore[method-assign]
+    parser.error = _raise_usage_error  # type: ignore[method-assign]
+    return parser
+
+
+def _raise_usage_error(message: str) -> NoReturn:
+    raise UsageError(f"{message}; --help lists the flags")
+
+
+def _short_help(parser: ArgumentParser) -> str:
+    own = ("norm placement", "device")
+    groups = [group for group in parser._action_groups if group._group_actions and group.title is not None]
+    formatter = parser._get_formatter()
+    formatter.add_usage(parser.usage, [], [])
+    formatter.add_text(parser.description)
+    for group in groups:
+        if group.title in own:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+    titles = sorted(
+        {f"{group.title} ({len(group._group_actions)})" for group in groups if group.title not in own}
+    )
+    formatter.add_text(
+        "All other flags are Megatron's, with its names and defaults; --help-all shows them. By group, "
+        f"with their number: {', '.join(titles)}."
+    )
+    return formatter.format_help()
+
+
+def placement_from_args(args: Namespace) -> NormPlacement:
+    """Return the placement that parsed arguments ask for.
+
+    Raises
+    ------
+    UsageError
+        If they contradict each other.
+    """
+    try:
+        return NormPlacement.named(args.norm_placement).with_options(
+            embedding=args.embedding_norm,
+            output_norm_init=args.output_norm_init,
+            freeze_output_norm=args.freeze_output_norm,
+            output_norm_epsilon=args.output_norm_epsilon,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check(args: Namespace) -> None:
+    for name, flag in _OTHER_TRAINING.items():
+        if getattr(args, name, None):
+            raise UsageError(f"{flag} is not part of GPT pretraining with a norm placement; drop it")
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    divisions = [
+        ("--hidden-size", None if args.kv_channels else hidden, "--num-attention-heads", heads),
+        ("--num-attention-heads", heads, "--tensor-model-parallel-size", tensor),
+        ("--ffn-hidden-size", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor),
+        (
+            "WORLD_SIZE",
+            args.world_size,
+            "tensor x pipeline x context parallel size",
+            tensor * pipeline * args.context_parallel_size,
+        ),
+    ]
+    if args.sequence_parallel:
+        divisions.append(("--seq-length", args.seq_length, "--tensor-model-parallel-size", tensor))
+    for dividend_name, dividend, divisor_name, divisor in divisions:
+        if dividend and divisor and dividend % divisor:
+            raise UsageError(
+                f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
+                "change one of them"
+            )
+
+
+def parse() -> Namespace:
+    """Parse ``sys.argv``, validate it as Megatron does, and make it Megatron's global arguments.
+
+    Returns
+    -------
+    Namespace
+        Megatron's arguments and those of `add_arguments`; ``embedding_norm`` is True or False.
+
+    Raises
+    ------
+    UsageError
+        For flags that are wrong, contradict each other, or contradict the checkpoint to load.
+    """
+    args = parse_args(add_arguments)
+    _check(args)
+    if args.use_checkpoint_args:
+        if args.load is None and args.pretrained_checkpoint is None:
+            raise UsageError(
+                "--use-checkpoint-args needs a checkpoint: give --load or --pretrained-checkpoint"
+            )
+        for load_arg in ("pretrained_checkpoint", "load"):
+            load_args_from_checkpoint(args, load_arg=load_arg)
+            adopt_saved_placement(args, load_arg)
+    placement = placement_from_args(args)
+    args.embedding_norm = placement.embedding
+    refuse_other_placement(args, placement)
+    if cpu.is_active():
+        changes = adapt_arguments(args)
+        if changes and args.rank == 0:
+            print("\n  ".join(["--device cpu changes flags that need a GPU:", *changes]), flush=True)
+    try:
+        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    except (AssertionError, ValueError) as error:
+        if not str(error):
+            raise
+        raise UsageError(f"Megatron refuses these flags: {error}") from error
+    set_global_variables(args)
+    return args

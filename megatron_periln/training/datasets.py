@@ -1,0 +1,124 @@
+"""GPT datasets from the command line."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.training import get_args
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_periln.data.indexed import IndexedDatasetError, check_indexed_dataset
+from megatron_periln.errors import UsageError
+
+__all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets"]
+
+
+def check_data(args: Namespace) -> None:
+    """Check every indexed dataset that the arguments name.
+
+    Raises
+    ------
+    UsageError
+        If none is named, or one is missing or damaged.
+    """
+    if args.mock_data:
+        return
+    prefixes = set(_prefixes(args))
+    if not prefixes:
+        raise UsageError(
+            "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
+        )
+    for prefix in sorted(prefixes):
+        try:
+            check_indexed_dataset(prefix)
+        except IndexedDatasetError as error:
+            raise UsageError(str(error)) from error
+
+
+def _prefixes(args: Namespace) -> Iterator[str]:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for prefixes_and_weights in [blend, *(blend_per_split or [])]:
+        if prefixes_and_weights is not None:
+            yield from prefixes_and_weights[0]
+
+
+def predicts_more_tokens_here(args: Namespace, vp_stage: int | None) -> bool:
+    """Tell whether this pipeline stage holds multi-token prediction layers."""
+    if args.mtp_num_layers is None:
+        return False
+    config = core_transformer_config_from_args(args)
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _reads_data_here(vp_stage: int | None) -> bool:
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_more_tokens_here(get_args(), vp_stage)
+
+
+def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    lengths = args.per_dataset_sequences_path
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=json.loads(Path(lengths).read_text()) if lengths else None,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        hybrid_context_parallel=False,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+
+
+def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """Build the training, validation and test datasets; Megatron's ``train_valid_test_dataset_provider``.
+
+    Parameters
+    ----------
+    num_samples
+        Samples of training, validation and test.
+    vp_stage
+        The virtual pipeline stage.
+    """
+    args = get_args()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    reads_here = partial(_reads_data_here, vp_stage)
+    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, _dataset_config(args)).build()
+
+
+train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

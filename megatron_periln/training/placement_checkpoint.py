@@ -1,0 +1,104 @@
+"""The norm placement of a checkpoint.
+
+Megatron saves its arguments with a checkpoint, ours among them. A checkpoint without ours comes
+from stock Megatron, which is Pre-LN.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.training import checkpointing
+
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import PRE, NormPlacement
+
+__all__ = ["adopt_saved_placement", "refuse_other_placement", "saved_arguments", "saved_placement"]
+
+_ARGUMENTS = (
+    "norm_placement",
+    "embedding_norm",
+    "output_norm_init",
+    "freeze_output_norm",
+    "output_norm_epsilon",
+)
+
+
+def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:
+    """Return the arguments saved with the checkpoint that ``args`` would load, None if there is none.
+
+    Parameters
+    ----------
+    args
+        Parsed arguments; ``--ckpt-step`` is honoured.
+    load_arg
+        ``"load"`` or ``"pretrained_checkpoint"``.
+    """
+    folder = getattr(args, load_arg)
+    if folder is None or not Path(checkpointing.get_checkpoint_tracker_filename(folder)).is_file():
+        return None
+    path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+    state: dict[str, Any] = {}
+    if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        state = dist_checkpointing.load_common_state_dict(str(path))
+    elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
+        state = torch.load(ranks[0], map_location="cpu", mmap=True, weights_only=False)
+    return state.get("args")
+
+
+def saved_placement(saved: Namespace) -> NormPlacement:
+    """Return the placement of a checkpoint whose arguments are ``saved``."""
+    if not hasattr(saved, "norm_placement"):
+        return PRE
+    return NormPlacement.named(saved.norm_placement).with_options(
+        embedding=saved.embedding_norm,
+        output_norm_init=saved.output_norm_init,
+        freeze_output_norm=saved.freeze_output_norm,
+        output_norm_epsilon=saved.output_norm_epsilon,
+    )
+
+
+def adopt_saved_placement(args: Namespace, load_arg: str) -> None:
+    """Set the placement arguments to the checkpoint's, as ``--use-checkpoint-args`` does for Megatron's."""
+    saved = saved_arguments(args, load_arg)
+    if saved is None:
+        return
+    placement = saved_placement(saved)
+    values = (
+        placement.name,
+        placement.embedding,
+        placement.output_norm_init,
+        placement.freeze_output_norm,
+        placement.output_norm_epsilon,
+    )
+    for name, value in zip(_ARGUMENTS, values, strict=True):
+        setattr(args, name, value)
+
+
+def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
+    """Refuse to load a checkpoint whose norms stand elsewhere.
+
+    Raises
+    ------
+    UsageError
+        Naming both placements. Megatron would drop or leave uninitialized the norms that only one
+        of them has.
+    """
+    for load_arg in ("load", "pretrained_checkpoint"):
+        saved = saved_arguments(args, load_arg)
+        if saved is None:
+            continue
+        theirs = saved_placement(saved)
+        if theirs.structure() == placement.structure():
+            continue
+        origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
+        embedding = "--embedding-norm" if theirs.embedding else "--no-embedding-norm"
+        raise UsageError(
+            f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
+            f"and this run asks for {placement.structure()}; give --norm-placement {theirs.name} {embedding} "
+            f"to continue it, or another --{load_arg.replace('_', '-')} (and --save) to start anew"
+        )

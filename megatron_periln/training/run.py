@@ -1,0 +1,65 @@
+"""Pretraining, from parsed command line to the end of Megatron's training loop."""
+
+from __future__ import annotations
+
+import time
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training import get_args, inprocess_restart, pretrain, set_startup_timestamps
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron_periln import fixes
+from megatron_periln.models import GPTModelConfig
+from megatron_periln.training.arguments import parse, placement_from_args
+from megatron_periln.training.datasets import check_data, train_valid_test_datasets
+from megatron_periln.training.forward_step import forward_step
+
+__all__ = ["embedding_ranks", "run"]
+
+
+def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+    """Return the ranks of a pipeline that hold the word embeddings; Megatron's ``get_embedding_ranks``.
+
+    The first stage, the last one with tied embeddings, and those of multi-token prediction.
+    """
+    args = get_args()
+    ranks = {pipeline_ranks[0]}
+    if len(pipeline_ranks) > 1:
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pipeline_ranks[-1])
+        if args.mtp_num_layers is not None:
+            ranks.update(get_mtp_ranks(pipeline_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+def run(program_start: float) -> None:
+    """Pretrain as ``sys.argv`` says.
+
+    Parameters
+    ----------
+    program_start
+        When the program started, in seconds since the epoch, for Megatron's startup report.
+
+    Raises
+    ------
+    UsageError
+        For input that the user can mend.
+    """
+    fixes.apply()
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    args = parse()
+    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    if args.rank == 0:
+        check_data(args)
+    model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
+    model_config.norm_placement = placement_from_args(args)
+    wrapped_pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
+        get_embedding_ranks=embedding_ranks,
+    )

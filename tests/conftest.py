@@ -1,0 +1,38 @@
+"""The device that tests run on, and Megatron in one process.
+
+Tests run on the CPU, with a GPU hidden if there is one. Those in tests/gpu need
+``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+DEVICE = os.environ.get("MEGATRON_PERILN_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+if DEVICE == "cpu":
+    from megatron_periln import cpu
+
+    cpu.activate()
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def single_process():
+    """Megatron's parallel state in a world of one process."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_periln import fixes
+
+    fixes.apply()
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
