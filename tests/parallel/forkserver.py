@@ -1,0 +1,106 @@
+"""Runs training jobs from one process that has imported everything once.
+
+Reads one JSON job a line from standard input, forks its ranks, and answers with one JSON line.
+Importing torch and Megatron costs seconds a process; a fork costs nothing, and without a GPU
+nothing speaks against it.
+"""
+
+import importlib
+import json
+import multiprocessing.util
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+
+def warm_up():
+    from megatron_periln import cpu, fixes
+
+    cpu.activate()
+    fixes.apply()
+    import torch
+    import torch.utils.tensorboard  # noqa: F401
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    import megatron_periln.training.run  # noqa: F401
+    from tests.parallel import probe  # noqa: F401
+
+    MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
+    torch.set_num_threads(1)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_rank(job, rank, port):
+    """Be rank ``rank`` of ``job`` until it ends; never returns."""
+    status = 1
+    try:
+        size = str(job["ranks"])
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **job.get("environment", {}))
+        log = os.open(f"{job['folder']}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        from megatron_periln import pretrain
+        from tests.parallel import probe
+
+        sys.argv = ["pretrain", *job["arguments"]]
+        probe.install(job["folder"])
+        for name in job.get("changes", []):
+            module, function = name.rsplit(".", 1)
+            getattr(importlib.import_module(module), function)()
+        pretrain.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Ends the checkpoint writer's processes, which os._exit would orphan.
+        multiprocessing.util._exit_function()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_job(job):
+    port, ranks = free_port(), {}
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(job, rank, port)
+        ranks[pid] = rank
+    codes = {}
+    deadline = time.monotonic() + job["timeout"]
+    while ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in ranks:
+            code = os.waitstatus_to_exitcode(status)
+            codes[ranks.pop(pid)] = code
+        elif time.monotonic() > deadline:
+            deadline += 10
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            time.sleep(0.01)
+        if any(codes.values()):  # ranks that wait for a failed one would wait for minutes
+            deadline = min(deadline, time.monotonic() + 5)
+    return [codes[rank] for rank in sorted(codes)]
+
+
+def main():
+    warm_up()
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run_job(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

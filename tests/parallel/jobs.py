@@ -1,0 +1,115 @@
+"""Training jobs for tests: what to run, and what came of it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+COMMON = """
+    --device cpu --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 64
+    --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4
+    --lr-decay-style cosine --lr-decay-iters 40 --lr-warmup-iters 2 --weight-decay 0.1 --clip-grad 1.0
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --seed 1234 --train-iters 14
+    --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 128 --split 90,5,5
+    --log-interval 1 --eval-iters 1 --eval-interval 1000 --num-workers 0 --no-save-rng
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has ended."""
+
+    folder: Path
+    exit_codes: list[int]
+
+    @property
+    def log(self):
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
+
+    @property
+    def curve(self):
+        """One dict an iteration: iteration, grad norm, lm loss."""
+        return json.loads((self.folder / "curve.json").read_text())
+
+    @property
+    def gradients(self):
+        return load_tensors(self.folder / "gradients")
+
+    def weights(self, iteration):
+        return load_tensors(self.folder / "checkpoints" / f"iter_{iteration:07d}")
+
+
+def load_tensors(folder):
+    """Return every tensor of a distributed checkpoint at its full shape."""
+    reader = checkpoint.FileSystemReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+class Jobs:
+    """Runs jobs in folders of their own under ``folder``, one after the other."""
+
+    def __init__(self, folder, data):
+        self.folder, self.data = folder, data
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.parallel.forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert json.loads(self.server.stdout.readline()) == "ready"
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
+
+    def run(
+        self,
+        name,
+        arguments="",
+        ranks=1,
+        *,
+        common=COMMON,
+        changes=(),
+        environment=None,
+        succeeds=True,
+        timeout=120,
+    ):
+        """Run a job and return what came of it.
+
+        ``arguments`` follow ``common`` on the command line; ``changes`` are names of functions that
+        each rank calls before it starts.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        data = f"--data-path {self.data} --data-cache-path {self.folder / 'cache'} --save {folder / 'checkpoints'}"
+        job = {
+            "folder": str(folder),
+            "ranks": ranks,
+            "arguments": shlex.split(f"{common} {data} {arguments}"),
+            "changes": list(changes),
+            "environment": environment or {},
+            "timeout": timeout,
+        }
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        finished = Finished(folder, json.loads(self.server.stdout.readline()))
+        if succeeds and any(finished.exit_codes):
+            raise AssertionError(f"{name} ended with {finished.exit_codes}:\n{finished.log[-6000:]}")
+        return finished
