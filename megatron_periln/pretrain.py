@@ -1,7 +1,7 @@
 """Pretrain a GPT with a norm placement: ``torchrun --nproc-per-node N -m megatron_periln.pretrain``.
 
 Takes every flag of Megatron's GPT pretraining, and those of the norm placement group; ``--help``
-lists them.
+lists them. ``@FILE`` stands for the flags in a file.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def _choose_device(argv: list[str]) -> None:
 def main() -> None:
     """Run the command line; exit with status 1 and one line on standard error for bad input."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    from megatron_periln import flag_files
     from megatron_periln.errors import UsageError
 
     try:
+        sys.argv[1:] = flag_files.expand(sys.argv[1:])
         _choose_device(sys.argv[1:])
         from megatron_periln.training.run import run
 

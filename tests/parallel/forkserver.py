@@ -22,7 +22,7 @@ def warm_up():
     cpu.activate()
     fixes.apply()
     import torch
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
 
     import megatron_periln.training.run  # noqa: F401

@@ -98,11 +98,11 @@ class Jobs:
         """
         folder = self.folder / name
         folder.mkdir(parents=True)
-        data = f"--data-path {self.data} --data-cache-path {self.folder / 'cache'} --save {folder / 'checkpoints'}"
+        data = f"--data-path {self.data} --data-cache-path {self.folder / 'cache'}"
         job = {
             "folder": str(folder),
             "ranks": ranks,
-            "arguments": shlex.split(f"{common} {data} {arguments}"),
+            "arguments": shlex.split(f"{common} {data} --save {folder / 'checkpoints'} {arguments}"),
             "changes": list(changes),
             "environment": environment or {},
             "timeout": timeout,

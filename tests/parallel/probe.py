@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from megatron.core import dist_checkpointing, mpu
-from megatron.training import checkpointing, training
 from megatron.core.utils import unwrap_model
+from megatron.training import checkpointing, training
 
 
 def install(folder):

@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `make` creates with uv (installed beside it where missing).
+# PYTHON must be 3.12 or newer to create it without uv's own interpreters.
+
+PYTHON ?= python3
+PLACEMENT ?= peri
+VENV := .venv
+UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
+PY := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-gpu lint install constraints clean
+
+quickstart: install  ## Pretrain a small GPT from raw text, on the GPU if there is one
+	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENT)
+
+test: lint  ## Lint, types and all tests that need no GPU
+	$(PY) -m pytest
+
+test-gpu: install  ## The tests that need a GPU
+	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(UV)
+	$(UV) venv --quiet --allow-existing $(VENV)
+	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)-tools/bin/uv:
+	$(PYTHON) -m venv $(VENV)-tools
+	$(VENV)-tools/bin/pip install --quiet uv
+
+constraints: | $(UV)  ## Pin the newest versions that fit
+	$(UV) pip compile --quiet --upgrade --universal --extra dev --extra sentences --no-emit-index-url --no-emit-find-links \
+		--no-header --no-annotate --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) $(VENV)-tools .mypy_cache .pytest_cache .ruff_cache

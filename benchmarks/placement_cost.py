@@ -1,0 +1,128 @@
+"""What each norm placement costs: step time relative to Pre-LN, measured side by side in one run.
+
+Forward and backward of one GPT in one process, the placements taking turns so that they share
+whatever the machine is doing. Prints a table and writes JSON.
+
+    python benchmarks/placement_cost.py --device cpu
+    python benchmarks/placement_cost.py --hidden-size 2048 --num-layers 24 --seq-length 4096 --bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def build(options: argparse.Namespace, name: str) -> Any:
+    """Return a GPT of placement ``name``, in one process."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+    from megatron_periln.norms import NormPlacement
+
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    transformer = TransformerConfig(
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=4 * options.hidden_size,
+        num_attention_heads=options.num_attention_heads,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=options.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        transformer_impl=options.transformer_impl,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+    )
+    config = GPTModelConfig(
+        transformer=transformer,
+        norm_placement=NormPlacement.named(name),
+        vocab_size=options.vocab_size,
+        seq_length=options.seq_length,
+        position_embedding_type="rope",
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return GPTModelBuilder(config).build_model(groups).to(dtype).cuda()
+
+
+def step(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> float:
+    """Run one forward and backward pass; return its seconds."""
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(tokens, positions, None, labels=tokens).mean().backward()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-attention-heads", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        from megatron_periln import cpu
+
+        cpu.activate()
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_periln.norms import PLACEMENTS
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+    shape = (options.micro_batch_size, options.seq_length)
+    tokens = torch.randint(0, options.vocab_size, shape, device="cuda")
+    positions = torch.arange(options.seq_length, device="cuda").expand(shape)
+    models = {name: build(options, name) for name in PLACEMENTS}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(options.rounds + 3):
+        for name, model in models.items():
+            taken = step(model, tokens, positions)
+            if turn >= 3:
+                seconds[name].append(taken)
+
+    results = []
+    for name, taken in seconds.items():
+        ratios = [mine / pre for mine, pre in zip(taken, seconds["pre"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        median = 1e3 * statistics.median(taken)
+        results.append({"placement": name, "ms": median, "over_pre": [low, middle, high]})
+    print(f"{'placement':<12}{'ms':>10}{'over pre':>12}{'quartiles':>20}")
+    for row in results:
+        low, middle, high = row["over_pre"]
+        print(f"{row['placement']:<12}{row['ms']:>10.1f}{middle:>12.3f}{f'{low:.3f} .. {high:.3f}':>20}")
+    if options.output:
+        settings = {key: str(value) for key, value in vars(options).items()}
+        device = torch.cuda.get_device_name()
+        report = {"device": device, "torch": torch.__version__, "settings": settings, "results": results}
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
