@@ -204,7 +204,7 @@ def _surface() -> dict[str, Any]:
     # One function object per name: torch._dynamo.trace_rules keys its rules by object.
     return (
         {name: _constant(value) for name, value in constants.items()}
-        | {name: types.FunctionType(_nothing.__code__, globals(), name) for name in nothing}
+        | {name: _distinct(_nothing) for name in nothing}
         | {name: _distinct(function) for name, function in functions.items()}
         | classes
     )
@@ -226,10 +226,10 @@ def install() -> None:
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, value)
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
-        setattr(torch.cuda.nvtx, name, types.FunctionType(_nothing.__code__, globals(), name))
-    torch.Tensor.record_stream = types.FunctionType(_nothing.__code__, globals(), "record_stream")
+        setattr(torch.cuda.nvtx, name, _distinct(_nothing))
+    torch.Tensor.record_stream = _distinct(_nothing)  # type: ignore[method-assign]
     # Torch's own internals (DataLoader, Optimizer, dynamo) ask the device-neutral interface,
     # which keeps telling the truth.
-    torch.accelerator.current_accelerator = _constant(None)  # type: ignore[assignment]
+    torch.accelerator.current_accelerator = _constant(None)
     torch.accelerator.is_available = _constant(False)
     torch.accelerator.device_count = _constant(0)

@@ -70,6 +70,23 @@ def _split_sizes_are_on_the_cpu() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = convert
 
 
+def _restore_recomputed_outputs_by_copying() -> None:
+    """Copy recomputed outputs into the storages that were freed, instead of sharing them.
+
+    ``CheckpointWithoutOutput`` (megatron/core/tensor_parallel/random.py) shares storages through an
+    extension that it compiles on first use: half a minute, a C++ toolchain and ninja, to save a
+    copy.
+    """
+    import megatron.core.tensor_parallel.random as random
+
+    def copy_storage(restored: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source, target = recomputed.untyped_storage(), restored.untyped_storage()
+        target.resize_(source.nbytes())
+        target.copy_(source)
+
+    random._get_share_storage = lambda: copy_storage
+
+
 def install_before_import() -> None:
     """Install what must precede the import of megatron."""
     _compile_nothing()
@@ -80,3 +97,4 @@ def install_after_import() -> None:
     _write_checkpoints_from_a_fork()
     _expect_the_cpu_generator_to_move()
     _split_sizes_are_on_the_cpu()
+    _restore_recomputed_outputs_by_copying()

@@ -11,6 +11,10 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -30,7 +34,8 @@ def check_data(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        If none is named, or one is missing or damaged.
+        If none is named, one is missing or damaged, or ``--split`` leaves a part of one empty,
+        on which Megatron would loop for ever.
     """
     if args.mock_data:
         return
@@ -41,9 +46,21 @@ def check_data(args: Namespace) -> None:
         )
     for prefix in sorted(prefixes):
         try:
-            check_indexed_dataset(prefix)
+            info = check_indexed_dataset(prefix)
         except IndexedDatasetError as error:
             raise UsageError(str(error)) from error
+        if args.split is not None:
+            _check_split(args.split, prefix, info.sequences)
+
+
+def _check_split(split: str, prefix: str, sequences: int) -> None:
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for part, share in zip(("training", "validation", "test"), bounds, strict=True):
+        if share is not None and round(share[0] * sequences) == round(share[1] * sequences):
+            raise UsageError(
+                f"--split {split} leaves no sequence of {prefix} ({sequences} in all) for {part}; "
+                "give that part a larger share, or 0"
+            )
 
 
 def _prefixes(args: Namespace) -> Iterator[str]:

@@ -1,0 +1,190 @@
+"""Megatron's indexed dataset on disk: its byte format, and a check that a pair of files has it.
+
+A dataset is ``{prefix}.bin``, the tokens back to back, and ``{prefix}.idx``: a header, then the
+length of each sequence (int32), its byte offset in the .bin (int64) and the sequence at which each
+document ends (int64, starting with 0); multimodal datasets end with a mode for each sequence (int8).
+Source: ``_IndexWriter`` and ``_IndexReader`` (megatron/core/datasets/indexed_dataset.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = [
+    "DTYPES",
+    "HEADER",
+    "MAGIC",
+    "VERSION",
+    "IndexedDatasetError",
+    "IndexedDatasetInfo",
+    "check_indexed_dataset",
+]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, number of sequences, number of entries in the document index."""
+
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.float64),
+    7: np.dtype(np.float32),
+    8: np.dtype(np.uint16),
+}
+"""The token dtype that each dtype code stands for."""
+
+_BLOCK = 1 << 20
+
+
+class IndexedDatasetError(ValueError):
+    """What is wrong with an indexed dataset, in which file, and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class IndexedDatasetInfo:
+    """What an indexed dataset holds.
+
+    Parameters
+    ----------
+    dtype
+        The dtype of the tokens in the .bin file.
+    sequences
+        Number of sequences: documents, or sentences where documents were split.
+    documents
+        Number of documents, empty ones included.
+    tokens
+        Number of tokens in all sequences.
+    """
+
+    dtype: np.dtype
+    sequences: int
+    documents: int
+    tokens: int
+
+
+def check_indexed_dataset(prefix: str | Path) -> IndexedDatasetInfo:
+    """Check that Megatron can read the indexed dataset at ``prefix``.
+
+    Reads the whole .idx file and only the size of the .bin file, with numpy alone.
+
+    Parameters
+    ----------
+    prefix
+        Local path of the dataset without ``.bin`` or ``.idx``, as ``--data-path`` takes it.
+
+    Returns
+    -------
+    IndexedDatasetInfo
+        The token dtype and the numbers of sequences, documents and tokens.
+
+    Raises
+    ------
+    IndexedDatasetError
+        If a file is missing, is not of this format, is truncated, or does not fit the other.
+    """
+    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    _check_present(str(prefix), idx, bin_)
+    dtype, sequences, documents = _read_header(idx)
+
+    index = np.memmap(idx, mode="r", dtype=np.uint8)
+    lengths_at, pointers_at = HEADER.size, HEADER.size + 4 * sequences
+    lengths = index[lengths_at:pointers_at].view(np.int32)
+    pointers = index[pointers_at : pointers_at + 8 * sequences].view(np.int64)
+    document_ends = index[pointers_at + 8 * sequences :][: 8 * documents].view(np.int64)
+
+    if documents == 0 or document_ends[-1] != sequences:
+        raise IndexedDatasetError(
+            f"{idx}: the documents do not end where the {sequences} sequences do, so the file is corrupt; "
+            f"copy or preprocess the dataset again"
+        )
+    tokens = bytes_needed = 0
+    for start in range(0, sequences, _BLOCK):
+        block = lengths[start : start + _BLOCK].astype(np.int64)
+        tokens += int(block.sum())
+        ends = pointers[start : start + _BLOCK] + block * dtype.itemsize
+        bytes_needed = max(bytes_needed, int(ends.max()))
+    if tokens == 0:
+        raise IndexedDatasetError(
+            f"{idx}: the dataset holds no tokens; preprocess a corpus that is not empty"
+        )
+    bytes_there = bin_.stat().st_size
+    if bytes_there < bytes_needed:
+        raise IndexedDatasetError(
+            f"{bin_}: truncated: {bytes_there} bytes, but {idx.name} needs {bytes_needed}; "
+            f"copy or preprocess the dataset again"
+        )
+    return IndexedDatasetInfo(dtype=dtype, sequences=sequences, documents=documents - 1, tokens=tokens)
+
+
+def _check_present(prefix: str, idx: Path, bin_: Path) -> None:
+    missing = [path for path in (idx, bin_) if not path.is_file()]
+    if len(missing) == 1:
+        present = bin_ if missing[0] == idx else idx
+        raise IndexedDatasetError(
+            f"{missing[0]}: no such file, though {present.name} is there; "
+            f"a dataset is both files: copy the missing one or preprocess again"
+        )
+    if not missing:
+        return
+    if prefix.endswith((".bin", ".idx")):
+        raise IndexedDatasetError(
+            f"{prefix}: --data-path takes the prefix without .bin/.idx: use {prefix[:-4]}"
+        )
+    near = sorted(
+        {
+            str(path.with_suffix(""))
+            for path in idx.parent.glob(glob.escape(Path(prefix).name) + "*")
+            if path.suffix in (".bin", ".idx")
+        }
+    )
+    advice = (
+        f"did you mean {' or '.join(near)}?" if near else f"nothing in {idx.parent} starts with that name"
+    )
+    raise IndexedDatasetError(
+        f"{prefix}: no such dataset ({idx.name} and {bin_.name} are missing); "
+        f"--data-path takes the prefix without .bin/.idx; {advice}"
+    )
+
+
+def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
+    """Return the token dtype and the numbers of sequences and of document index entries."""
+    size = idx.stat().st_size
+    with idx.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if not header.startswith(MAGIC[: len(header)]):
+        raise IndexedDatasetError(
+            f"{idx}: not an indexed dataset: it starts with {header[: len(MAGIC)]!r}, not {MAGIC!r}; "
+            f"preprocess the corpus with tools/preprocess_data.py"
+        )
+    if len(header) < HEADER.size:
+        raise IndexedDatasetError(
+            f"{idx}: truncated: {size} bytes, but the header alone needs {HEADER.size}; "
+            f"copy or preprocess the dataset again"
+        )
+    _, version, code, sequences, documents = HEADER.unpack(header)
+    if version != VERSION:
+        raise IndexedDatasetError(
+            f"{idx}: unsupported version {version}, only {VERSION} can be read; preprocess the corpus again"
+        )
+    if code not in DTYPES:
+        raise IndexedDatasetError(
+            f"{idx}: unknown dtype code {code}, known are 1 to {max(DTYPES)}; "
+            f"copy or preprocess the dataset again"
+        )
+    needed = HEADER.size + 12 * sequences + 8 * documents
+    if size not in (needed, needed + sequences):
+        raise IndexedDatasetError(
+            f"{idx}: {'truncated' if size < needed else 'too long'}: {size} bytes, but its header, "
+            f"with {sequences} sequences and {documents} document index entries, needs {needed}; "
+            f"copy or preprocess the dataset again"
+        )
+    return DTYPES[code], sequences, documents
