@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as upstream
 
+from megatron_periln.models.latent_attention import mend_latent_attention
 from megatron_periln.models.local import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, NormPlacement, ResidualNorm
@@ -64,6 +65,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
         with _placed_mtp_spec(config.norm_placement):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         _honour_no_grad(model)
+        mend_latent_attention(model)
         if config.norm_placement.embedding and model.pre_process:
             EmbeddingNorm(config.transformer).attach(model)
         return model

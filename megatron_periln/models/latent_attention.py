@@ -1,0 +1,62 @@
+"""Gradients of multi-latent attention under tensor parallelism.
+
+Two of upstream's gradients are wrong with Megatron's own linears (``--transformer-impl local``)
+and more than one tensor-parallel rank (megatron/core/transformer/multi_latent_attention.py and
+megatron/core/distributed/finalize_model_grads.py):
+
+- The positional key is shared by all heads, of which each rank has some. Its gradient is not
+  summed over the ranks.
+- The query norm sees whole vectors on every rank, unless sequence parallelism splits the tokens.
+  Its gradient, equal on all ranks, is summed all the same, because of the parameter's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor, nn
+
+__all__ = ["mend_latent_attention"]
+
+
+def mend_latent_attention(model: nn.Module) -> None:
+    """Mend the gradients of every multi-latent attention in ``model``; others are left alone."""
+    for attention in model.modules():
+        if not isinstance(attention, MLASelfAttention) or attention.tp_group.size() == 1:
+            continue
+        down_projection = attention.linear_kv_down_proj
+        if isinstance(down_projection, ColumnParallelLinear):
+            down_projection.register_forward_hook(_Widen(attention))
+        if not attention.config.sequence_parallel:
+            for parameter in attention.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
+
+
+class _Widen:
+    """Returns the down projection whole, as a linear that is not split returns it.
+
+    Upstream then takes its path for such linears, on which the positional key is gathered over
+    the sequence with a gradient that is summed. Without sequence parallelism it sums none, so
+    this does.
+    """
+
+    def __init__(self, attention: MLASelfAttention) -> None:
+        self.config, self.group = attention.config, attention.tp_group
+
+    def __call__(self, linear: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        combined, bias = output
+        combined = gather_from_tensor_model_parallel_region(combined, group=self.group)
+        if self.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(combined, group=self.group), bias
+        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        compressed, positional = torch.split(combined, sizes, dim=-1)
+        positional = copy_to_tensor_model_parallel_region(positional, group=self.group)
+        return torch.cat([compressed, positional], dim=-1), bias
