@@ -2,25 +2,24 @@
 
 from dataclasses import dataclass
 
+_MODERN = """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-linear
+    --position-embedding-type rope
+    --untie-embeddings-and-output-weights"""
+
 ARCHITECTURES = {
-    "dense": """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
-        --group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights""",
+    "dense": f"{_MODERN} --group-query-attention --num-query-groups 2",
     # LayerNorm with shifts, linear biases, learned positions, embedding tied to the output.
     "biased": "--num-layers 4 --normalization LayerNorm --position-embedding-type learned_absolute",
-    "moe": """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
-        --untie-embeddings-and-output-weights --num-experts 4 --moe-layer-freq [0,1,0,1] --moe-router-topk 2
+    "moe": f"""{_MODERN} --num-experts 4 --moe-layer-freq [0,1,0,1] --moe-router-topk 2
         --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64 --moe-aux-loss-coeff 0
         --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall""",
-    "mla": """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
-        --untie-embeddings-and-output-weights --multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32
-        --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
-    "mtp": """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
-        --untie-embeddings-and-output-weights --mtp-num-layers 1""",
+    "mla": f"""{_MODERN} --multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16
+        --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
+    "mtp": f"{_MODERN} --mtp-num-layers 1",
 }
 
-DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
-
 LAYOUTS = {
+    "1": (1, ""),
     "TP2": (2, "--tensor-model-parallel-size 2"),
     "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
@@ -34,21 +33,88 @@ LAYOUTS = {
     "EP2": (2, "--expert-model-parallel-size 2"),
     "EP2xTP2+SP": (
         2,
-        "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
-        "--expert-tensor-parallel-size 1",
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
+        "--tensor-model-parallel-size 2 --sequence-parallel",
     ),
+}
+
+OPTIONS = {
+    "": "",
+    "overlap": "--overlap-grad-reduce --overlap-param-gather",
+    "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective recompute": "--recompute-granularity selective --recompute-modules layernorm core_attn",
+}
+
+# What the one-process run must share with the run that is compared with it.
+VARIANTS = {
+    "": "",
+    "distributed optimizer": "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+    "bf16": "--bf16",
+    "zero-centered gamma": "--apply-layernorm-1p",
+    "depth-scaled, epsilon": "--output-norm-init depth-scaled --output-norm-epsilon 1e-3",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training run that must give the numbers of one process."""
+    """A training run."""
 
-    architecture: str
-    layout: str
+    placement: str
+    architecture: str = "dense"
+    layout: str = "1"
     options: str = ""
-    optimizer: str = ""
-    ranks: int | None = None
+    variant: str = ""
+
+    @property
+    def ranks(self):
+        return LAYOUTS[self.layout][0]
+
+    @property
+    def model(self):
+        """The flags that decide the numbers."""
+        return (
+            f"{ARCHITECTURES[self.architecture]} {VARIANTS[self.variant]} --norm-placement {self.placement}"
+        )
+
+    @property
+    def execution(self):
+        """The flags that must not change them."""
+        return f"{LAYOUTS[self.layout][1]} {OPTIONS[self.options]}"
+
+    @property
+    def one_process(self):
+        return Case(self.placement, self.architecture, variant=self.variant)
 
     def __str__(self):
-        return " ".join(filter(None, (self.architecture, self.layout, self.options, self.optimizer)))
+        parts = (self.placement, self.architecture, self.layout, self.options, self.variant)
+        return ", ".join(part for part in parts if part)
+
+
+def _cases():
+    every = ("pre", "post", "peri", "output")
+    distributed = "distributed optimizer"
+    for placement in every:
+        for layout in ("TP2", "TP2+SP", "PP2", "PP2xVPP2", "TP2xPP2+SP", "CP2", "DP2"):
+            yield Case(placement, layout=layout)
+        yield Case(placement, layout="DP2", variant=distributed)
+        yield Case(placement, layout="TP2+SP", options="full recompute")
+        yield Case(placement, layout="TP2+SP", variant="bf16")
+    for placement in ("post", "peri"):
+        yield Case(placement, layout="DP2", options="overlap", variant=distributed)
+        yield Case(placement, options="selective recompute")
+        for layout in ("TP2+SP", "PP2", "TP2xPP2+SP"):
+            yield Case(placement, "biased", layout)
+        for layout in ("EP2", "EP2xTP2+SP"):
+            yield Case(placement, "moe", layout, variant=distributed)
+        yield Case(placement, "moe", "TP2+SP")
+        for layout in ("TP2", "TP2+SP"):
+            yield Case(placement, "mla", layout)
+        for layout in ("TP2+SP", "PP2"):
+            yield Case(placement, "mtp", layout)
+    yield Case("peri", "mla", "CP2")
+    yield Case("peri", "mtp", "PP2xVPP2")
+    yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")
+    yield Case("peri", layout="TP2xPP2+SP", variant="depth-scaled, epsilon")
+
+
+CASES = list(_cases())

@@ -1,3 +1,4 @@
+import functools
 import sysconfig
 from pathlib import Path
 
@@ -5,6 +6,10 @@ import numpy as np
 import pytest
 
 from tests.parallel.jobs import Jobs
+
+# Every run ends after LAST iterations; those that are compared start from one process's
+# checkpoint of iteration FIRST - 1.
+FIRST, LAST = 13, 24
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +31,23 @@ def jobs(tmp_path_factory, indexed_bytes):
     server = Jobs(tmp_path_factory.mktemp("jobs"), indexed_bytes)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def run(jobs):
+    """Run a case once: one process from the start, other layouts from its checkpoint."""
+
+    @functools.cache
+    def cached(case, changes=()):
+        interval = f"--save-wgrads-interval {FIRST}"
+        if case == case.one_process and not changes:
+            arguments = f"{case.model} {interval} --save-interval {FIRST - 1}"
+        else:
+            load = cached(case.one_process).folder / "checkpoints"
+            arguments = f"{case.model} {case.execution} {interval} --load {load} --ckpt-step {FIRST - 1}"
+            arguments += " --save-interval 1000 --no-load-rng"
+        name = "-".join(str(case).replace("+", "").split(", ")).replace(" ", "_")
+        name += "".join(f"-{change.rsplit('.', 1)[1]}" for change in changes)
+        return jobs.run(name, arguments, case.ranks, changes=changes)
+
+    return cached
