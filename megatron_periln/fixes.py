@@ -101,6 +101,52 @@ def keep_adam_steps_apart() -> None:
     optimizer_class._set_main_param_and_optimizer_states = without_step
 
 
+def reshard_over_expert_parallelism() -> None:
+    """Load an optimizer's state that was saved with, or without, expert parallelism into the other.
+
+    Expert parallelism gives the experts an optimizer of their own, in a ``ChainedOptimizer``
+    (megatron/core/optimizer/optimizer.py). Every tensor reshards, but what is saved beside the
+    tensors, such as the step, is kept per optimizer, and ``load_state_dict`` refuses another number
+    of them.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    load_state_dict = ChainedOptimizer.load_state_dict
+
+    def with_any_number(self: Any, state_dict: dict[Any, Any]) -> None:
+        load_state_dict(self, _regrouped(state_dict, self.chained_optimizers))
+
+    ChainedOptimizer.load_state_dict = with_any_number
+
+
+def _regrouped(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
+    """Return ``state_dict`` with what was saved once, or per optimizer, as ``optimizers`` need it."""
+    saved = {key: value for key, value in state_dict.items() if not isinstance(key, int)}
+    parts = {key: value for key, value in state_dict.items() if isinstance(key, int)}
+    if not saved or not parts:
+        return state_dict
+    if len(optimizers) == 1:
+        groups = [group for part in parts.values() for group in part["optimizer"]["param_groups"]]
+        own = {**saved.get("optimizer", {}), "param_groups": _unique(groups, experts=False)}
+        return {**parts[0], **saved, "optimizer": own}
+    groups = saved["optimizer"]["param_groups"]
+    for index, part in parts.items():
+        experts = any(group["is_expert_parallel"] for group in optimizers[index].param_groups)
+        own = {**saved.get("optimizer", {}), **part.get("optimizer", {})}
+        own["param_groups"] = _unique(groups, experts=experts)
+        parts[index] = {**saved, **part, "optimizer": own}
+    return parts
+
+
+def _unique(groups: list[dict[str, Any]], *, experts: bool) -> list[dict[str, Any]]:
+    """Return the parameter groups as those of experts, or of all else; each kind once."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    names = [name for name in param_group_identifier_keys if name != "is_expert_parallel"]
+    kinds = {tuple(str(group.get(name)) for name in names): group for group in groups}
+    return [{**group, "is_expert_parallel": experts} for group in kinds.values()]
+
+
 def apply() -> None:
     """Mend them all, once."""
     global _applied
@@ -111,3 +157,4 @@ def apply() -> None:
     checkpoint_without_output_off_fp8()
     materialize_adam_state()
     keep_adam_steps_apart()
+    reshard_over_expert_parallelism()

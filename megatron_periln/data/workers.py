@@ -1,16 +1,19 @@
-"""Worker processes that encode in order, in bounded memory, and whose death ends the run."""
+"""Worker processes that encode in order, in bounded memory, and whose death ends the run.
+
+Each worker has a pipe of its own and at most one chunk at a time, so no lock, queue or thread is
+shared with one that dies: its pipe ends, even in the middle of a message.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from megatron_periln.data.documents import Line
 from megatron_periln.data.encode import EncodedChunk, Encoder
@@ -18,9 +21,15 @@ from megatron_periln.data.errors import PreprocessError
 
 __all__ = ["encode_in_order"]
 
-_CHUNKS_IN_FLIGHT_PER_WORKER = 4
+_CHUNKS_AHEAD_PER_WORKER = 4
 
-_encoder: Encoder
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    chunk: int | None = None
+    """Number of the chunk that it encodes; None while it is idle."""
 
 
 def encode_in_order(encoder: Encoder, chunks: Iterable[list[Line]], workers: int) -> Generator[EncodedChunk]:
@@ -34,65 +43,104 @@ def encode_in_order(encoder: Encoder, chunks: Iterable[list[Line]], workers: int
     PreprocessError
         What ``Encoder.encode`` raises for the first bad line, or that a worker died and of what.
     """
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    others = set(multiprocessing.active_children())
-    processes: set[BaseProcess] = set()
-    pending: deque[Future[EncodedChunk]] = deque()
+    pool: list[_Worker] = []
     try:
-        for chunk in chunks:
-            pending.append(executor.submit(_encode, chunk))
-            processes = processes or set(multiprocessing.active_children()) - others
-            if len(pending) == _CHUNKS_IN_FLIGHT_PER_WORKER * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BaseException as error:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        executor.shutdown()
-        if isinstance(error, BrokenProcessPool):
-            raise PreprocessError(_cause_of_death(processes)) from error
-        raise
-    executor.shutdown()
+        for _ in range(workers):
+            pool.append(_start_worker(encoder, [worker.connection for worker in pool]))
+        yield from _encode(pool, chunks)
+    finally:
+        for worker in pool:
+            worker.process.terminate()
+        for worker in pool:
+            worker.process.join()
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
+def _encode(pool: list[_Worker], chunks: Iterable[list[Line]]) -> Generator[EncodedChunk]:
+    source = iter(chunks)
+    results: dict[int, EncodedChunk | PreprocessError] = {}
+    sent = yielded = 0
+    exhausted = False
+    while not exhausted or yielded < sent:
+        for worker in pool:
+            if (
+                worker.chunk is None
+                and not exhausted
+                and sent < yielded + _CHUNKS_AHEAD_PER_WORKER * len(pool)
+            ):
+                chunk = next(source, None)
+                if chunk is None:
+                    exhausted = True
+                else:
+                    _send(worker, chunk)
+                    worker.chunk = sent
+                    sent += 1
+        # An idle worker's pipe has something to read only when it has died.
+        ready = wait([worker.connection for worker in pool]) if yielded < sent else []
+        for worker in pool:
+            if worker.connection in ready:
+                result = _receive(worker)
+                assert worker.chunk is not None
+                results[worker.chunk] = result
+                worker.chunk = None
+        while yielded in results:
+            result = results.pop(yielded)
+            if isinstance(result, PreprocessError):
+                raise result
+            yield result
+            yielded += 1
+
+
+def _start_worker(encoder: Encoder, others: list[Connection]) -> _Worker:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(encoder, theirs, [*others, ours]), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _work(encoder: Encoder, connection: Connection, inherited: list[Connection]) -> None:
+    """Encode chunks until the parent closes the pipe or dies."""
     # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # The parent's ends of the pipes must be open in the parent only, or its death would go unnoticed.
+    for end in inherited:
+        end.close()
+    try:
+        while True:
+            lines = connection.recv()
+            try:
+                result: EncodedChunk | PreprocessError = encoder.encode(lines)
+            except PreprocessError as error:
+                result = error
+            connection.send(result)
+    except (EOFError, OSError):
+        pass
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _send(worker: _Worker, chunk: list[Line]) -> None:
+    try:
+        worker.connection.send(chunk)
+    except OSError:
+        _report_death(worker)
 
 
-def _encode(lines: list[Line]) -> EncodedChunk:
-    return _encoder.encode(lines)
+def _receive(worker: _Worker) -> EncodedChunk | PreprocessError:
+    try:
+        return worker.connection.recv()
+    except (EOFError, OSError):
+        _report_death(worker)
 
 
-def _cause_of_death(processes: Iterable[BaseProcess]) -> str:
-    """Say how the worker died that broke the pool; the others are ended with SIGTERM."""
-    codes = {process.pid: process.exitcode for process in processes if process.exitcode}
-    dead = next((pid for pid, code in codes.items() if code != -signal.SIGTERM), None)
-    if dead is None:
-        return "a worker process was terminated; run again"
-    code = codes[dead]
-    assert code is not None
-    if code > 0:
-        return f"worker process {dead} ended with exit code {code}; run again"
-    advice = (
-        "often the kernel for lack of memory: use fewer --workers" if code == -signal.SIGKILL else "run again"
-    )
-    return f"worker process {dead} was killed by {signal.Signals(-code).name} ({advice})"
+def _report_death(worker: _Worker) -> NoReturn:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    name = f"worker process {worker.process.pid}"
+    if code >= 0:
+        raise PreprocessError(f"{name} ended with exit code {code}; run again")
+    reason = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        reason += ", often sent by the kernel for lack of memory; use fewer --workers"
+    raise PreprocessError(f"{name} was killed by {reason}")
