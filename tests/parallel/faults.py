@@ -1,0 +1,77 @@
+"""Mistakes that a comparison with one process must notice; each is made by every rank of a job."""
+
+from megatron_periln.models import gpt
+from megatron_periln.norms import embedding, norm, residual
+
+
+def untag_output_gains():
+    """Leave the output gains' gradients unsummed under sequence parallelism."""
+    build = residual.OutputNormAdd.__init__
+
+    def untagged(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = False
+
+    residual.OutputNormAdd.__init__ = untagged
+
+
+def untag_embedding_norm():
+    """Leave the embedding norm's gradient unsummed under sequence parallelism."""
+    build = embedding.EmbeddingNorm.__init__
+
+    def untagged(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    embedding.EmbeddingNorm.__init__ = untagged
+
+
+def norm_before_the_bias():
+    """Add the linear bias after the output norm."""
+    norm_add = residual.kernels.norm_add
+
+    def before(branch, bias, residual_stream, *args):
+        out = norm_add(branch, None, residual_stream, *args)
+        return out if bias is None else out + bias
+
+    residual.kernels.norm_add = before
+
+
+def embedding_norm_on_the_second_stage():
+    """Norm what the second pipeline stage receives, not the embedding."""
+    build = gpt.GPTModelBuilder.build_model
+
+    def misplaced(self, *args, **kwargs):
+        model = build(self, *args, **kwargs)
+        if model.pre_process:
+            model.embedding.norm.bypassed = True
+        else:
+            receive, second = model.set_input_tensor, norm.Norm(model.config)
+
+            def normed(tensors):
+                tensors = tensors if isinstance(tensors, list) else [tensors]
+                receive([tensor if tensor is None else second(tensor) for tensor in tensors])
+
+            model.set_input_tensor = normed
+            object.__setattr__(model, "_misplaced_norm", second)
+        return model
+
+    gpt.GPTModelBuilder.build_model = misplaced
+
+
+def skip_the_embedding_norms_gradient():
+    """Drop the embedding norm's gradient, as if only the tied word embedding were reduced."""
+    attach = embedding.EmbeddingNorm.attach
+
+    def skipped(self, model):
+        attach(self, model)
+        for parameter in self.parameters():
+            parameter.register_hook(lambda gradient: gradient * 0)
+
+    embedding.EmbeddingNorm.attach = skipped
+
+
+def leave_latent_attention_as_it_is():
+    """Undo `megatron_periln.models.latent_attention`."""
+    gpt.mend_latent_attention = lambda model: None

@@ -1,0 +1,112 @@
+import pytest
+
+from tests.parallel.cases import Case
+from tests.parallel.compare import tensors_apart
+from tests.parallel.conftest import FIRST, LAST
+
+DISTRIBUTED = "distributed optimizer"
+
+
+def convert(jobs, source, case):
+    """Load the last checkpoint of ``source`` in the layout of ``case``; save it without a step."""
+    load = source.folder / "checkpoints"
+    name = f"convert-{source.folder.name}-{case.layout}"
+    arguments = f"{case.model} {case.execution} --load {load} --no-load-rng --save-interval 1000"
+    return jobs.run(name, arguments, case.ranks, changes=[SAVE_AS_LOADED])
+
+
+SAVE_AS_LOADED = "tests.parallel.test_checkpoints.save_as_loaded"
+
+
+def save_as_loaded():
+    from megatron.training import training
+
+    load = training.load_checkpoint
+
+    def load_and_save(model, optimizer, scheduler, *args, **kwargs):
+        loaded = load(model, optimizer, scheduler, *args, **kwargs)
+        training.save_checkpoint(loaded[0], model, optimizer, scheduler, 0)
+        raise SystemExit(0)
+
+    training.load_checkpoint = load_and_save
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (Case("peri", layout="TP2"), "1"),
+        (Case("peri", layout="TP2xPP2+SP"), "1"),
+        (Case("peri"), "TP2xPP2+SP"),
+        (Case("peri", layout="PP2"), "PP2xVPP2"),
+        (Case("peri", layout="PP2xVPP2"), "TP2"),
+        (Case("post", layout="TP2+SP"), "PP2"),
+        (Case("output", layout="PP2xVPP2"), "1"),
+        (Case("peri", "biased", "TP2xPP2+SP"), "1"),
+        (Case("peri", layout="DP2", variant=DISTRIBUTED), "TP2"),
+        (Case("peri", variant=DISTRIBUTED), "TP2xPP2+SP"),
+        (Case("peri", "moe", "EP2", variant=DISTRIBUTED), "1"),
+        (Case("peri", "moe", "EP2", variant=DISTRIBUTED), "EP2xTP2+SP"),
+        (Case("peri", "mla", "TP2+SP"), "1"),
+        (Case("peri", "mtp", "PP2"), "1"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_moves_to_another_layout_unchanged(run, jobs, saved, loaded):
+    target = Case(saved.placement, saved.architecture, loaded, variant=saved.variant)
+    before = run(saved).weights(LAST)
+    after = convert(jobs, run(saved), target).weights(LAST)
+    assert any("exp_avg_sq" in name for name in before)
+    assert any("self_attn_bda.norm.weight" in name for name in before)
+    assert max(tensors_apart(after, before, relative=False).values()) == 0
+
+
+@pytest.mark.parametrize("variant", ["", DISTRIBUTED])
+@pytest.mark.parametrize("saving", ["", "--async-save"])
+def test_resuming_is_never_having_stopped(run, jobs, variant, saving):
+    case = Case("peri", variant=variant)
+    straight = run(case)
+    load = straight.folder / "checkpoints"
+    if saving:
+        stopped = jobs.run(
+            f"stop-{variant}-async".replace(" ", "-"),
+            f"{case.model} {saving} --save-interval 12 --exit-interval 12",
+        )
+        load = stopped.folder / "checkpoints"
+    arguments = (
+        f"{case.model} --load {load} --ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng {saving}"
+    )
+    resumed = jobs.run(f"resume-{variant}{saving}".replace(" ", "-"), arguments)
+    assert resumed.curve == straight.curve[FIRST - 1 :]
+    assert max(tensors_apart(resumed.weights(LAST), straight.weights(LAST), relative=False).values()) == 0
+
+
+def test_forgetting_the_optimizer_is_noticed(run, jobs):
+    case = Case("peri")
+    load = run(case).folder / "checkpoints"
+    arguments = f"{case.model} --load {load} --ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng"
+    resumed = jobs.run("resume-without-optimizer", f"{arguments} --no-load-optim")
+    assert resumed.curve[0]["lm loss"] == run(case).curve[FIRST - 1]["lm loss"]
+    assert resumed.curve[-1]["lm loss"] != run(case).curve[-1]["lm loss"]
+
+
+def test_adams_step_survives_a_change_of_layout(run, jobs):
+    """Loaded into another layout, training goes on as it would have."""
+    saved, target = (
+        Case("peri", layout="DP2", variant=DISTRIBUTED),
+        Case("peri", layout="TP2", variant=DISTRIBUTED),
+    )
+    curves = []
+    for name, case in (("same", saved), ("other", target)):
+        arguments = f"{case.model} {case.execution} --load {run(saved).folder / 'checkpoints'} --no-load-rng"
+        arguments += f" --train-iters {LAST + 6} --override-opt-param-scheduler --save-interval 1000"
+        curves.append(jobs.run(f"go-on-in-{name}", arguments, case.ranks).curve)
+    same, other = ([point["lm loss"] for point in curve] for curve in curves)
+    assert max(abs(a - b) / b for a, b in zip(other, same, strict=True)) < 2e-6
+
+
+def test_the_step_is_saved(run):
+    from megatron.core import dist_checkpointing
+
+    folder = run(Case("peri", variant=DISTRIBUTED)).folder / "checkpoints" / f"iter_{LAST:07d}"
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    assert {group["step"] for group in common["optimizer"]["optimizer"]["param_groups"]} == {LAST}
