@@ -23,13 +23,14 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as upstream
+from torch import nn
 
 from megatron_periln.models.latent_attention import mend_latent_attention
 from megatron_periln.models.local import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, NormPlacement, ResidualNorm
 
-__all__ = ["GPTModelBuilder", "GPTModelConfig", "placed_layer_spec"]
+__all__ = ["GPTModelBuilder", "GPTModelConfig", "honour_no_grad", "placed_layer_spec"]
 
 
 @dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
         config: GPTModelConfig = self._model_config
         with _placed_mtp_spec(config.norm_placement):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        _honour_no_grad(model)
+        honour_no_grad(model)
         mend_latent_attention(model)
         if config.norm_placement.embedding and model.pre_process:
             EmbeddingNorm(config.transformer).attach(model)
@@ -121,12 +122,14 @@ def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
         upstream.mtp_block_spec = build_spec
 
 
-def _honour_no_grad(model: GPTModel) -> None:
+def honour_no_grad(model: nn.Module) -> None:
     """Let the residual slots see the caller's grad mode.
 
     ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in the slots that
     would keep every layer's activations alive in evaluation, and inside full recomputation.
     """
     for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp_bda, ResidualNorm):
+        if isinstance(layer, TransformerLayer) and any(
+            isinstance(slot, ResidualNorm) for slot in (layer.self_attn_bda, layer.mlp_bda)
+        ):
             layer.bias_dropout_add_exec_handler = contextlib.nullcontext

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -34,11 +35,11 @@ class EmbeddingNorm(Norm):
         super().__init__(config)
         self.bypassed = False
 
-    def attach(self, model: GPTModel) -> None:
+    def attach(self, model: GPTModel | HybridModel) -> None:
         """Add this norm to ``model.embedding``, and let ``model.mtp`` read past it."""
         model.embedding.add_module("norm", self)
         model.embedding.embedding_dropout.register_forward_pre_hook(self._before_dropout)
-        if model.mtp_process:
+        if getattr(model, "mtp", None) is not None:
             model.mtp.register_forward_pre_hook(self._before_mtp, with_kwargs=True)
 
     def _before_dropout(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

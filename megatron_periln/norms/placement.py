@@ -115,7 +115,7 @@ class NormPlacement:
             output_norm_epsilon=output_norm_epsilon,
         )
 
-    def initial_output_gain(self, num_layers: int) -> float:
+    def initial_output_gain(self, num_layers: float) -> float:
         """Return the output gains' initial value in a model of ``num_layers`` layers."""
         return num_layers**-0.5 if self.output_norm_init == "depth-scaled" else 1.0
 

@@ -55,11 +55,13 @@ class OutputNormAdd(ResidualNorm):
     """``residual + dropout(norm(branch + bias))``: the output norm of Peri-LN and output-only."""
 
     def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
+        # A hybrid model counts each sublayer as a layer.
+        depth = config.num_layers / 2 if config.is_hybrid_model else config.num_layers
         super().__init__(
             Norm(
                 config,
                 eps=placement.output_norm_epsilon,
-                initial_gain=placement.initial_output_gain(config.num_layers),
+                initial_gain=placement.initial_output_gain(depth),
                 trainable=not placement.freeze_output_norm,
             )
         )

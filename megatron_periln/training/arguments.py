@@ -29,7 +29,6 @@ _OTHER_TRAINING = {
     "perform_rl_step": "--perform-rl-step",
     "logits_load_dir": "--logits-load-dir",
     "hybrid_context_parallel": "--hybrid-context-parallel",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern",
     "yaml_cfg": "--yaml-cfg",
 }
 

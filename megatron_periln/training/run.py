@@ -7,11 +7,15 @@ import time
 from megatron.core.enums import ModelType
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_args, inprocess_restart, pretrain, set_startup_timestamps
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_periln import fixes
-from megatron_periln.models import GPTModelConfig
+from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.training.arguments import parse, placement_from_args
 from megatron_periln.training.datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.forward_step import forward_step
@@ -53,7 +57,10 @@ def run(program_start: float) -> None:
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     if args.rank == 0:
         check_data(args)
-    model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_from_args(args)
     wrapped_pretrain(
         pretrain_cfg_container_from_args(args, model_config),

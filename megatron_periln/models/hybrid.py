@@ -1,0 +1,147 @@
+"""Megatron's HybridModel with a norm placement.
+
+In a hybrid model each sublayer is a layer of its own, named by a symbol in
+``hybrid_layer_pattern``: ``*`` attention, ``-`` MLP, ``E`` mixture of experts. ``"*-" * L`` is the
+GPT of ``L`` layers. Upstream means HybridModel to take GPTModel's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from megatron.training.models import hybrid as upstream
+
+from megatron_periln.models.gpt import honour_no_grad
+from megatron_periln.models.latent_attention import mend_latent_attention
+from megatron_periln.models.local import complete_local_spec
+from megatron_periln.models.place_norms import place_norms
+from megatron_periln.models.specs import with_submodules
+from megatron_periln.norms import PERI, EmbeddingNorm, NoNorm, NormPlacement
+
+__all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec"]
+
+
+@dataclass(kw_only=True)
+class HybridModelConfig(upstream.HybridModelConfig):
+    """Megatron's ``HybridModelConfig`` and where the norms stand.
+
+    Attributes
+    ----------
+    norm_placement
+        Applied to attention, MLP and mixture-of-experts layers. Mamba and gated-delta-net layers
+        have no residual slot that a norm could take, and are refused except with ``pre``.
+    """
+
+    builder: ClassVar[str] = "megatron_periln.models.hybrid.HybridModelBuilder"
+    norm_placement: NormPlacement = PERI
+
+
+class HybridModelBuilder(upstream.HybridModelBuilder):
+    """Megatron's ``HybridModelBuilder`` for a `HybridModelConfig`."""
+
+    def __init__(self, model_config: HybridModelConfig) -> None:
+        config, placement = model_config.transformer, model_config.norm_placement
+        local = config.transformer_impl == "local"
+        spec = model_config.hybrid_stack_spec or (local_stack_spec(config) if local else hybrid_stack_spec)
+        layers = {
+            field.name: place_norms(layer, placement, config)
+            for field in fields(spec.submodules)
+            if isinstance(layer := getattr(spec.submodules, field.name), ModuleSpec)
+            and isinstance(layer.submodules, TransformerLayerSubmodules)
+        }
+        placed = with_submodules(spec, replace(spec.submodules, **layers))
+        super().__init__(replace(model_config, hybrid_stack_spec=placed))  # type: ignore[call-arg]
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> HybridModel:
+        """Build one pipeline stage, as upstream does, with its norms placed.
+
+        Raises
+        ------
+        ValueError
+            If the pattern has layers in which ``norm_placement`` has no place.
+        """
+        config: HybridModelConfig = self._model_config
+        placement = config.norm_placement
+        misfits = set(config.hybrid_layer_pattern or "") & set("MG")
+        if misfits and placement.name != "pre":
+            raise ValueError(
+                f"hybrid_layer_pattern {config.hybrid_layer_pattern!r}: norm placement {placement.name!r} "
+                f"has no place in layers {', '.join(sorted(misfits))}; use layers *, - and E, or pre"
+            )
+        with _final_norm(config):
+            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        honour_no_grad(model)
+        mend_latent_attention(model)
+        if placement.embedding and model.pre_process:
+            EmbeddingNorm(config.transformer).attach(model)
+        return model
+
+
+def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return a hybrid stack of Megatron's local layers; upstream has one for Transformer Engine only."""
+    build = functools.partial(
+        get_gpt_layer_local_submodules,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+
+    def layer(module: type, whole: TransformerLayerSubmodules, *names: str) -> ModuleSpec:
+        parts = {name: getattr(whole, name) for name in names}
+        keys = {key: value for key, value in whole.sharded_state_dict_keys_map.items() if key[:-1] in names}
+        return ModuleSpec(
+            module=module, submodules=TransformerLayerSubmodules(**parts, sharded_state_dict_keys_map=keys)
+        )
+
+    attention = ("input_layernorm", "self_attention", "self_attn_bda")
+    mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    stack = hybrid_block.HybridStackSubmodules(
+        attention_layer=layer(TransformerLayer, build(), *attention),
+        mla_layer=layer(TransformerLayer, build(multi_latent_attention=True), *attention),
+        mlp_layer=layer(MLPLayer, build(), *mlp),
+        moe_layer=layer(MoETransformerLayer, build(config.num_moe_experts or 1), *mlp),
+    )
+    spec = ModuleSpec(module=hybrid_block.HybridStack, submodules=stack)
+    return complete_local_spec(spec, config)
+
+
+@contextlib.contextmanager
+def _final_norm(config: HybridModelConfig) -> Iterator[None]:
+    """Choose the final norm while a model is built.
+
+    ``HybridStack`` (megatron/core/models/hybrid/hybrid_block.py) builds Transformer Engine's
+    ``TENorm`` by name; it takes none from the spec.
+    """
+    stock = hybrid_block.TENorm
+    if not config.norm_placement.final:
+        hybrid_block.TENorm = NoNorm
+    elif config.transformer.transformer_impl == "local":
+        table = complete_local_spec([WrappedTorchNorm], config.transformer)
+        hybrid_block.TENorm = table[0]
+    try:
+        yield
+    finally:
+        hybrid_block.TENorm = stock
