@@ -1,0 +1,50 @@
+"""Dropout draws from each rank's own generator: runs are compared by replay and in the mean."""
+
+import statistics
+
+import pytest
+
+from tests.parallel.cases import Case
+from tests.parallel.conftest import FIRST
+
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+
+
+def dropped(jobs, run, name, layout, extra=""):
+    case = Case("peri", layout=layout)
+    load = run(case.one_process).folder / "checkpoints"
+    arguments = f"{case.model} {case.execution} {DROPOUT} --load {load} --ckpt-step {FIRST - 1} --no-load-rng"
+    return jobs.run(f"dropout-{name}", f"{arguments} --save-interval 1000 {extra}", case.ranks).curve
+
+
+@pytest.fixture(scope="module")
+def curves(jobs, run):
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return {
+        "one": dropped(jobs, run, "one", "1"),
+        "recomputed": dropped(jobs, run, "recomputed", "1", full),
+        "split": dropped(jobs, run, "split", "TP2+SP"),
+        "split again": dropped(jobs, run, "split-again", "TP2+SP"),
+        "split, recomputed": dropped(jobs, run, "split-recomputed", "TP2+SP", full),
+    }
+
+
+@pytest.mark.parametrize(
+    ("run_", "replay"), [("split", "split again"), ("split", "split, recomputed"), ("one", "recomputed")]
+)
+def test_dropout_replays(curves, run_, replay):
+    assert curves[run_] == curves[replay]
+
+
+def test_dropout_acts(curves, run):
+    undropped = run(Case("peri")).curve[FIRST - 1 :]
+    assert curves["one"] != undropped
+    assert curves["one"] != curves["split"]
+
+
+def test_split_dropout_has_the_same_mean(curves, run):
+    """Over a dozen steps, layouts are as far apart as noise, and dropout costs both the same."""
+    mean = {name: statistics.fmean(point["lm loss"] for point in curve) for name, curve in curves.items()}
+    without = statistics.fmean(point["lm loss"] for point in run(Case("peri")).curve[FIRST - 1 :])
+    assert mean["one"] > without and mean["split"] > without
+    assert abs(mean["split"] - mean["one"]) < 0.02 * mean["one"]
