@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu lint install constraints clean
+.PHONY: quickstart test test-gpu parallelism lint install constraints clean
 
 quickstart: install  ## Pretrain a small GPT from raw text, on the GPU if there is one
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENT)
@@ -18,6 +18,9 @@ test: lint  ## Lint, types and all tests that need no GPU
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+
+parallelism: install  ## Write docs/parallelism.md from what the layout tests reach
+	MEGATRON_PERILN_REPORT=docs/parallelism.md $(PY) -m pytest tests/parallel/test_layouts.py
 
 lint: install
 	$(VENV)/bin/ruff check .

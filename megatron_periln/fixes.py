@@ -78,7 +78,8 @@ def keep_adam_steps_apart() -> None:
     ``DistributedOptimizer.load_state_dict`` gives all parameters the same ``step`` tensor, which
     torch's Adam then increments once per parameter: a resumed run diverges silently. The loaders
     of resharded state moreover copy every entry of the state, ``step`` included, from a checkpoint
-    that keeps ``step`` elsewhere, and raise ``KeyError``.
+    that keeps ``step`` elsewhere, and raise ``KeyError``; and copy into fp32 weights while autograd
+    watches, and raise ``RuntimeError``.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -95,7 +96,8 @@ def keep_adam_steps_apart() -> None:
                 state["step"] = state["step"].clone()
 
     def without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, model_param, {"step": None, **tensors})
+        with torch.no_grad():
+            set_states(self, model_param, {**tensors, "step": None})
 
     optimizer_class.load_state_dict = with_own_steps
     optimizer_class._set_main_param_and_optimizer_states = without_step

@@ -20,7 +20,7 @@ _COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
     ("moe_router_fusion", False, "it is a CUDA kernel"),
     ("cuda_graph_impl", "none", "there are no CUDA graphs"),
     ("tp_comm_overlap", False, "it needs Transformer Engine"),
-    ("use_te_rng_tracker", False, "it needs Transformer Engine"),
+    ("te_rng_tracker", False, "it needs Transformer Engine"),
 )
 
 # What has none: argument, flag, what to do.

@@ -87,9 +87,27 @@ def _restore_recomputed_outputs_by_copying() -> None:
     random._get_share_storage = lambda: copy_storage
 
 
+def _keep_data_loaders_off_the_devices_generator() -> None:
+    """Give each data loader a generator of its own.
+
+    torch's ``DataLoader`` draws a seed from the CPU's generator whenever it is iterated. Here that
+    generator is the device's too, which Megatron restores before it builds its loaders: the draw
+    would change what dropout does after a resume.
+    """
+    init = torch.utils.data.DataLoader.__init__
+
+    def with_own_generator(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("generator") is None:
+            kwargs["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+        init(self, *args, **kwargs)
+
+    torch.utils.data.DataLoader.__init__ = with_own_generator  # type: ignore[method-assign]
+
+
 def install_before_import() -> None:
     """Install what must precede the import of megatron."""
     _compile_nothing()
+    _keep_data_loaders_off_the_devices_generator()
 
 
 def install_after_import() -> None:

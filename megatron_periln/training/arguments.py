@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import NoReturn
 
@@ -29,7 +30,6 @@ _OTHER_TRAINING = {
     "perform_rl_step": "--perform-rl-step",
     "logits_load_dir": "--logits-load-dir",
     "hybrid_context_parallel": "--hybrid-context-parallel",
-    "yaml_cfg": "--yaml-cfg",
 }
 
 
@@ -169,6 +169,8 @@ def parse() -> Namespace:
     UsageError
         For flags that are wrong, contradict each other, or contradict the checkpoint to load.
     """
+    if any(argument.startswith("--yaml-cfg") for argument in sys.argv):  # parse_args would read it
+        raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     args = parse_args(add_arguments)
     _check(args)
     if args.use_checkpoint_args:

@@ -1,4 +1,5 @@
 import functools
+import os
 import sysconfig
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.parallel.jobs import Jobs
+from tests.parallel.report import page
 
 # Every run ends after LAST iterations; those that are compared start from one process's
 # checkpoint of iteration FIRST - 1.
@@ -51,3 +53,12 @@ def run(jobs):
         return jobs.run(name, arguments, case.ranks, changes=changes)
 
     return cached
+
+
+@pytest.fixture(scope="session")
+def report():
+    """Collect what was reached; ``MEGATRON_PERILN_REPORT`` names the page to write it to."""
+    reached = {}
+    yield reached
+    if "MEGATRON_PERILN_REPORT" in os.environ:
+        Path(os.environ["MEGATRON_PERILN_REPORT"]).write_text(page(reached))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from tests.parallel.cases import CASES
@@ -6,7 +8,15 @@ from tests.parallel.conftest import FIRST, LAST
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_layout_gives_the_numbers_of_one_process(run, case, record_property):
+def test_a_layout_gives_the_numbers_of_one_process(run, case, report):
     apart = distance(run(case), run(case.one_process), FIRST, LAST)
-    record_property("distance", apart)
+    report[case] = apart
     assert not apart.exceeds(BF16 if case.variant == "bf16" else FP32), apart
+
+
+def test_the_documentation_lists_every_case():
+    rows = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    for case in CASES:
+        model = ", ".join(filter(None, (case.architecture, case.variant)))
+        layout = ", ".join(filter(None, (case.layout, case.options)))
+        assert f"| {case.placement} | {model} | {layout} |" in rows

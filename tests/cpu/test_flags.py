@@ -1,0 +1,96 @@
+"""Megatron's flags under ``--device cpu``."""
+
+import re
+import sys
+from argparse import Namespace
+
+import pytest
+
+from megatron_periln.cpu.flags import _COUNTERPARTS, _GPU_ONLY, adapt_arguments
+from megatron_periln.errors import UsageError
+
+# Argument: what asks for the GPU, as Megatron's parser stores it.
+ASKED = {
+    "distributed_backend": "nccl",
+    "transformer_impl": "transformer_engine",
+    "no_persist_layer_norm": False,
+    "gradient_accumulation_fusion": True,
+    "masked_softmax_fusion": True,
+    "apply_rope_fusion": True,
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "cuda_graph_impl": "local",
+    "tp_comm_overlap": True,
+    "te_rng_tracker": True,
+}
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    """Megatron's arguments when none are given."""
+    from megatron.training.arguments import parse_args
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain"])
+        return parse_args()
+
+
+def test_every_counterpart_is_tried():
+    assert set(ASKED) == {name for name, _, _ in _COUNTERPARTS}
+
+
+@pytest.mark.parametrize("name, value, reason", _COUNTERPARTS)
+def test_counterpart_is_set_and_reported_in_words(name, value, reason):
+    args = Namespace(**{name: ASKED[name]})
+    (change,) = adapt_arguments(args)
+    assert getattr(args, name) == value
+    assert change == f"{name} {ASKED[name]} -> {value} ({reason})"
+
+
+def test_nothing_is_reported_when_all_is_right():
+    right = {name: value for name, value, _ in _COUNTERPARTS}
+    args = Namespace(**right, fp8=None, use_torch_fsdp2=False)
+    assert adapt_arguments(args) == []
+    assert adapt_arguments(Namespace()) == []
+    assert vars(args) == {**right, "fp8": None, "use_torch_fsdp2": False}
+
+
+@pytest.mark.parametrize("name, flag, advice", _GPU_ONLY)
+def test_flag_that_needs_a_gpu_is_refused_with_advice(name, flag, advice):
+    args = Namespace(**{name: "hybrid", "distributed_backend": "nccl"})
+    with pytest.raises(UsageError) as refusal:
+        adapt_arguments(args)
+    assert str(refusal.value).startswith(f"{flag} needs a GPU")
+    assert str(refusal.value).endswith(advice)
+    assert args.distributed_backend == "nccl"
+
+
+@pytest.mark.parametrize("name", [*ASKED, *(name for name, _, _ in _GPU_ONLY)])
+def test_argument_is_megatron_s(defaults, name):
+    assert hasattr(defaults, name)
+
+
+@pytest.mark.parametrize("name, flag, _", _GPU_ONLY)
+def test_flag_sets_its_argument_in_megatron_s_parser(monkeypatch, defaults, name, flag, _):
+    from megatron.training.arguments import parse_args
+
+    value = {"--fp8-format": ["hybrid"], "--fp4-format": ["e2m1"]}.get(flag, [])
+    monkeypatch.setattr(sys, "argv", ["pretrain", flag, *value])
+    assert getattr(parse_args(), name)
+    assert not getattr(defaults, name)
+
+
+@pytest.mark.parametrize(
+    "flag", sorted({flag for *_, advice in _GPU_ONLY for flag in re.findall(r"--[\w-]+", advice)})
+)
+def test_advised_flag_exists(monkeypatch, flag):
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", flag])
+    parse_args()
+
+
+def test_megatron_s_defaults_become_right(defaults):
+    changed = {line.split()[0] for line in adapt_arguments(defaults)}
+    assert {"distributed_backend", "transformer_impl", "gradient_accumulation_fusion"} <= changed
+    assert adapt_arguments(defaults) == []

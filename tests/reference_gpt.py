@@ -1,0 +1,218 @@
+"""A GPT in plain PyTorch to compare Megatron's with: the formulas, and nothing of Megatron.
+
+`Layer.around` is the definition of the norm placements. Weights come from a Megatron state dict
+(`load_megatron`), and gradients go back under Megatron's names and in its layout
+(`megatron_gradients`), so that every parameter can be compared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Shape:
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_positions: int
+    placement: str
+    embedding_norm: bool
+    normalization: str = "RMSNorm"
+    eps: float = 1e-5
+    output_eps: float | None = None
+    zero_centered_gamma: bool = False
+    gated: bool = True
+    bias: bool = False
+    rope: bool = True
+    tied: bool = False
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_heads
+
+
+class Norm(nn.Module):
+    def __init__(self, shape, eps):
+        super().__init__()
+        self.eps, self.zero_centered_gamma = eps, shape.zero_centered_gamma
+        self.weight = nn.Parameter(torch.zeros(shape.hidden_size) + (not shape.zero_centered_gamma))
+        self.bias = (
+            nn.Parameter(torch.zeros(shape.hidden_size)) if shape.normalization == "LayerNorm" else None
+        )
+
+    def forward(self, x):
+        gain = 1 + self.weight if self.zero_centered_gamma else self.weight
+        if self.bias is None:
+            return gain * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        variance = centered.square().mean(-1, keepdim=True)
+        return gain * centered / (variance + self.eps).sqrt() + self.bias
+
+
+def rotate(x):
+    """Apply rotary position embeddings to ``[batch, heads, sequence, head_dim]``."""
+    sequence, dim = x.shape[-2:]
+    frequencies = 10000 ** (-torch.arange(0, dim, 2, dtype=x.dtype) / dim)
+    angles = torch.arange(sequence, dtype=x.dtype)[:, None] * frequencies
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        kv_size = shape.num_query_groups * shape.head_dim
+        self.query = nn.Linear(shape.hidden_size, shape.hidden_size, shape.bias)
+        self.key = nn.Linear(shape.hidden_size, kv_size, shape.bias)
+        self.value = nn.Linear(shape.hidden_size, kv_size, shape.bias)
+        self.out = nn.Linear(shape.hidden_size, shape.hidden_size, shape.bias)
+
+    def forward(self, x):
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        if self.shape.rope:
+            q, k = rotate(q), rotate(k)
+        heads_per_group = self.shape.num_heads // self.shape.num_query_groups
+        k, v = k.repeat_interleave(heads_per_group, 1), v.repeat_interleave(heads_per_group, 1)
+        scores = q @ k.transpose(-1, -2) / self.shape.head_dim**0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        attended = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+        return self.out(attended.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gate = nn.Linear(shape.hidden_size, shape.ffn_hidden_size, shape.bias) if shape.gated else None
+        self.up = nn.Linear(shape.hidden_size, shape.ffn_hidden_size, shape.bias)
+        self.down = nn.Linear(shape.ffn_hidden_size, shape.hidden_size, shape.bias)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nn.Module):
+    """Has both norms of each sublayer; those that the placement does not use get no gradient."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        output_eps = shape.eps if shape.output_eps is None else shape.output_eps
+        self.attention_input_norm, self.mlp_input_norm = Norm(shape, shape.eps), Norm(shape, shape.eps)
+        self.attention_output_norm, self.mlp_output_norm = Norm(shape, output_eps), Norm(shape, output_eps)
+        self.attention, self.mlp = Attention(shape), MLP(shape)
+
+    def forward(self, x):
+        x = self.around(x, self.attention, self.attention_input_norm, self.attention_output_norm)
+        return self.around(x, self.mlp, self.mlp_input_norm, self.mlp_output_norm)
+
+    def around(self, x, sublayer, input_norm, output_norm):
+        match self.shape.placement:
+            case "pre":
+                return x + sublayer(input_norm(x))
+            case "post":
+                return output_norm(x + sublayer(x))
+            case "peri":
+                return x + output_norm(sublayer(input_norm(x)))
+            case "output":
+                return x + output_norm(sublayer(x))
+
+
+class ReferenceGPT(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
+        self.embedding_norm = Norm(shape, shape.eps)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
+        self.final_norm = Norm(shape, shape.eps)
+        self.unembedding = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        if shape.tied:
+            self.unembedding.weight = self.tokens.weight
+
+    def forward(self, ids):
+        """Return the logits ``[batch, sequence, vocabulary]`` of ``ids``, ``[batch, sequence]``."""
+        x = self.tokens(ids)
+        if not self.shape.rope:
+            x = x + self.positions(torch.arange(ids.size(1)))
+        if self.shape.embedding_norm:
+            x = self.embedding_norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        if self.shape.placement != "post":
+            x = self.final_norm(x)
+        return self.unembedding(x)
+
+
+def megatron_names(model):
+    """Return ``{Megatron's name: the modules whose parameters it holds}``, in Megatron's order."""
+    names = {
+        "embedding.word_embeddings": [model.tokens],
+        "embedding.position_embeddings": [model.positions],
+        "embedding.norm": [model.embedding_norm],
+        "decoder.final_layernorm": [model.final_norm],
+    }
+    for i, layer in enumerate(model.layers):
+        attention, mlp, prefix = layer.attention, layer.mlp, f"decoder.layers.{i}."
+        names[prefix + "input_layernorm"] = [layer.attention_input_norm]
+        names[prefix + "self_attention.linear_qkv"] = [attention.query, attention.key, attention.value]
+        names[prefix + "self_attention.linear_proj"] = [attention.out]
+        names[prefix + "self_attn_bda.norm"] = [layer.attention_output_norm]
+        names[prefix + "pre_mlp_layernorm"] = [layer.mlp_input_norm]
+        names[prefix + "mlp.linear_fc1"] = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
+        names[prefix + "mlp.linear_fc2"] = [mlp.down]
+        names[prefix + "mlp_bda.norm"] = [layer.mlp_output_norm]
+    if not model.shape.tied:
+        names["output_layer"] = [model.unembedding]
+    return names
+
+
+def join_qkv(query, key, value, shape):
+    """Interleave rows as Megatron does: for each query group its query heads, its key, its value."""
+    groups = [part.unflatten(0, (shape.num_query_groups, -1)) for part in (query, key, value)]
+    return torch.cat(groups, dim=1).flatten(0, 1)
+
+
+def split_qkv(fused, shape):
+    """Undo `join_qkv`."""
+    queries = shape.num_heads // shape.num_query_groups * shape.head_dim
+    groups = fused.unflatten(0, (shape.num_query_groups, -1))
+    return [part.flatten(0, 1) for part in groups.split([queries, shape.head_dim, shape.head_dim], dim=1)]
+
+
+def load_megatron(model, state_dict):
+    """Copy a Megatron GPT's weights into ``model``; every one of them must have its place."""
+    names = megatron_names(model)
+    with torch.no_grad():
+        for name, weights in state_dict.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "_extra_state":
+                continue
+            parts = names[module]
+            split = split_qkv(weights, model.shape) if len(parts) == 3 else weights.chunk(len(parts))
+            for part, rows in zip(parts, split, strict=True):
+                getattr(part, kind).copy_(rows)
+    return model
+
+
+def megatron_gradients(model):
+    """Return ``{Megatron's parameter name: gradient}`` of all parameters that have one."""
+    gradients = {}
+    for module, parts in megatron_names(model).items():
+        for kind, parameter in parts[0].named_parameters():
+            if parameter.grad is not None:
+                grads = [getattr(part, kind).grad for part in parts]
+                joined = join_qkv(*grads, model.shape) if len(parts) == 3 else torch.cat(grads)
+                gradients[f"{module}.{kind}"] = joined
+    return gradients

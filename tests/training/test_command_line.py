@@ -1,0 +1,171 @@
+"""Bad command lines end with status 1 and one line that says what was wrong, where, and what to do."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_periln.norms import PLACEMENTS
+
+ROOT = Path(__file__).parents[2]
+
+BAD_FLAGS = {
+    "unknown placement": (
+        "--norm-placement sandwich",
+        ["--norm-placement", "'sandwich'", "'peri'", "--help"],
+    ),
+    "misspelt flag": ("--norm-placment peri", ["--norm-placment peri", "--help"]),
+    "frozen output norm without one": (
+        "--norm-placement pre --freeze-output-norm",
+        ["'pre' has no output norm", "freeze", "choose peri or output", "drop the output-norm options"],
+    ),
+    "depth-scaled gains without output norm": (
+        "--norm-placement post --output-norm-init depth-scaled",
+        ["'post' has no output norm", "choose peri or output"],
+    ),
+    "negative epsilon": ("--output-norm-epsilon -1", ["output_norm_epsilon must be positive", "-1.0"]),
+    "hidden size": (
+        "--hidden-size 66",
+        ["--hidden-size (66) must be divisible by --num-attention-heads (4)", "change one"],
+    ),
+    "heads": (
+        "--tensor-model-parallel-size 3",
+        ["--num-attention-heads (4) must be divisible by --tensor-model-parallel-size (3)", "change one"],
+    ),
+    "feed-forward size": (
+        "--tensor-model-parallel-size 4 --ffn-hidden-size 130",
+        ["--ffn-hidden-size (130) must be divisible by --tensor-model-parallel-size (4)"],
+    ),
+    "fp8 on the CPU": ("--fp8-format hybrid", ["--fp8-format needs a GPU", "--device cpu", "use --bf16"]),
+    "checkpoint arguments without checkpoint": (
+        "--use-checkpoint-args",
+        ["--use-checkpoint-args needs a checkpoint", "give --load or --pretrained-checkpoint"],
+    ),
+    "refused by Megatron": (
+        "--seq-length 128",
+        ["Megatron refuses these flags", "max_position_embeddings (64)", "seq_length (128)"],
+    ),
+    "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
+}
+
+OTHER_TRAINING = [
+    "--sft",
+    "--fim-data",
+    "--perform-rl-step",
+    "--logits-load-dir logits",
+    "--hybrid-context-parallel",
+    "--yaml-cfg model.yaml",
+]
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_refused(refused, name):
+    arguments, words = BAD_FLAGS[name]
+    error = refused(name.replace(" ", "-"), arguments)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("arguments", OTHER_TRAINING)
+def test_other_kinds_of_training_are_refused(refused, arguments):
+    flag = arguments.split()[0]
+    error = refused(f"other{flag}", arguments)
+    assert error == f"error: {flag} is not part of GPT pretraining with a norm placement; drop it"
+
+
+def test_sequence_length_must_fit_sequence_parallelism(refused):
+    flags = "--tensor-model-parallel-size 4 --sequence-parallel --seq-length 63"
+    error = refused("sequence-length", flags, environment={"WORLD_SIZE": "4"})
+    assert "--seq-length (63) must be divisible by --tensor-model-parallel-size (4)" in error
+
+
+def test_only_the_first_rank_speaks(refused):
+    error = refused("world-size", "--pipeline-model-parallel-size 3", ranks=2)
+    assert "WORLD_SIZE (2) must be divisible by tensor x pipeline x context parallel size (3)" in error
+    assert "change one of them" in error
+
+
+@pytest.fixture
+def damaged(indexed_bytes, tmp_path):
+    """A copy of the dataset, to be damaged."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{indexed_bytes}{suffix}", tmp_path / f"copy_text_document{suffix}")
+    return tmp_path / "copy_text_document"
+
+
+def test_data_must_be_given(refused):
+    error = refused("no-data", "", changes=["tests.training.test_command_line.forget_the_data"])
+    assert "no data: give --data-path PREFIX" in error
+    assert "tools/preprocess_data.py" in error
+    assert "--mock-data" in error
+
+
+def forget_the_data():
+    at = sys.argv.index("--data-path")
+    del sys.argv[at : at + 2]
+
+
+def test_missing_dataset_is_named_with_what_is_near(refused, damaged):
+    prefix = str(damaged).removesuffix("_text_document")
+    error = refused("missing-data", f"--data-path {prefix}")
+    assert f"{prefix}: no such dataset" in error
+    assert f"did you mean {damaged}?" in error
+
+
+def test_truncated_tokens_are_found(refused, damaged):
+    size = damaged.with_suffix(".bin").stat().st_size
+    os.truncate(damaged.with_suffix(".bin"), size - 2)
+    error = refused("truncated-bin", f"--data-path {damaged}")
+    assert f"{damaged}.bin: truncated: {size - 2} bytes" in error
+    assert f"needs {size}; copy or preprocess the dataset again" in error
+
+
+def test_foreign_index_is_found(refused, damaged):
+    index = bytearray(damaged.with_suffix(".idx").read_bytes())
+    index[:9] = b"TNTIDX\x00\x00\x00"
+    damaged.with_suffix(".idx").write_bytes(index)
+    error = refused("foreign-idx", f"--data-path {damaged}")
+    assert f"{damaged}.idx: not an indexed dataset: it starts with b'TNTIDX" in error
+    assert "tools/preprocess_data.py" in error
+
+
+def test_help_all_shows_megatron_s_flags_too(jobs):
+    job = jobs.run("help-all", common="--help-all")
+    assert "--norm-placement {pre,post,peri,output}" in job.log
+    for flag in ("--hidden-size", "--tensor-model-parallel-size", "--use-distributed-optimizer"):
+        assert re.search(rf"^  {flag}\b", job.log, re.MULTILINE)
+    assert not (job.folder / "curve.json").exists()
+
+
+def pretrain(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_periln.pretrain", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_fits_a_screen_even_without_a_gpu():
+    process = pretrain("--help")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0].startswith("usage: torchrun --nproc-per-node N -m megatron_periln.pretrain")
+    assert len(lines) < 60
+    assert "norm placement:" in lines
+    for word in ("--norm-placement", "--embedding-norm", "--freeze-output-norm", "--device", *PLACEMENTS):
+        assert word in process.stdout
+
+
+def test_no_gpu_is_an_error_that_says_what_to_do():
+    process = pretrain("--num-layers", "2")
+    assert process.returncode == 1
+    (error,) = process.stderr.splitlines()
+    assert error.startswith("error: no GPU is visible")
+    assert "--device cpu" in error
+    assert process.stdout == ""

@@ -1,0 +1,74 @@
+"""Checkpoints of another placement are refused; those of stock Megatron are Pre-LN's."""
+
+import pytest
+
+from megatron_periln.norms import PLACEMENTS
+from tests.training.model import MODEL
+
+OTHER = {"pre": "peri", "post": "pre", "peri": "output", "output": "post"}
+
+
+def structure(placement):
+    return PLACEMENTS[placement].structure()
+
+
+def checkpoints(job):
+    return job.folder / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def continued(jobs):
+    """Continue from a job's checkpoint for one iteration more."""
+
+    def run(name, job, arguments):
+        more = f"--train-iters 7 --override-opt-param-scheduler --load {checkpoints(job)}"
+        return jobs.run(f"continued-{name}", f"{MODEL} {more} {arguments}")
+
+    return run
+
+
+def norms(weights):
+    return {name for name in weights if "norm" in name and not name.startswith("optimizer")}
+
+
+@pytest.mark.parametrize("saved, asked", OTHER.items())
+def test_another_placement_is_refused(trained, refused, saved, asked):
+    folder = checkpoints(trained(saved))
+    error = refused(f"{saved}-as-{asked}", f"--norm-placement {asked} --load {folder}")
+    assert str(folder) in error
+    assert f"has norm placement {structure(saved)}, and this run asks for {structure(asked)}" in error
+    assert f"give --norm-placement {saved}" in error
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_another_embedding_norm_is_refused(trained, refused, flag):
+    folder = checkpoints(trained("peri"))
+    error = refused(f"embedding{flag}", f"--norm-placement peri --no-embedding-norm {flag} {folder}")
+    assert "peri (with embedding norm), and this run asks for peri (without embedding norm)" in error
+    assert "give --norm-placement peri --embedding-norm to continue it" in error
+    assert f"another {flag} " in error
+
+
+def test_stock_checkpoint_is_refused_by_peri(stock, refused):
+    error = refused("stock-as-peri", f"--norm-placement peri --load {checkpoints(stock)}")
+    assert f"{checkpoints(stock)}, written by stock Megatron, has norm placement pre" in error
+
+
+def test_stock_checkpoint_continues_as_pre(stock, trained, continued):
+    curve = continued("stock-as-pre", stock, "--norm-placement pre").curve
+    assert [point["iteration"] for point in curve] == [7]
+    assert curve == continued("pre", trained("pre"), "--norm-placement pre").curve
+
+
+@pytest.mark.parametrize("saved, asked", [("post", "peri"), ("peri", "pre")])
+def test_placement_is_adopted_from_the_checkpoint(trained, continued, saved, asked):
+    job = continued(
+        f"{saved}-adopted-by-{asked}", trained(saved), f"--norm-placement {asked} --use-checkpoint-args"
+    )
+    assert norms(job.weights(7)) == norms(trained(saved).weights(6))
+    assert job.curve == continued(saved, trained(saved), f"--norm-placement {saved}").curve
+
+
+def test_nothing_to_load_is_nothing_to_refuse(jobs):
+    job = jobs.run("load-nothing", f"{MODEL} --exit-interval 1 --load {jobs.folder / 'absent'}")
+    assert [point["iteration"] for point in job.curve] == [1]
