@@ -32,11 +32,12 @@ def mend_latent_attention(model: nn.Module) -> None:
     for attention in model.modules():
         if not isinstance(attention, MLASelfAttention) or attention.tp_group.size() == 1:
             continue
-        down_projection = attention.linear_kv_down_proj
+        down_projection = getattr(attention, "linear_kv_down_proj", None)
         if isinstance(down_projection, ColumnParallelLinear):
             down_projection.register_forward_hook(_Widen(attention))
-        if not attention.config.sequence_parallel:
-            for parameter in attention.q_layernorm.parameters():
+        query_norm = getattr(attention, "q_layernorm", None)
+        if query_norm is not None and not attention.config.sequence_parallel:
+            for parameter in query_norm.parameters():
                 parameter.average_gradients_across_tp_domain = True
 
 

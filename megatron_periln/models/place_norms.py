@@ -25,9 +25,9 @@ __all__ = ["place_norms"]
 
 # The linears whose input is the residual stream, and what each becomes when Transformer Engine
 # must not normalize that input. Other fused linears (q_up, kv_up) hold query and key norms.
-_STREAM_LINEARS: dict[str, type | None] = {
+_STREAM_LINEARS: dict[str, type] = {
     "linear_qkv": te.TEColumnParallelLinear,
-    "linear_qkv_down_proj": te.TELinear,
+    "linear_qkv_down_proj": te.TEColumnParallelLinear,
     "linear_fc1": te.TEColumnParallelLinear,
     "in_proj": te.TEColumnParallelLinear,
 }
@@ -59,9 +59,15 @@ def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerC
     TypeError
         If ``spec`` is none of these.
     ValueError
-        If ``spec`` fuses a whole sublayer with its input norm, and the placement has none
-        (``--use-transformer-engine-op-fuser``).
+        If ``spec`` fuses an input norm where it can't be taken out, and the placement has none: the
+        operation fuser, heterogeneous and inference-optimized layers; or if inference would skip
+        the residual slots (``inference_fuse_tp_communication``).
     """
+    if config.inference_fuse_tp_communication and (placement.output or placement.after_add):
+        raise ValueError(
+            f"inference_fuse_tp_communication adds the residual without norm placement {placement.name!r}'s "
+            "norm; turn it off or choose pre"
+        )
     place: Callable[[Any], Any] = functools.partial(place_norms, placement=placement, config=config)
     if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
         changes: dict[str, Any] = {"layer_specs": [place(layer) for layer in spec.layer_specs or []]}
@@ -114,14 +120,19 @@ def _unfuse_input_norm(sublayer: Any, placement: NormPlacement) -> Any:
     try:
         submodules = get_submodules(sublayer)
     except (KeyError, ValueError):
+        submodules = None
+    linears = {name: getattr(submodules, name, None) for name in _STREAM_LINEARS}
+    for linear in (sublayer, *linears.values()):
+        name = getattr(getattr(linear, "module", linear), "__name__", "")
+        if "LayerNorm" in name and linear is not te.TELayerNormColumnParallelLinear:
+            raise ValueError(
+                f"{name} normalizes its input, and norm placement {placement.name!r} has no input norm; "
+                "choose pre or peri, or another --transformer-impl"
+            )
+    fused = [name for name, linear in linears.items() if linear is te.TELayerNormColumnParallelLinear]
+    if not fused:
         return sublayer
-    fused = (te.TELayerNormColumnParallelLinear,)
-    plain = {
-        name: linear
-        for name, linear in _STREAM_LINEARS.items()
-        if getattr(submodules, name, None) in fused and linear is not None
-    }
-    return with_submodules(sublayer, replace(submodules, **plain)) if plain else sublayer
+    return with_submodules(sublayer, replace(submodules, **{name: _STREAM_LINEARS[name] for name in fused}))
 
 
 def _fuses_whole_mlp(sublayer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,23 +37,22 @@ class EmbeddingNorm(Norm):
         self.bypassed = False
 
     def attach(self, model: GPTModel | HybridModel) -> None:
-        """Add this norm to ``model.embedding``, and let ``model.mtp`` read past it."""
+        """Add this norm to ``model.embedding``, and let the layers of ``model.mtp`` read past it."""
         model.embedding.add_module("norm", self)
         model.embedding.embedding_dropout.register_forward_pre_hook(self._before_dropout)
-        if getattr(model, "mtp", None) is not None:
-            model.mtp.register_forward_pre_hook(self._before_mtp, with_kwargs=True)
+        if getattr(model, "mtp", None) is None:
+            return
+        for layer in model.mtp.layers:
+            # The two places where a layer of multi-token prediction calls the embedding.
+            for name in ("_get_embeddings", "forward_single_position"):
+                setattr(layer, name, partial(self._bypass, getattr(layer, name)))
 
     def _before_dropout(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return args if self.bypassed else (self(args[0]),)
 
-    def _before_mtp(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "embedding": partial(self._bypass, kwargs["embedding"])}
-
-    def _bypass(self, embedding: nn.Module, **inputs: Tensor) -> Tensor:
+    def _bypass(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.bypassed = True
         try:
-            return embedding(**inputs)
+            return function(*args, **kwargs)
         finally:
             self.bypassed = False

@@ -3,6 +3,7 @@
 A test named ``upstream_still_...`` fails once the change can go.
 """
 
+import inspect
 import logging
 import types
 
@@ -12,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch.utils.data import DataLoader
 
 from tests.cpu.unpatched import copy_of
 
@@ -48,6 +50,38 @@ def test_upstream_still_compiles_while_being_imported(monkeypatch, name):
     module = copy_of(name)
     getattr(module, "jit_fuser", add_one)(add_one)
     assert compiled
+
+
+def order_and_state(loader):
+    """Return what ``loader`` yields in two epochs, and whether that left the device's random state alone."""
+    state = torch.cuda.get_rng_state()
+    order = [[int(item) for item in loader] for _ in range(2)]
+    return order, torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_data_loaders_leave_the_device_s_random_state_alone(shuffle):
+    torch.manual_seed(3)
+    order, untouched = order_and_state(DataLoader(range(20), shuffle=shuffle))
+    assert untouched
+    assert [sorted(epoch) for epoch in order] == [list(range(20))] * 2
+    assert (order[0] != order[1]) is shuffle
+    assert order_and_state(DataLoader(range(20), shuffle=shuffle))[0] == order
+
+
+def test_data_loaders_draw_from_the_generator_they_are_given():
+    given = torch.Generator().manual_seed(3)
+    loader = DataLoader(range(20), shuffle=True, generator=given)
+    assert loader.generator is given
+    order, untouched = order_and_state(loader)
+    assert untouched
+    assert order != order_and_state(DataLoader(range(20), shuffle=True, generator=given))[0]
+
+
+def test_torch_s_data_loaders_still_draw_from_the_cpu_s_generator(monkeypatch):
+    unpatched = inspect.getclosurevars(DataLoader.__init__).nonlocals["init"]
+    monkeypatch.setattr(DataLoader, "__init__", unpatched)
+    assert not order_and_state(DataLoader(range(20)))[1]
 
 
 class Contexts:

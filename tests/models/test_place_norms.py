@@ -139,7 +139,7 @@ def test_linears_fused_with_query_and_key_norms_stay(placement, te_specs):
         assert attention.linear_q_up_proj is attention.linear_kv_up_proj is FUSED
         assert get_submodules(layer.mlp).linear_fc1 is (PLAIN if placement in WITHOUT_INPUT_NORM else FUSED)
     if placement in WITHOUT_INPUT_NORM:
-        assert attention.linear_qkv_down_proj in (te.TELinear, PLAIN)
+        assert attention.linear_qkv_down_proj is PLAIN
     else:
         assert attention.linear_qkv_down_proj is FUSED
 
@@ -208,3 +208,30 @@ def test_an_mlp_fused_with_its_input_norm_is_refused_without_one(placement, name
 def test_what_is_no_layer_or_block_spec_is_refused(wrong):
     with pytest.raises(TypeError, match="layer or block spec"):
         place(wrong, "peri")
+
+
+class InferenceLayerNormLinear:
+    """A linear that normalizes its input, and that `place_norms` does not know."""
+
+
+@pytest.mark.parametrize("placement", WITHOUT_INPUT_NORM)
+def test_an_unknown_linear_that_normalizes_its_input_is_refused(te_specs, placement):
+    spec = SPECS["te"]()
+    attention = spec.submodules.self_attention
+    attention.submodules.linear_qkv = InferenceLayerNormLinear
+    with pytest.raises(
+        ValueError, match=r"InferenceLayerNormLinear normalizes its input.*choose pre or peri"
+    ):
+        place(spec, placement)
+    spec.submodules.self_attention = InferenceLayerNormLinear
+    with pytest.raises(ValueError, match="InferenceLayerNormLinear normalizes its input"):
+        place(spec, placement)
+    place(spec, "peri")
+
+
+def test_inference_that_skips_the_residual_slots_is_refused():
+    config = small.transformer_config()
+    config.inference_fuse_tp_communication = True
+    place_norms(SPECS["local"](), NormPlacement.named("pre"), config)
+    with pytest.raises(ValueError, match="inference_fuse_tp_communication"):
+        place_norms(SPECS["local"](), NormPlacement.named("peri"), config)

@@ -154,3 +154,18 @@ def test_the_norm_of_an_fp32_stream_is_fp32():
     assert model.embedding.norm.weight.dtype == torch.bfloat16
     torch.testing.assert_close(embedded(model), normed(model).float())
     assert embedded(model).dtype == torch.float32
+
+
+def test_speculative_decoding_reads_the_embedding_without_the_norm():
+    model = build(mtp_num_layers=1, positions="rope").eval()
+    layer, ids = model.mtp.layers[0], small.tokens()[0]
+    seen = []
+    layer.enorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        layer.forward_single_position(
+            hidden_states=torch.randn(1, *ids.shape[:1], small.HIDDEN),
+            next_token_ids=ids[:, 1:2],
+            position_ids=torch.zeros(ids.shape[0], 1, dtype=torch.long),
+            embedding=model.embedding,
+        )
+    assert torch.equal(seen[0], raw(model, ids[:, 1:2]))

@@ -49,6 +49,10 @@ BAD_FLAGS = {
         "--seq-length 128",
         ["Megatron refuses these flags", "max_position_embeddings (64)", "seq_length (128)"],
     ),
+    "file of Megatron arguments": (
+        "--yaml-cfg model.yaml",
+        ["--yaml-cfg has no norm placement", "give flags, or a file of them as @FILE"],
+    ),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
 }
 
@@ -58,7 +62,6 @@ OTHER_TRAINING = [
     "--perform-rl-step",
     "--logits-load-dir logits",
     "--hybrid-context-parallel",
-    "--yaml-cfg model.yaml",
 ]
 
 
