@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_periln.errors import UsageError
+
 __all__ = [
     "DTYPES",
     "HEADER",
@@ -45,7 +47,7 @@ DTYPES: dict[int, np.dtype] = {
 _BLOCK = 1 << 20
 
 
-class IndexedDatasetError(ValueError):
+class IndexedDatasetError(UsageError):
     """What is wrong with an indexed dataset, in which file, and what to do, in one line."""
 
 

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from megatron_periln.data.errors import PreprocessError
 
-__all__ = ["Tokenizer", "build_tokenizer", "end_of_document"]
+__all__ = ["Tokenizer", "build_tokenizer", "check_tokenizer_files", "end_of_document"]
 
 _NEEDS_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 _TAKES_HUB_NAME = ("HuggingFaceTokenizer", "SFTTokenizer")
@@ -52,7 +52,7 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
 
     if not args.tokenizer_type:
         raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
-    _check_files(args)
+    check_tokenizer_files(args)
     # Padding of the vocabulary concerns the model and would need its flags.
     args = Namespace(**{**vars(args), "pad_vocab_size": False})
     try:
@@ -90,9 +90,17 @@ def end_of_document(tokenizer: Tokenizer) -> int:
     return eod
 
 
-def _check_files(args: Namespace) -> None:
-    if args.tokenizer_type in _NEEDS_FILE and not args.tokenizer_model:
-        raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model file")
+def check_tokenizer_files(args: Namespace) -> None:
+    """Check that the files exist that the tokenizer flags name.
+
+    Raises
+    ------
+    PreprocessError
+        Naming the flag and the file.
+    """
+    named = args.tokenizer_model or (args.vocab_file and args.tokenizer_type in _TAKES_HUB_NAME)
+    if args.tokenizer_type in (*_NEEDS_FILE, *_TAKES_HUB_NAME) and not named:
+        raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model")
     flags = {
         "--tokenizer-model": args.tokenizer_model,
         "--vocab-file": args.vocab_file,

@@ -13,8 +13,10 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_periln import cpu
 from megatron_periln.cpu.flags import adapt_arguments
+from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import PLACEMENTS, NormPlacement
+from megatron_periln.training.checks import check_flags
 from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
 
 __all__ = ["add_arguments", "parse", "placement_from_args"]
@@ -22,15 +24,6 @@ __all__ = ["add_arguments", "parse", "placement_from_args"]
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
 )
-
-# Megatron's flags that belong to another kind of training than GPT pretraining.
-_OTHER_TRAINING = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "perform_rl_step": "--perform-rl-step",
-    "logits_load_dir": "--logits-load-dir",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-}
 
 
 class _HelpAll(argparse.Action):
@@ -129,33 +122,6 @@ def placement_from_args(args: Namespace) -> NormPlacement:
         raise UsageError(str(error)) from error
 
 
-def _check(args: Namespace) -> None:
-    for name, flag in _OTHER_TRAINING.items():
-        if getattr(args, name, None):
-            raise UsageError(f"{flag} is not part of GPT pretraining with a norm placement; drop it")
-    hidden, heads = args.hidden_size, args.num_attention_heads
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    divisions = [
-        ("--hidden-size", None if args.kv_channels else hidden, "--num-attention-heads", heads),
-        ("--num-attention-heads", heads, "--tensor-model-parallel-size", tensor),
-        ("--ffn-hidden-size", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor),
-        (
-            "WORLD_SIZE",
-            args.world_size,
-            "tensor x pipeline x context parallel size",
-            tensor * pipeline * args.context_parallel_size,
-        ),
-    ]
-    if args.sequence_parallel:
-        divisions.append(("--seq-length", args.seq_length, "--tensor-model-parallel-size", tensor))
-    for dividend_name, dividend, divisor_name, divisor in divisions:
-        if dividend and divisor and dividend % divisor:
-            raise UsageError(
-                f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
-                "change one of them"
-            )
-
-
 def parse() -> Namespace:
     """Parse ``sys.argv``, validate it as Megatron does, and make it Megatron's global arguments.
 
@@ -172,7 +138,7 @@ def parse() -> Namespace:
     if any(argument.startswith("--yaml-cfg") for argument in sys.argv):  # parse_args would read it
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     args = parse_args(add_arguments)
-    _check(args)
+    check_flags(args)
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError(
@@ -181,6 +147,7 @@ def parse() -> Namespace:
         for load_arg in ("pretrained_checkpoint", "load"):
             load_args_from_checkpoint(args, load_arg=load_arg)
             adopt_saved_placement(args, load_arg)
+    check_tokenizer_files(args)
     placement = placement_from_args(args)
     args.embedding_norm = placement.embedding
     refuse_other_placement(args, placement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from megatron.training import get_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_periln.data.indexed import IndexedDatasetError, check_indexed_dataset
+from megatron_periln.data.indexed import check_indexed_dataset
 from megatron_periln.errors import UsageError
 
 __all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets"]
@@ -39,21 +40,22 @@ def check_data(args: Namespace) -> None:
     """
     if args.mock_data:
         return
+    if args.data_path and args.data_args_path:
+        raise UsageError("--data-path and --data-args-path both name the data; give one of them")
     prefixes = set(_prefixes(args))
     if not prefixes:
         raise UsageError(
             "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
         )
     for prefix in sorted(prefixes):
-        try:
-            info = check_indexed_dataset(prefix)
-        except IndexedDatasetError as error:
-            raise UsageError(str(error)) from error
+        info = check_indexed_dataset(prefix)
         if args.split is not None:
             _check_split(args.split, prefix, info.sequences)
 
 
 def _check_split(split: str, prefix: str, sequences: int) -> None:
+    if not re.fullmatch(r"\s*[\d.]+(\s*,\s*[\d.]+){0,2}\s*", split):
+        raise UsageError(f"--split {split} is not three shares such as 969,30,1")
     bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for part, share in zip(("training", "validation", "test"), bounds, strict=True):
         if share is not None and round(share[0] * sequences) == round(share[1] * sequences):

@@ -37,11 +37,29 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
         Parsed arguments; ``--ckpt-step`` is honoured.
     load_arg
         ``"load"`` or ``"pretrained_checkpoint"``.
+
+    Raises
+    ------
+    UsageError
+        If the folder names an iteration that is not there, or is a single checkpoint itself.
     """
-    folder = getattr(args, load_arg)
-    if folder is None or not Path(checkpointing.get_checkpoint_tracker_filename(folder)).is_file():
+    folder, flag = getattr(args, load_arg), f"--{load_arg.replace('_', '-')}"
+    if folder is None:
+        return None
+    if dist_checkpointing.check_is_distributed_checkpoint(folder):
+        raise UsageError(f"{flag} {folder} is one checkpoint; give the folder above it, and --ckpt-step")
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
+    if tracker.is_file():
+        named = tracker.read_text().strip()
+        if not named.isdecimal() and named != "release":
+            raise UsageError(f"{tracker} names no iteration but {named!r}; write the number of one into it")
+    elif not args.ckpt_step:
         return None
     path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+    if not path.is_dir():
+        raise UsageError(
+            f"{flag} {folder}: there is no {path.name}; mend {tracker.name}, or give --ckpt-step"
+        )
     state: dict[str, Any] = {}
     if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         state = dist_checkpointing.load_common_state_dict(str(path))

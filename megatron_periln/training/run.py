@@ -15,8 +15,10 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_periln import fixes
+from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.training.arguments import parse, placement_from_args
+from megatron_periln.training.checks import check_save_folder
 from megatron_periln.training.datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.forward_step import forward_step
 
@@ -57,16 +59,26 @@ def run(program_start: float) -> None:
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     if args.rank == 0:
         check_data(args)
+        check_save_folder(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_from_args(args)
-    wrapped_pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-        get_embedding_ranks=embedding_ranks,
-    )
+    try:
+        wrapped_pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=embedding_ranks,
+        )
+    except AssertionError as error:
+        if not str(error).startswith("OptimizerParamScheduler"):
+            raise
+        raise UsageError(
+            f"the checkpoint was trained with another schedule ({error}); "
+            "give --override-opt-param-scheduler to follow the flags, "
+            "or --use-checkpoint-opt-param-scheduler to follow the checkpoint"
+        ) from error

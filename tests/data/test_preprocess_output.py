@@ -263,6 +263,8 @@ def test_interrupt(
         [*tool_command, *flags, *tokenizers["tiktoken"], "--log-interval", "1000000"],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore SIGINT, and so would the processes that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     signal_midway(tmp_path, process.pid, signal.SIGINT)
     assert process.communicate()[1] == "interrupted: nothing was written\n"

@@ -53,6 +53,18 @@ BAD_FLAGS = {
         "--yaml-cfg model.yaml",
         ["--yaml-cfg has no norm placement", "give flags, or a file of them as @FILE"],
     ),
+    "no heads": ("--num-attention-heads 0", ["--num-attention-heads must be positive, not 0"]),
+    "no ranks": ("--tensor-model-parallel-size 0", ["--tensor-model-parallel-size must be positive, not 0"]),
+    "tokenizer without model": (
+        "--tokenizer-type HuggingFaceTokenizer",
+        ["HuggingFaceTokenizer needs --tokenizer-model"],
+    ),
+    "tokenizer model that is not there": (
+        "--tokenizer-type TikTokenizer --tokenizer-model absent.json",
+        ["--tokenizer-model absent.json: no such file"],
+    ),
+    "unwritable folder": ("--save /proc/checkpoints", ["--save /proc/checkpoints", "can be written"]),
+    "split": ("--split 1,a,2", ["--split 1,a,2 is not three shares such as 969,30,1"]),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
 }
 

@@ -1,5 +1,7 @@
 """Checkpoints of another placement are refused; those of stock Megatron are Pre-LN's."""
 
+import shutil
+
 import pytest
 
 from megatron_periln.norms import PLACEMENTS
@@ -40,6 +42,12 @@ def test_another_placement_is_refused(trained, refused, saved, asked):
     assert f"give --norm-placement {saved}" in error
 
 
+def test_another_placement_is_refused_at_a_given_iteration(trained, refused, tmp_path):
+    shutil.copytree(checkpoints(trained("peri")) / "iter_0000006", tmp_path / "iter_0000006")
+    error = refused("given-iteration", f"--norm-placement pre --load {tmp_path} --ckpt-step 6")
+    assert f"has norm placement {structure('peri')}" in error
+
+
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
 def test_another_embedding_norm_is_refused(trained, refused, flag):
     folder = checkpoints(trained("peri"))
@@ -72,3 +80,32 @@ def test_placement_is_adopted_from_the_checkpoint(trained, continued, saved, ask
 def test_nothing_to_load_is_nothing_to_refuse(jobs):
     job = jobs.run("load-nothing", f"{MODEL} --exit-interval 1 --load {jobs.folder / 'absent'}")
     assert [point["iteration"] for point in job.curve] == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "tracker", "arguments", "message"),
+    [
+        ("garbage-tracker", "abc", "", "names no iteration but 'abc'; write the number of one into it"),
+        ("lost-iteration", "9", "", "there is no iter_0000009; mend latest_checkpointed_iteration.txt"),
+        ("unknown-step", "6", "--ckpt-step 99", "there is no iter_0000099"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_an_error(refused, tmp_path, name, tracker, arguments, message):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    (tmp_path / "iter_0000006").mkdir()
+    assert message in refused(name, f"--load {tmp_path} {arguments}")
+
+
+def test_the_folder_of_one_checkpoint_is_refused(trained, refused):
+    folder = checkpoints(trained("peri")) / "iter_0000006"
+    assert f"--load {folder} is one checkpoint; give the folder above it" in refused(
+        "one-checkpoint", f"--load {folder}"
+    )
+
+
+def test_another_schedule_is_explained(trained, jobs):
+    load = f"--load {checkpoints(trained('peri'))} --train-iters 9"
+    job = jobs.run("other-schedule", f"{MODEL} {load}", succeeds=False)
+    assert job.exit_codes == [1]
+    assert "error: the checkpoint was trained with another schedule" in job.log
+    assert "give --override-opt-param-scheduler to follow the flags" in job.log

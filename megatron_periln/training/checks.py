@@ -1,0 +1,86 @@
+"""Checks of the command line that Megatron leaves to a traceback, or to the end of the run."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["check_flags", "check_save_folder"]
+
+# Megatron's flags that belong to another kind of training than GPT pretraining.
+_OTHER_TRAINING = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "perform_rl_step": "--perform-rl-step",
+    "logits_load_dir": "--logits-load-dir",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+}
+
+_COUNTS = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "context_parallel_size": "--context-parallel-size",
+}
+
+
+def check_flags(args: Namespace) -> None:
+    """Check what the flags say, as parsed.
+
+    Raises
+    ------
+    UsageError
+        For another kind of training, a count that is not positive, or sizes that don't divide.
+    """
+    for name, flag in _OTHER_TRAINING.items():
+        if getattr(args, name, None):
+            raise UsageError(f"{flag} is not part of GPT pretraining with a norm placement; drop it")
+    for name, flag in _COUNTS.items():
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise UsageError(f"{flag} must be positive, not {count}")
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    divisions = [
+        ("--hidden-size", None if args.kv_channels else hidden, "--num-attention-heads", heads),
+        ("--num-attention-heads", heads, "--tensor-model-parallel-size", tensor),
+        ("--ffn-hidden-size", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor),
+        (
+            "WORLD_SIZE",
+            args.world_size,
+            "tensor x pipeline x context parallel size",
+            tensor * pipeline * args.context_parallel_size,
+        ),
+    ]
+    if args.sequence_parallel:
+        divisions.append(("--seq-length", args.seq_length, "--tensor-model-parallel-size", tensor))
+    for dividend_name, dividend, divisor_name, divisor in divisions:
+        if dividend and divisor and dividend % divisor:
+            raise UsageError(
+                f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
+                "change one of them"
+            )
+
+
+def check_save_folder(args: Namespace) -> None:
+    """Make the folder that checkpoints go to, and check that it can be written.
+
+    Raises
+    ------
+    UsageError
+        If it can't.
+    """
+    if args.save is None:
+        return
+    folder = Path(args.save)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--save {folder}: {error.strerror}; give a folder that can be written") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--save {folder} is not writable; give a folder that is")
