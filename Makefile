@@ -8,13 +8,16 @@ UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu parallelism lint install constraints clean
+.PHONY: quickstart test test-all test-gpu parallelism lint install constraints clean
 
 quickstart: install  ## Pretrain a small GPT from raw text, on the GPU if there is one
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENT)
 
 test: lint  ## Lint, types and all tests that need no GPU
 	$(PY) -m pytest
+
+test-all: lint  ## The same, and every placement and model in every layout: an hour
+	MEGATRON_PERILN_TEST_ALL=1 $(PY) -m pytest
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu

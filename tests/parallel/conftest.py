@@ -41,7 +41,7 @@ def run(jobs):
 
     @functools.cache
     def cached(case, changes=()):
-        interval = f"--save-wgrads-interval {FIRST}"
+        interval = f"--save-wgrads-interval {FIRST} --eval-iters 0"
         if case == case.one_process and not changes:
             arguments = f"{case.model} {interval} --save-interval {FIRST - 1}"
         else:

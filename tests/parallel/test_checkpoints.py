@@ -110,3 +110,16 @@ def test_the_step_is_saved(run):
     folder = run(Case("peri", variant=DISTRIBUTED)).folder / "checkpoints" / f"iter_{LAST:07d}"
     common = dist_checkpointing.load_common_state_dict(str(folder))
     assert {group["step"] for group in common["optimizer"]["optimizer"]["param_groups"]} == {LAST}
+
+
+def test_the_torch_format_resumes_too(jobs):
+    """``--ckpt-format torch``: one file a rank, without another layout."""
+    model = f"{Case('peri').model} --ckpt-format torch"
+    straight = jobs.run("torch-straight", f"{model} --save-interval 12")
+    load = straight.folder / "checkpoints"
+    arguments = f"--load {load} --ckpt-step 12 --save-interval 1000 --no-load-rng"
+    resumed = jobs.run("torch-resumed", f"{model} {arguments}")
+    assert resumed.curve == straight.curve[12:]
+    refused = jobs.run("torch-refused", f"{model} --norm-placement post {arguments}", succeeds=False)
+    assert refused.exit_codes == [1]
+    assert "has norm placement peri (with embedding norm), and this run asks for post" in refused.log

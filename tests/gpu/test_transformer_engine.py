@@ -1,0 +1,52 @@
+"""Transformer Engine's layers with each placement, next to Megatron's local ones with the same weights."""
+
+import pytest
+import torch
+
+from megatron_periln.norms import ResidualNorm
+from tests.models import small
+
+pytest.importorskip("transformer_engine")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process")]
+
+FUSED = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def build(placement, implementation):
+    transformer = small.transformer_config(**small.SWIGLU, transformer_impl=implementation)
+    return small.build(placement, transformer).cuda()
+
+
+def as_local(state):
+    renamed = {}
+    for name, weight in state.items():
+        if "_extra_state" in name:
+            continue
+        for fused, own in FUSED.items():
+            name = name.replace(fused, own)
+        renamed[name] = weight
+    return renamed
+
+
+@pytest.mark.parametrize("placement", small.PLACEMENTS)
+def test_transformer_engine_agrees_with_local_layers(placement):
+    engine, local = build(placement, "transformer_engine"), build(placement, "local")
+    local.load_state_dict(as_local(engine.state_dict()))
+    ids = small.tokens()[0].cuda()
+    positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
+    expected = local(ids, positions, None)
+    assert small.relative_error(engine(ids, positions, None), expected) < 1e-3
+
+
+@pytest.mark.parametrize("placement", ["post", "peri", "output"])
+def test_every_gain_gets_a_gradient(placement):
+    model = build(placement, "transformer_engine")
+    ids = small.tokens()[0].cuda()
+    positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
+    model(ids, positions, None, labels=ids).mean().backward()
+    slots = [module for module in model.modules() if isinstance(module, ResidualNorm)]
+    assert len(slots) == 2 * small.LAYERS
+    assert all(slot.norm.weight.grad.abs().max() > 0 for slot in slots)
