@@ -42,7 +42,7 @@ $(VENV)-tools/bin/uv:
 	$(VENV)-tools/bin/pip install --quiet uv
 
 constraints: | $(UV)  ## Pin the newest versions that fit
-	$(UV) pip compile --quiet --upgrade --universal --extra dev --extra sentences --no-emit-index-url --no-emit-find-links \
+	$(UV) pip compile --quiet --upgrade --universal --extra dev --extra sentences \
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.data.characters import Characters
+
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 Result = tuple[int, str]
 
@@ -183,3 +185,11 @@ def megatron_tokenizer(tokenizers: dict[str, list[str]]) -> Callable[[str], Any]
 @pytest.fixture(scope="session")
 def tool_command() -> list[str]:
     return [sys.executable, str(TOOL)]
+
+
+@pytest.fixture
+def stub(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], None]], None]:
+    def use(act: Callable[[str], None]) -> None:
+        monkeypatch.setattr(tool, "build_tokenizer", lambda _: Characters(act))
+
+    return use
