@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -30,7 +31,7 @@ from megatron_periln.models.local import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, NormPlacement, ResidualNorm
 
-__all__ = ["GPTModelBuilder", "GPTModelConfig", "honour_no_grad", "placed_layer_spec"]
+__all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
 
 
 @dataclass(kw_only=True)
@@ -65,10 +66,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
         config: GPTModelConfig = self._model_config
         with _placed_mtp_spec(config.norm_placement):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        honour_no_grad(model)
-        mend_latent_attention(model)
-        if config.norm_placement.embedding and model.pre_process:
-            EmbeddingNorm(config.transformer).attach(model)
+        finish_model(model, config.norm_placement)
         return model
 
 
@@ -122,7 +120,15 @@ def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
         upstream.mtp_block_spec = build_spec
 
 
-def honour_no_grad(model: nn.Module) -> None:
+def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
+    """Do to a built pipeline stage what a layer spec can't say: grad mode, gradients, embedding norm."""
+    _honour_no_grad(model)
+    mend_latent_attention(model)
+    if placement.embedding and model.pre_process:
+        EmbeddingNorm(model.config).attach(model)
+
+
+def _honour_no_grad(model: nn.Module) -> None:
     """Let the residual slots see the caller's grad mode.
 
     ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in the slots that

@@ -29,12 +29,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training.models import hybrid as upstream
 
-from megatron_periln.models.gpt import honour_no_grad
-from megatron_periln.models.latent_attention import mend_latent_attention
+from megatron_periln.models.gpt import finish_model
 from megatron_periln.models.local import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_submodules
-from megatron_periln.norms import PERI, EmbeddingNorm, NoNorm, NormPlacement
+from megatron_periln.norms import PERI, NoNorm, NormPlacement
 
 __all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec"]
 
@@ -94,10 +93,7 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
             )
         with _final_norm(config):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        honour_no_grad(model)
-        mend_latent_attention(model)
-        if placement.embedding and model.pre_process:
-            EmbeddingNorm(config.transformer).attach(model)
+        finish_model(model, placement)
         return model
 
 
