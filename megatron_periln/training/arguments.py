@@ -17,7 +17,11 @@ from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import PLACEMENTS, NormPlacement
 from megatron_periln.training.checks import check_flags
-from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
+from megatron_periln.training.placement_checkpoint import (
+    adopt_saved_placement,
+    placement_of,
+    refuse_other_placement,
+)
 
 __all__ = ["add_arguments", "parse", "placement_from_args"]
 
@@ -112,12 +116,7 @@ def placement_from_args(args: Namespace) -> NormPlacement:
         If they contradict each other.
     """
     try:
-        return NormPlacement.named(args.norm_placement).with_options(
-            embedding=args.embedding_norm,
-            output_norm_init=args.output_norm_init,
-            freeze_output_norm=args.freeze_output_norm,
-            output_norm_epsilon=args.output_norm_epsilon,
-        )
+        return placement_of(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -15,17 +15,18 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 
 from megatron_periln.errors import UsageError
-from megatron_periln.norms import PRE, NormPlacement
+from megatron_periln.norms import NormPlacement
 
-__all__ = ["adopt_saved_placement", "refuse_other_placement", "saved_arguments", "saved_placement"]
+__all__ = ["adopt_saved_placement", "placement_of", "refuse_other_placement", "saved_arguments"]
 
-_ARGUMENTS = (
-    "norm_placement",
-    "embedding_norm",
-    "output_norm_init",
-    "freeze_output_norm",
-    "output_norm_epsilon",
-)
+# The placement's arguments, and what they are in stock Megatron.
+_STOCK: dict[str, Any] = {
+    "norm_placement": "pre",
+    "embedding_norm": False,
+    "output_norm_init": "ones",
+    "freeze_output_norm": False,
+    "output_norm_epsilon": None,
+}
 
 
 def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:
@@ -68,15 +69,17 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     return state.get("args")
 
 
-def saved_placement(saved: Namespace) -> NormPlacement:
-    """Return the placement of a checkpoint whose arguments are ``saved``."""
-    if not hasattr(saved, "norm_placement"):
-        return PRE
-    return NormPlacement.named(saved.norm_placement).with_options(
-        embedding=saved.embedding_norm,
-        output_norm_init=saved.output_norm_init,
-        freeze_output_norm=saved.freeze_output_norm,
-        output_norm_epsilon=saved.output_norm_epsilon,
+def placement_of(args: Namespace) -> NormPlacement:
+    """Return the placement that ``args`` ask for, parsed or saved; stock Megatron's ask for Pre-LN.
+
+    Raises
+    ------
+    ValueError
+        If they contradict each other.
+    """
+    name, embedding, init, freeze, epsilon = (getattr(args, name, stock) for name, stock in _STOCK.items())
+    return NormPlacement.named(name).with_options(
+        embedding=embedding, output_norm_init=init, freeze_output_norm=freeze, output_norm_epsilon=epsilon
     )
 
 
@@ -85,16 +88,8 @@ def adopt_saved_placement(args: Namespace, load_arg: str) -> None:
     saved = saved_arguments(args, load_arg)
     if saved is None:
         return
-    placement = saved_placement(saved)
-    values = (
-        placement.name,
-        placement.embedding,
-        placement.output_norm_init,
-        placement.freeze_output_norm,
-        placement.output_norm_epsilon,
-    )
-    for name, value in zip(_ARGUMENTS, values, strict=True):
-        setattr(args, name, value)
+    for name, stock in _STOCK.items():
+        setattr(args, name, getattr(saved, name, stock))
 
 
 def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
@@ -110,7 +105,7 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
         saved = saved_arguments(args, load_arg)
         if saved is None:
             continue
-        theirs = saved_placement(saved)
+        theirs = placement_of(saved)
         if theirs.structure() == placement.structure():
             continue
         origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
