@@ -6,6 +6,7 @@ has mended it. All act on any device.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -103,6 +104,43 @@ def keep_adam_steps_apart() -> None:
     optimizer_class._set_main_param_and_optimizer_states = without_step
 
 
+def save_every_bucket_of_adam_state() -> None:
+    """Save Adam's state of parameters that don't share the first bucket.
+
+    ``DistributedOptimizer.sharded_param_state_fully_reshardable``
+    (megatron/core/optimizer/distrib_optimizer.py) joins the buckets without the padding at their
+    ends, but finds a parameter in them at its offset in the padded buffer: behind a padded bucket
+    it saves a neighbour's values, and zeros at the end. An embedding that two pipeline stages share
+    has a bucket of its own, and overlapping communication makes many. Upstream mended it after 0.19
+    (Megatron-LM #5077).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            return sharded_state(self, *args, **kwargs)
+        finally:
+            for buffer, index_map in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = index_map
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = without_padding
+
+
+def _without_padding(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """Return the start and end of each parameter in the buckets of ``buffer`` without their padding."""
+    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *accumulate(paddings)]
+    return {
+        parameter: (start - before[bucket], end - before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
 def reshard_over_expert_parallelism() -> None:
     """Load an optimizer's state that was saved with, or without, expert parallelism into the other.
 
@@ -159,4 +197,5 @@ def apply() -> None:
     checkpoint_without_output_off_fp8()
     materialize_adam_state()
     keep_adam_steps_apart()
+    save_every_bucket_of_adam_state()
     reshard_over_expert_parallelism()

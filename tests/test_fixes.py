@@ -214,6 +214,37 @@ def test_state_saved_by_bucket_loads_and_keeps_the_steps(torch_adam):
     assert with_fixes(["keep_adam_steps_apart"], resume_from_buckets, 0.0) == [3, 3, 3, 3]
 
 
+# Adam's state in several buckets.
+
+
+def largest_difference_of_the_saved_weights():
+    """Return how far the weights in fully reshardable state are from the model's."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    model, optimizer = build_optimizer(shared_embedding=True)
+    train(model, optimizer)
+    assert len(optimizer.buffers[0].buckets) == 2
+    described = {
+        name: ShardedTensor.from_rank_offsets(name, parameter)
+        for name, parameter in model.module.named_parameters()
+    }
+    saved = optimizer.sharded_param_state_fully_reshardable(described, metadata={})
+    weights = {state["param"].key: state["param"].data for state in saved.values()}
+    return max(
+        (weights[f"optimizer.state.param.{name}"] - sharded.data).abs().max().item()
+        for name, sharded in described.items()
+    )
+
+
+def test_upstream_saves_a_shared_embedding_from_the_wrong_place(torch_adam):
+    assert with_fixes(["materialize_adam_state"], largest_difference_of_the_saved_weights) > 0.1
+
+
+def test_every_bucket_is_saved_as_it_is(torch_adam):
+    names = ["materialize_adam_state", "save_every_bucket_of_adam_state"]
+    assert with_fixes(names, largest_difference_of_the_saved_weights) == 0
+
+
 # Experts, which have an optimizer of their own under expert parallelism.
 
 

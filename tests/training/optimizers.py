@@ -7,10 +7,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
 
-def build_optimizers(experts=False):
+def build_optimizers(experts=False, shared_embedding=False):
     """Return a model of four parameters, and Megatron's chain of optimizers.
 
-    With ``experts`` its second layer counts as an expert, which has an optimizer of its own.
+    With ``experts`` its second layer counts as an expert, which has an optimizer of its own; with
+    ``shared_embedding`` its first counts as an embedding that two pipeline stages share, which has
+    a bucket of its own.
     """
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
@@ -21,6 +23,7 @@ def build_optimizers(experts=False):
     if experts:
         for parameter in layers[1].parameters():
             parameter.allreduce = False
+    layers[0].weight.shared_embedding = shared_embedding
     model = DistributedDataParallel(
         TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1),
         DistributedDataParallelConfig(use_distributed_optimizer=True),
@@ -30,8 +33,8 @@ def build_optimizers(experts=False):
     return model, get_megatron_optimizer(config, [model])
 
 
-def build_optimizer():
-    model, optimizers = build_optimizers()
+def build_optimizer(**options):
+    model, optimizers = build_optimizers(**options)
     (optimizer,) = optimizers.chained_optimizers
     return model, optimizer
 
