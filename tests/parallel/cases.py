@@ -99,18 +99,21 @@ def _cases():
         yield Case(placement, layout="DP2", variant=distributed)
         yield Case(placement, layout="TP2+SP", options="full recompute")
         yield Case(placement, layout="TP2+SP", variant="bf16")
+        for architecture, layout in (
+            *(("biased", layout) for layout in ("TP2+SP", "PP2")),
+            *(("moe", layout) for layout in ("EP2", "TP2+SP")),
+            ("mla", "TP2+SP"),
+            *(("mtp", layout) for layout in ("TP2+SP", "PP2")),
+        ):
+            yield Case(placement, architecture, layout, variant=distributed if layout == "EP2" else "")
+    for placement in ("pre", "output"):
+        yield Case(placement, "biased", "PP2xVPP2", variant=distributed)
     for placement in ("post", "peri"):
         yield Case(placement, layout="DP2", options="overlap", variant=distributed)
         yield Case(placement, options="selective recompute")
-        for layout in ("TP2+SP", "PP2", "TP2xPP2+SP"):
-            yield Case(placement, "biased", layout)
-        for layout in ("EP2", "EP2xTP2+SP"):
-            yield Case(placement, "moe", layout, variant=distributed)
-        yield Case(placement, "moe", "TP2+SP")
-        for layout in ("TP2", "TP2+SP"):
-            yield Case(placement, "mla", layout)
-        for layout in ("TP2+SP", "PP2"):
-            yield Case(placement, "mtp", layout)
+        yield Case(placement, "biased", "TP2xPP2+SP")
+        yield Case(placement, "moe", "EP2xTP2+SP", variant=distributed)
+        yield Case(placement, "mla", "TP2")
     yield Case("peri", "mla", "CP2")
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")

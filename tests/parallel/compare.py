@@ -31,6 +31,21 @@ FP32 = {"loss": 2e-6, "grad_norm": 2e-6, "gradients": 1e-5, "weights": 2e-5}
 BF16 = {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 1e-2}
 
 
+def bounds(case):
+    """Return what ``distance`` may reach for ``case``."""
+    if case.variant == "bf16":
+        return BF16
+    return FP32 | ILL_CONDITIONED if ill_conditioned(case) else FP32
+
+
+# One step of these is ill-conditioned: test_conditioning.py.
+ILL_CONDITIONED = {"grad_norm": 2e-5}
+
+
+def ill_conditioned(case):
+    return case.architecture == "mtp" and case.placement in ("pre", "output")
+
+
 def distance(run, reference, first, last):
     """Compare ``run`` with ``reference`` from iteration ``first`` to ``last``."""
 

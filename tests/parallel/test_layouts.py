@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.cases import CASES, MORE_CASES
-from tests.parallel.compare import BF16, FP32, distance
+from tests.parallel.compare import bounds, distance
 from tests.parallel.conftest import FIRST, LAST
 
 
@@ -12,14 +12,14 @@ from tests.parallel.conftest import FIRST, LAST
 def test_a_layout_gives_the_numbers_of_one_process(run, case, report):
     apart = distance(run(case), run(case.one_process), FIRST, LAST)
     report[case] = apart
-    assert not apart.exceeds(BF16 if case.variant == "bf16" else FP32), apart
+    assert not apart.exceeds(bounds(case)), apart
 
 
 @pytest.mark.skipif("MEGATRON_PERILN_TEST_ALL" not in os.environ, reason="make test-all runs them")
 @pytest.mark.parametrize("case", MORE_CASES, ids=str)
 def test_every_other_layout_gives_the_numbers_of_one_process(run, case):
     apart = distance(run(case), run(case.one_process), FIRST, LAST)
-    assert not apart.exceeds(FP32), apart
+    assert not apart.exceeds(bounds(case)), apart
 
 
 def test_the_documentation_lists_every_case():
