@@ -1,41 +1,56 @@
-"""Tokenize JSON Lines into Megatron's indexed datasets, with the flags of Megatron-LM's tool."""
+"""Tokenize text into Megatron's indexed datasets, with the flags of Megatron-LM's tool."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
 
-import numpy as np
-
-from megatron_periln.data.documents import find_inputs
-from megatron_periln.data.encode import Encoder
+from megatron_periln.data.command_line import exit_code, parse_size, run_command
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.preprocess import Summary, output_prefixes, prepare_outputs, preprocess
+from megatron_periln.data.inputs import FORMATS, find_inputs
+from megatron_periln.data.plan import Plan, Summary, dataset_prefix, prepare_outputs
+from megatron_periln.data.preprocess import preprocess
+from megatron_periln.data.resolve import resolve_tokenizer
 from megatron_periln.data.sentences import sentence_splitter
-from megatron_periln.data.tokenizer import build_tokenizer
+from megatron_periln.data.tokenizer import add_tokenizer_args
 
-__all__ = ["build_parser", "command", "main", "run"]
+__all__ = ["build_parser", "main", "run"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: Megatron-LM's flags, its tokenizer flags among them, and ``--overwrite``."""
-    from megatron.training.arguments import _add_tokenizer_args
-
-    parser = _add_tokenizer_args(argparse.ArgumentParser(description=__doc__))
+    """Return the parser: Megatron-LM's flags, its tokenizer flags among them, and more."""
+    parser = add_tokenizer_args(argparse.ArgumentParser(description=__doc__))
     group = parser.add_argument_group("input data")
     group.add_argument(
         "--input",
         required=True,
-        help="JSON Lines file, plain or .gz, or a quoted glob of them, taken in sorted order",
+        nargs="+",
+        help="JSON Lines (.gz, .zst), Parquet or plain text: files, quoted globs, folders; - for stdin",
     )
     group.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="JSON keys to tokenize, a dataset for each"
+        "--input-format", choices=FORMATS, default="auto", help="format of the input; auto: by its suffix"
+    )
+    group.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="JSON keys or columns to tokenize, a dataset for each",
+    )
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "skip", "quarantine"),
+        default="stop",
+        help="what to do with bad documents; quarantine writes them to {output-prefix}_quarantine.jsonl",
+    )
+    group.add_argument(
+        "--max-document-bytes",
+        type=parse_size,
+        default=256 << 20,
+        metavar="SIZE",
+        help="largest document to read, such as 256M, the default; larger ones are bad documents",
     )
     group.add_argument(
         "--split-sentences", action="store_true", help="make each sentence a sequence, with NLTK"
@@ -45,22 +60,41 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep white space between sentences, with --split-sentences",
     )
+    group.add_argument("--lang", default="english", help="language of the sentences, with --split-sentences")
     group = parser.add_argument_group("tokenization")
     group.add_argument(
         "--append-eod", action="store_true", help="append an end-of-document token to each document"
     )
-    group.add_argument("--lang", default="english", help="language of the sentences, with --split-sentences")
+    group.add_argument(
+        "--encoder",
+        choices=("gigatoken", "tokenizers", "sentencepiece", "tiktoken", "megatron"),
+        help="what encodes; default: the fastest that gives Megatron's ids",
+    )
     group = parser.add_argument_group("output data")
     group.add_argument(
         "--output-prefix", required=True, help="writes {prefix}_{key}_document.bin and .idx, or _sentence"
     )
+    group.add_argument(
+        "--max-bin-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="start another, numbered dataset before a .bin file exceeds this, such as 64G",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--workers",
         type=_positive_integer,
         default=len(os.sched_getaffinity(0)),
         help="worker processes; default: the usable CPUs",
+    )
+    group.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="encode part I, from 0, of N consecutive parts of the input; merge them with merge_datasets.py",
     )
     group.add_argument(
         "--partitions",
@@ -74,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the order of the input whatever --partitions says",
     )
     group.add_argument(
-        "--log-interval", type=_positive_integer, default=1000, help="documents between lines of progress"
+        "--log-interval",
+        type=_positive_integer,
+        help="documents between lines of progress where stderr is no terminal; default: none",
     )
     for flag in ("--find-optimal-num-workers", "--workers-to-check", "--max-documents"):
         nargs = 0 if flag.startswith("--find") else "+"
@@ -84,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: Sequence[str] | None = None) -> Summary:
+def run(argv: Sequence[str]) -> Summary:
     """Parse the flags and preprocess.
 
     Raises
@@ -92,53 +128,50 @@ def run(argv: Sequence[str] | None = None) -> Summary:
     PreprocessError
         What is wrong, in one line.
     """
-    parser = build_parser()
-    from megatron.core.datasets.indexed_dataset import DType
-
-    args = parser.parse_args(argv)
-    inputs = find_inputs(args.input)
-    prefixes = output_prefixes(args.output_prefix, args.json_keys, split_sentences=args.split_sentences)
-    prepare_outputs(prefixes.values(), overwrite=args.overwrite)
+    args = build_parser().parse_args(argv)
+    partitions = 1 if args.keep_sequential_samples else args.partitions
+    if partitions > 1 and args.shard[1] > 1:
+        raise PreprocessError("--partitions reorders the whole input, so it cannot go with --shard: drop one")
+    keys = list(dict.fromkeys(args.json_keys))
+    inputs = find_inputs(args.input, args.input_format)
+    prepare_outputs(
+        args.output_prefix,
+        [
+            dataset_prefix(args.output_prefix, key, sentences=args.split_sentences, number=number)
+            for key in keys
+            for number in ([0] if args.max_bin_size else [None])
+        ],
+        quarantine=args.on_error == "quarantine",
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
     split = sentence_splitter(args.lang, keep_newlines=args.keep_newlines) if args.split_sentences else None
-    tokenizer = build_tokenizer(args)
-    encoder = Encoder(
-        tokenizer,
-        args.json_keys,
-        np.dtype(DType.optimal_dtype(tokenizer.vocab_size)),
+    plan = Plan(
+        inputs=inputs,
+        output_prefix=args.output_prefix,
+        tokenizer=resolve_tokenizer(args),
+        tokenizer_type=args.tokenizer_type,
+        keys=keys,
         append_eod=args.append_eod,
         split=split,
-    )
-    return preprocess(
-        inputs,
-        encoder,
-        prefixes,
+        split_name=f"{args.lang}, newlines {args.keep_newlines}" if split else None,
+        encoder=args.encoder,
         workers=args.workers,
-        partitions=args.partitions,
-        keep_sequential_samples=args.keep_sequential_samples,
-        log_interval=args.log_interval,
+        partitions=partitions,
+        shard=args.shard,
+        max_bin_size=args.max_bin_size,
+        max_document_bytes=args.max_document_bytes,
+        on_error=args.on_error,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        command=[Path(__file__).name, *argv],
     )
+    return preprocess(plan, args.log_interval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    try:
-        print(run(argv), file=sys.stderr)
-    except (PreprocessError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def command() -> NoReturn:
-    """Run as a command: with clean output, and a clean end after SIGTERM too."""
-    # Importing Megatron warns about accelerator packages that preprocessing does not use.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    return exit_code(lambda: print(run(sys.argv[1:] if argv is None else argv), file=sys.stderr))
 
 
 class _NotNeeded(argparse.Action):
@@ -155,5 +188,15 @@ def _positive_integer(value: str) -> int:
     return number
 
 
+def _shard(value: str) -> tuple[int, int]:
+    try:
+        shard, shards = map(int, value.split("/"))
+    except ValueError:
+        shard = shards = -1
+    if not 0 <= shard < shards:
+        raise argparse.ArgumentTypeError(f"{value} is not I/N with 0 <= I < N, such as 0/8")
+    return shard, shards
+
+
 if __name__ == "__main__":
-    command()
+    run_command(main)

@@ -1,169 +1,256 @@
-"""JSON Lines input: from the value of ``--input`` to the texts of each document.
-
-Every error names the file and the line.
-"""
+"""Documents: the texts of one line, row or file, or what is wrong with it."""
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from megatron_periln.data.errors import PreprocessError
+import orjson
 
-__all__ = ["Line", "chunk_lines", "find_inputs", "lines_in_output_order", "parse_line"]
+__all__ = [
+    "BadDocument",
+    "Content",
+    "Document",
+    "Entry",
+    "Oversized",
+    "Place",
+    "PlainText",
+    "parse",
+    "readable",
+    "size_of",
+    "text_size",
+]
+
+Value = str | list[str]
 
 
-class Line(NamedTuple):
-    """One line of an input file, not decoded yet.
+class Place(NamedTuple):
+    """Where a document is.
 
     Parameters
     ----------
     path
         The input file.
+    offset
+        Byte at which the document begins, in the decompressed file; None in Parquet.
     number
-        Line number in that file, from 1.
-    content
-        The bytes of the line, its line end included.
+        Its line, row or file, from 1; None where it is not known yet.
     """
 
     path: str
-    number: int
-    content: bytes
+    offset: int | None
+    number: int | None
 
-    @property
-    def where(self) -> str:
-        """``path:number``, as errors name the line."""
-        return f"{self.path}:{self.number}"
+    def __str__(self) -> str:
+        name = self.path if self.number is None else f"{self.path}:{self.number}"
+        return name if self.offset is None else f"{name}: byte {self.offset}"
 
 
-def find_inputs(pattern: str) -> list[Path]:
-    """Return the input files that ``--input`` names.
+@dataclass(frozen=True)
+class Oversized:
+    """A document that was too large to be read.
 
     Parameters
     ----------
-    pattern
-        A file, or a glob whose matches are taken in sorted order.
-
-    Raises
-    ------
-    PreprocessError
-        If there is no such file, the glob matches none, or it is a folder.
+    bytes
+        Its size.
+    limit
+        The largest size.
     """
-    path = Path(pattern)
-    if path.is_dir():
-        raise PreprocessError(
-            f"--input {pattern}: a folder; give a file or a glob such as '{path / '*.jsonl'}'"
+
+    bytes: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A document that is not JSON.
+
+    Parameters
+    ----------
+    data
+        Its UTF-8.
+    """
+
+    data: bytes
+
+
+Content = bytes | PlainText | Mapping[str, object] | Oversized
+"""A line of JSON, a plain text, the values of a row, or what could not be read."""
+
+
+class Entry(NamedTuple):
+    """A document as it was read."""
+
+    place: Place
+    content: Content
+
+
+class Document(NamedTuple):
+    """The texts of a document, or lists of texts, in the order of the keys.
+
+    Parameters
+    ----------
+    place
+        Where it is.
+    values
+        One value for each key.
+    content
+        The document as it was read.
+    """
+
+    place: Place
+    values: tuple[Value, ...]
+    content: Content
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """A document that cannot be encoded.
+
+    Parameters
+    ----------
+    place
+        Where it is.
+    kind
+        What is wrong, in a few words; what the summary counts.
+    reason
+        What is wrong, precisely, and what to do.
+    content
+        The document as it was read, None if it was too large.
+    """
+
+    place: Place
+    kind: str
+    reason: str
+    content: str | None
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+    def on_line(self, number: int) -> BadDocument:
+        """Return the same, with its line."""
+        return replace(self, place=self.place._replace(number=number))
+
+
+def parse(entry: Entry, keys: Sequence[str]) -> Document | BadDocument:
+    """Return the texts that the document of ``entry`` has under each key, or what is wrong with it."""
+    place, content = entry
+    if type(content) is bytes:
+        try:
+            values = orjson.loads(content)
+            texts = tuple(values[key] for key in keys)
+            if all(type(text) is str for text in texts):
+                return Document(place, texts, content)
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            pass  # json accepts more than orjson, and says where it stops
+    try:
+        return Document(place, _values(content, keys), content)
+    except _WrongError as wrong:
+        return BadDocument(place, wrong.kind, wrong.reason, readable(content))
+
+
+class _WrongError(Exception):
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
+
+
+def size_of(entry: Entry) -> int:
+    """Return the size of a document as it was read: bytes, or in a table characters."""
+    content = entry.content
+    if isinstance(content, bytes):
+        return len(content)
+    if isinstance(content, PlainText):
+        return len(content.data)
+    if isinstance(content, Oversized):
+        return content.bytes
+    return sum(map(text_size, content.values()))
+
+
+def text_size(value: object) -> int:
+    """Return the length of a text or of a list of texts; 0 for anything else."""
+    if isinstance(value, list):
+        return sum(map(text_size, value))
+    return len(value) if isinstance(value, str) else 0
+
+
+def _values(content: Content, keys: Sequence[str]) -> tuple[Value, ...]:
+    if isinstance(content, Oversized):
+        raise _WrongError(
+            "too large",
+            f"a document of {content.bytes} bytes; at most {content.limit} are read at once: split it, "
+            f"or raise --max-document-bytes",
         )
-    if path.exists():
-        return [path]
-    if not glob.has_magic(pattern):
-        raise PreprocessError(f"--input {pattern}: no such file")
-    matches = [Path(match) for match in sorted(glob.glob(pattern))]  # noqa: PTH207 (Path.glob takes no absolute glob)
-    inputs = [match for match in matches if not match.is_dir()]
-    if not inputs:
-        raise PreprocessError(f"--input {pattern}: no file matches this glob")
-    return inputs
+    if isinstance(content, PlainText):
+        return (_decode(content.data, "file"),)
+    document = _load(content, keys[0]) if isinstance(content, bytes) else content
+    return tuple(_value(document, key) for key in keys)
 
 
-def lines_in_output_order(
-    inputs: Sequence[Path], partitions: int = 1, *, keep_sequential_samples: bool = False
-) -> Iterator[Line]:
-    """Yield the lines of all inputs in the order in which their documents are written.
-
-    With several partitions Megatron-LM deals lines out to them in turn and then joins the
-    partitions (``main`` in tools/preprocess_data.py), so the order is lines 0, n, 2n, ... of the
-    concatenated inputs, then 1, n + 1, ..., unless ``keep_sequential_samples``. The inputs are
-    read once for each partition.
-
-    Raises
-    ------
-    PreprocessError
-        If a file cannot be read.
-    """
-    if partitions == 1 or keep_sequential_samples:
-        return _read_lines(inputs)
-    return chain.from_iterable(
-        islice(_read_lines(inputs), first, None, partitions) for first in range(partitions)
-    )
-
-
-def chunk_lines(lines: Iterable[Line], chunk_bytes: int) -> Iterator[list[Line]]:
-    """Group lines, in order, into lists of at least ``chunk_bytes`` bytes; the last may be smaller."""
-    chunk: list[Line] = []
-    size = 0
-    for line in lines:
-        chunk.append(line)
-        size += len(line.content)
-        if size >= chunk_bytes:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def parse_line(line: Line, keys: Sequence[str]) -> dict[str, str | list[str]]:
-    """Return the text, or the list of texts, that the document on ``line`` has under each key.
-
-    Raises
-    ------
-    PreprocessError
-        If the line is empty, is not UTF-8, is not a JSON object, lacks a key, or has under it
-        something that is neither a string nor a list of strings.
-    """
-    if not line.content.strip():
-        raise PreprocessError(f"{line.where}: empty line; each line must be a JSON object: remove it")
+def _load(line: bytes, example: str) -> Mapping[str, object]:
+    if not line.strip():
+        raise _WrongError("empty line", "empty line; each line must be a JSON object: remove it")
     try:
         # Without the line end an error at the end of the line has the right column.
-        document = json.loads(line.content.rstrip(b" \t\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise PreprocessError(f"{line.where}: not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+        document = json.loads(_decode(line.rstrip(b" \t\r\n"), "line"))
     except json.JSONDecodeError as error:
-        raise PreprocessError(f"{line.where}: malformed JSON at column {error.colno}: {error.msg}") from error
+        raise _WrongError("malformed JSON", f"malformed JSON at column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
-        raise PreprocessError(f"{line.where}: JSON that cannot be read: {error}") from error
+        raise _WrongError("malformed JSON", f"JSON that cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise PreprocessError(
-            f"{line.where}: {_json_type(document)}; each line must be a JSON object such as "
-            f'{{"{keys[0]}": "..."}}'
+        raise _WrongError(
+            "not an object",
+            f'{_json_type(document)}; each line must be a JSON object such as {{"{example}": "..."}}',
         )
-    for key in keys:
-        if key not in document:
-            there = ", ".join(map(repr, document)) or "none"
-            raise PreprocessError(
-                f"{line.where}: no key {key!r}; the keys there are: {there}; choose with --json-keys"
-            )
-        value = document[key]
-        wrong = [
-            text for text in (value if isinstance(value, list) else [value]) if not isinstance(text, str)
-        ]
-        if wrong:
-            kind = f"{'a list with ' if isinstance(value, list) else ''}{_json_type(wrong[0])}"
-            raise PreprocessError(
-                f"{line.where}: key {key!r} has {kind}; it must be a string or a list of strings"
-            )
-    return {key: document[key] for key in keys}
+    return document
 
 
-def _read_lines(inputs: Iterable[Path]) -> Iterator[Line]:
-    for path in inputs:
-        name, number = str(path), 0
+def _decode(data: bytes, unit: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _WrongError(
+            "not UTF-8", f"not UTF-8 at byte {error.start + 1} of the {unit}: {error.reason}"
+        ) from error
+
+
+def _value(document: Mapping[str, object], key: str) -> Value:
+    if key not in document:
+        there = ", ".join(map(repr, document)) or "none"
+        raise _WrongError(
+            "missing key", f"no key {key!r}; the keys there are: {there}; choose with --json-keys"
+        )
+    value = document[key]
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        if isinstance(text, bytes):
+            _decode(text, "value")
+        if not isinstance(text, str):
+            kind = f"{'a list with ' if isinstance(value, list) else ''}{_json_type(text)}"
+            raise _WrongError(
+                "not a string", f"key {key!r} has {kind}; it must be a string or a list of strings"
+            )
         try:
-            with _open(path) as stream:
-                for number, content in enumerate(stream, start=1):
-                    yield Line(name, number, content)
-        except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PreprocessError(f"{path}: cannot be read (after line {number}): {reason}") from error
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _WrongError(
+                "lone surrogate",
+                f"key {key!r} has the lone surrogate \\u{ord(text[error.start]):04x} at character "
+                f"{error.start + 1}, which is not a character; remove it or write \\ufffd instead",
+            ) from error
+    return value  # type: ignore[return-value]
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+def readable(content: Content) -> str | None:
+    """Return a document as it was read; bytes that are not UTF-8 as ``surrogateescape`` has them."""
+    if isinstance(content, Oversized):
+        return None
+    if isinstance(content, bytes | PlainText):
+        data = content if isinstance(content, bytes) else content.data
+        return data.decode("utf-8", "surrogateescape")
+    return json.dumps(content, default=lambda value: value.decode("utf-8", "surrogateescape"))
 
 
 def _json_type(value: object) -> str:

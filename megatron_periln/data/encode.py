@@ -1,148 +1,249 @@
-"""From lines of JSON to tokens: what a worker process does."""
+"""From a chunk of input to tokens: what a worker process does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_periln.data.documents import Line, parse_line
+from megatron_periln.data.documents import BadDocument, Document, parse, readable, size_of
+from megatron_periln.data.encoders import BatchEncoder, first_difference
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.tokenizer import Tokenizer, end_of_document
-from megatron_periln.data.writer import EncodedDocuments
+from megatron_periln.data.inputs import Task
 
-__all__ = ["EncodedChunk", "Encoder"]
+__all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
+
+_BATCH_BYTES = 4 << 20
+_SAMPLED = 1 / 1024
+_SAMPLE_CHARACTERS = 16 << 10
+
+
+class Part(NamedTuple):
+    """Tokens of consecutive documents under one key.
+
+    Parameters
+    ----------
+    tokens
+        ``[tokens]``, in the dtype of the dataset.
+    sequence_lengths
+        ``[sequences]``, int32: tokens in each sequence.
+    document_lengths
+        ``[documents]``, int64: sequences in each document; 0 for an empty document.
+    """
+
+    tokens: NDArray[np.integer]
+    sequence_lengths: NDArray[np.int32]
+    document_lengths: NDArray[np.int64]
+
+    @property
+    def empty(self) -> int:
+        """Number of documents without tokens."""
+        return int((self.document_lengths == 0).sum())
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The documents of a list of lines.
+    """The documents of a chunk.
 
     Parameters
     ----------
-    lines
-        Number of lines, which is the number of documents under each key.
+    parts
+        Their tokens, for each key; every key has the same documents.
     bytes
-        Size of the lines.
-    documents
-        The tokens under each key.
+        Their size as they were read, decompressed.
+    bad
+        The documents that were left out.
+    difference
+        Where the encoder and its reference differ, in a sample; None if they agree.
     """
 
-    lines: int
+    parts: dict[str, Part]
     bytes: int
-    documents: dict[str, EncodedDocuments]
+    bad: list[BadDocument]
+    difference: str | None
 
 
-class Encoder:
+class ChunkEncoder:
     """Encodes documents as Megatron-LM's ``Encoder`` does (tools/preprocess_data.py).
 
     Parameters
     ----------
-    tokenizer
-        Megatron's tokenizer.
+    encoder
+        Turns texts into token ids.
     keys
-        The JSON keys to encode.
+        The keys to encode.
     dtype
         The dtype of the tokens.
-    append_eod
-        End each document that is not empty with the end-of-document token.
+    reference
+        Encodes a sample of the texts again, to be compared.
+    eod
+        Ends each document that is not empty, unless None.
     split
         Splits a text into sentences; without it each text is one sequence.
-
-    Raises
-    ------
-    PreprocessError
-        If ``append_eod`` and the tokenizer has no end-of-document token that fits ``dtype``.
+    stop
+        Leave the rest of a chunk after its first bad document.
+    limit
+        Largest document to read, in bytes.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        encoder: BatchEncoder,
         keys: Sequence[str],
         dtype: np.dtype,
         *,
-        append_eod: bool = False,
+        reference: BatchEncoder | None = None,
+        eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
+        stop: bool = True,
+        limit: int = 1 << 28,
     ) -> None:
         self.keys = list(dict.fromkeys(keys))
         self.dtype = dtype
-        self._tokenizer = tokenizer
-        self._eod = end_of_document(tokenizer) if append_eod else None
-        self._split = split
+        self._encoder, self._reference = encoder, reference
+        self._eod, self._split = eod, split
+        self._stop, self._limit = stop, limit
         self._largest_id = int(np.iinfo(dtype).max)
-        if self._eod is not None and self._eod > self._largest_id:
+        self._to_sample = float(_SAMPLE_CHARACTERS)
+        self._random = random.Random(0)
+        if eod is not None and eod > self._largest_id:
             raise PreprocessError(
-                f"--append-eod: end-of-document token {self._eod} does not fit {dtype}, the dtype for a "
-                f"vocabulary of {tokenizer.vocab_size}; check the tokenizer's vocabulary size"
+                f"--append-eod: end-of-document token {eod} does not fit {dtype}, the dtype for the "
+                f"tokenizer's vocabulary; check its size"
             )
 
-    def encode(self, lines: Sequence[Line]) -> EncodedChunk:
-        """Encode the documents on ``lines``.
+    def encode(self, task: Task) -> EncodedChunk:
+        """Encode the documents of ``task``.
 
         Raises
         ------
         PreprocessError
-            If a line cannot be parsed or its text cannot be tokenized.
+            If the input cannot be read.
         """
-        parsed = [parse_line(line, self.keys) for line in lines]
+        parts: dict[str, list[Part]] = {key: [] for key in self.keys}
+        bad: list[BadDocument] = []
+        size, difference = 0, None
+        for batch, read in self._batches(task):
+            good = [item for item in batch if isinstance(item, Document)]
+            size += read
+            difference = difference or self._compare(good)
+            try:
+                encoded = [self._encode_documents(good)]
+            except _CannotEncodeError:
+                batch = [self._checked(item) for item in batch]
+                encoded = [self._encode_documents([item]) for item in batch if isinstance(item, Document)]
+            bad.extend(item for item in batch if isinstance(item, BadDocument))
+            for found in encoded:
+                for key, part in zip(self.keys, found, strict=True):
+                    parts[key].append(part)
         return EncodedChunk(
-            lines=len(lines),
-            bytes=sum(len(line.content) for line in lines),
-            documents={
-                key: self._encode_key(lines, key, [texts[key] for texts in parsed]) for key in self.keys
-            },
+            {key: _joined(found, self.dtype) for key, found in parts.items()}, size, bad, difference
         )
 
-    def _encode_key(self, lines: Sequence[Line], key: str, texts: list[str | list[str]]) -> EncodedDocuments:
-        tokens: list[int] = []
-        sequence_lengths: list[int] = []
-        document_lengths: list[int] = []
-        for line, text in zip(lines, texts, strict=True):
-            before = len(sequence_lengths)
-            for sentence in self._sentences(line, key, text):
-                ids = self._tokenize(line, key, sentence)
-                if ids:
-                    tokens.extend(ids)
-                    sequence_lengths.append(len(ids))
-            if self._eod is not None and len(sequence_lengths) > before:
-                tokens.append(self._eod)
-                sequence_lengths[-1] += 1
-            document_lengths.append(len(sequence_lengths) - before)
-        return EncodedDocuments(
-            tokens=np.array(tokens, dtype=self.dtype),
-            sequence_lengths=np.array(sequence_lengths, dtype=np.int32),
-            document_lengths=np.array(document_lengths, dtype=np.int64),
-        )
+    def _batches(self, task: Task) -> Iterator[tuple[list[Document | BadDocument], int]]:
+        """Yield some documents at a time, and their size as they were read."""
+        batch: list[Document | BadDocument] = []
+        size = 0
+        for entry in islice(task.chunk.entries(self._limit), task.skip, None, task.step):
+            batch.append(parse(entry, self.keys))
+            size += size_of(entry)
+            if self._stop and isinstance(batch[-1], BadDocument):
+                break
+            if size >= _BATCH_BYTES:
+                yield batch, size
+                batch, size = [], 0
+        yield batch, size
 
-    def _sentences(self, line: Line, key: str, text: str | list[str]) -> list[str]:
+    def _encode_documents(self, documents: Sequence[Document]) -> list[Part]:
+        """Return the tokens under each key."""
+        return [
+            self._encode_values(key, [d.values[at] for d in documents]) for at, key in enumerate(self.keys)
+        ]
+
+    def _encode_values(self, key: str, values: Sequence[str | list[str]]) -> Part:
+        sentences = [self._sentences(key, value) for value in values]
+        counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
+        ids, lengths = self._tokenize(key, list(chain.from_iterable(sentences)))
+        documents = np.repeat(np.arange(len(values)), counts)[lengths > 0]
+        sequences = np.bincount(documents, minlength=len(values))
+        lengths = lengths[lengths > 0]
+        if self._eod is not None:
+            last = np.cumsum(sequences)[sequences > 0] - 1
+            ids = np.insert(ids, np.cumsum(lengths)[last], self._eod)
+            lengths[last] += 1
+        return Part(ids, lengths.astype(np.int32), sequences.astype(np.int64))
+
+    def _sentences(self, key: str, value: str | list[str]) -> list[str]:
         if self._split is None:
-            return [text] if isinstance(text, str) else text
-        if isinstance(text, list):
-            raise PreprocessError(
-                f"{line.where}: key {key!r} has a list; with --split-sentences it must be a string"
+            return [value] if isinstance(value, str) else value
+        if isinstance(value, list):
+            raise _CannotEncodeError(
+                "not a string", f"key {key!r} has a list; with --split-sentences it must be a string"
             )
-        return self._split(text)
+        return self._split(value)
 
-    def _tokenize(self, line: Line, key: str, text: str) -> list[int]:
+    def _tokenize(self, key: str, texts: list[str]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
         try:
-            ids = list(self._tokenizer.tokenize(text))
+            ids, lengths = self._encoder.encode(texts)
         except BaseException as error:  # a panic in a tokenizer written in Rust is no Exception
-            surrogate = next(
-                (at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise _CannotEncodeError(
+                "not tokenizable", f"key {key!r} cannot be tokenized: {reason}"
+            ) from error
+        if ids.size and (largest := int(ids.max())) > self._largest_id:
+            raise _CannotEncodeError(
+                "token id",
+                f"key {key!r} has token id {largest}, which does not fit {self.dtype}, the dtype for the "
+                f"tokenizer's vocabulary; check its size",
             )
-            if surrogate is None:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-            else:
-                reason = (
-                    f"lone surrogate \\u{ord(text[surrogate]):04x} at character {surrogate + 1}, which "
-                    f"is not a character; remove it or write \\ufffd instead"
-                )
-            raise PreprocessError(f"{line.where}: key {key!r} cannot be tokenized: {reason}") from error
-        if ids and not 0 <= min(ids) <= max(ids) <= self._largest_id:
-            raise PreprocessError(
-                f"{line.where}: key {key!r} has token id {max(ids, key=abs)}, which does not fit "
-                f"{self.dtype}, the dtype for a vocabulary of {self._tokenizer.vocab_size}; "
-                f"check the tokenizer's vocabulary size"
-            )
-        return ids
+        return ids.astype(self.dtype), lengths
+
+    def _checked(self, item: Document | BadDocument) -> Document | BadDocument:
+        """Return a document that cannot be encoded as a bad one."""
+        if isinstance(item, Document):
+            try:
+                self._encode_documents([item])
+            except _CannotEncodeError as wrong:
+                return BadDocument(item.place, wrong.kind, wrong.reason, readable(item.content))
+        return item
+
+    def _compare(self, documents: Sequence[Document]) -> str | None:
+        """Encode a sample again with the reference; return how they differ."""
+        if self._reference is None:
+            return None
+        self._to_sample += _SAMPLED * sum(map(_characters, documents))
+        sample = []
+        for document in self._random.sample(documents, len(documents)):
+            if self._to_sample <= 0:
+                break
+            for value in document.values:
+                texts = [value] if isinstance(value, str) else value
+                starts = [text[:_SAMPLE_CHARACTERS] for text in texts]
+                sample += starts
+                self._to_sample -= sum(map(len, starts))
+        try:
+            return first_difference(self._encoder, self._reference, sample) if sample else None
+        except BaseException:  # that of a document that cannot be tokenized, which is found again below
+            return None
+
+
+class _CannotEncodeError(Exception):
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
+
+
+def _characters(document: Document) -> int:
+    return sum(len(value) if isinstance(value, str) else sum(map(len, value)) for value in document.values)
+
+
+def _joined(parts: Sequence[Part], dtype: np.dtype) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    empty = Part(np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int64))
+    names = ("tokens", "sequence_lengths", "document_lengths")
+    return Part(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in names))

@@ -73,15 +73,19 @@ class IndexedDatasetInfo:
     tokens: int
 
 
-def check_indexed_dataset(prefix: str | Path) -> IndexedDatasetInfo:
+def check_indexed_dataset(prefix: str | Path, *, every_sequence: bool = True) -> IndexedDatasetInfo:
     """Check that Megatron can read the indexed dataset at ``prefix``.
 
-    Reads the whole .idx file and only the size of the .bin file, with numpy alone.
+    Reads the .idx file and only the size of the .bin file, with numpy alone.
 
     Parameters
     ----------
     prefix
         Local path of the dataset without ``.bin`` or ``.idx``, as ``--data-path`` takes it.
+    every_sequence
+        Look at every sequence, which takes longer the larger the dataset is. Otherwise only the last
+        one is looked at, which finds what was truncated where sequences are stored in order, and the
+        number of tokens is what the .bin file has room for.
 
     Returns
     -------
@@ -109,16 +113,18 @@ def check_indexed_dataset(prefix: str | Path) -> IndexedDatasetInfo:
             f"copy or preprocess the dataset again"
         )
     tokens = bytes_needed = 0
-    for start in range(0, sequences, _BLOCK):
+    for start in range(0 if every_sequence else max(sequences - 1, 0), sequences, _BLOCK):
         block = lengths[start : start + _BLOCK].astype(np.int64)
         tokens += int(block.sum())
         ends = pointers[start : start + _BLOCK] + block * dtype.itemsize
         bytes_needed = max(bytes_needed, int(ends.max()))
+    bytes_there = bin_.stat().st_size
+    if not every_sequence:
+        tokens = bytes_there // dtype.itemsize
     if tokens == 0:
         raise IndexedDatasetError(
             f"{idx}: the dataset holds no tokens; preprocess a corpus that is not empty"
         )
-    bytes_there = bin_.stat().st_size
     if bytes_there < bytes_needed:
         raise IndexedDatasetError(
             f"{bin_}: truncated: {bytes_there} bytes, but {idx.name} needs {bytes_needed}; "

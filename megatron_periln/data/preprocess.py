@@ -2,143 +2,223 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from megatron_periln.data.documents import chunk_lines, lines_in_output_order
-from megatron_periln.data.encode import Encoder
+from megatron_periln.data.checksums import GrowingChecksums, Growth
+from megatron_periln.data.encode import ChunkEncoder
+from megatron_periln.data.encoders import Choice, choose_encoder, token_dtype
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.workers import encode_in_order
-from megatron_periln.data.writer import open_writers
+from megatron_periln.data.inputs import Source, sources, take_shard, to_tasks
+from megatron_periln.data.journal import Location, Record
+from megatron_periln.data.outputs import Outputs
+from megatron_periln.data.plan import Plan, Summary, dataset_prefix, growing_folder
+from megatron_periln.data.progress import Progress
+from megatron_periln.data.publish import publish_all
+from megatron_periln.data.quarantine import number_lines
+from megatron_periln.data.tokenizer import end_of_document
+from megatron_periln.data.worker import Report
+from megatron_periln.data.workers import encode_and_write
 
-__all__ = ["Summary", "output_prefixes", "prepare_outputs", "preprocess"]
-
-_CHUNK_BYTES = 256 * 1024
+__all__ = ["preprocess"]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run read and wrote.
+def preprocess(plan: Plan, log_interval: int | None = None) -> Summary:
+    """Encode documents into one indexed dataset for each key.
+
+    Progress goes to stderr. The datasets appear when all are complete. A run that fails leaves
+    what it has done in ``{output_prefix}.partial``, for one with ``resume``.
 
     Parameters
     ----------
-    documents
-        Number of documents read.
-    tokens
-        Number of tokens written, over all keys.
-    bytes
-        Size of the documents read, decompressed.
-    seconds
-        Wall time.
-    files
-        The files written.
+    plan
+        What to do.
+    log_interval
+        Number of documents between two lines of progress where stderr is not a terminal.
+
+    Raises
+    ------
+    PreprocessError
+        If the input is empty or cannot be read, a document cannot be encoded, workers die, or an
+        output cannot be written.
     """
+    return _Run(plan, log_interval).run()
 
-    documents: int
-    tokens: int
-    bytes: int
-    seconds: float
-    files: list[Path]
 
-    def __str__(self) -> str:
-        return (
-            f"Wrote {self.documents} documents, {self.tokens} tokens, from {self.bytes} bytes "
-            f"in {self.seconds:.1f} s: {' '.join(map(str, self.files))}"
+class _EncoderDiffersError(Exception):
+    """The encoder does not do what its reference does."""
+
+
+class _NothingToKeepError(PreprocessError):
+    """What was done is of no use."""
+
+
+class _Run:
+    def __init__(self, plan: Plan, log_interval: int | None) -> None:
+        self.plan = plan
+        self.started = time.monotonic()
+        self.dtype = token_dtype(plan.tokenizer.vocab_size)
+        self.choice = choose_encoder(plan.tokenizer, plan.encoder)
+        self.sources = self._sources()
+        self.progress = Progress(sum(source.weight for source in self.sources), log_interval)
+
+    def run(self) -> Summary:
+        plan = self.plan
+        encoder = self._encoder()
+        self.outputs = Outputs(
+            growing_folder(plan.output_prefix), self.dtype, plan.identity(self.dtype), plan.max_bin_size
+        )
+        keep = plan.rereadable
+        try:
+            self.outputs.open(resume=plan.resume, overwrite=plan.overwrite)
+            if self.outputs.encoder and not plan.encoder:
+                self.choice = choose_encoder(plan.tokenizer, self.outputs.encoder)
+                encoder = self._encoder()
+            self.checksums = GrowingChecksums()
+            if not self.outputs.complete:
+                try:
+                    self._encode(encoder)
+                except _EncoderDiffersError as error:
+                    self._fall_back(error)
+                    self._encode(self._encoder())
+                self._check_tokens()
+                self.outputs.end()
+            files = publish_all(plan, self.outputs, self.checksums.result(), self.choice.encoder.name)
+            keep = False
+        except _NothingToKeepError:
+            keep = False
+            raise
+        except (PreprocessError, KeyboardInterrupt) as error:
+            if keep and self.outputs.records:
+                reason = f"{error}; " if str(error) else ""
+                raise type(error)(f"{reason}what is done is kept: go on with --resume") from error
+            raise
+        finally:
+            self.progress.close()
+            self.outputs.close(remove=not keep)
+        return self._summary(files)
+
+    def _sources(self) -> list[Source]:
+        plan = self.plan
+        if plan.partitions > 1 and not plan.rereadable:
+            raise PreprocessError(
+                "--partitions reads the input once for each, so it cannot be a pipe: "
+                "use files or --keep-sequential-samples"
+            )
+        if plan.resume and not plan.rereadable and growing_folder(plan.output_prefix).exists():
+            raise PreprocessError("--resume: a pipe cannot be read again; start anew with --overwrite")
+        found = sources(plan.inputs, plan.keys, plan.chunk_bytes)
+        shard, shards = plan.shard
+        if shards > 1 and found:
+            found = take_shard(found, shard, shards)
+            if not found:
+                raise PreprocessError(f"--shard {shard}/{shards} has no input: use fewer shards")
+        return found
+
+    def _encoder(self) -> ChunkEncoder:
+        plan = self.plan
+        return ChunkEncoder(
+            self.choice.encoder,
+            plan.keys,
+            self.dtype,
+            reference=self.choice.reference,
+            eod=end_of_document(plan.tokenizer) if plan.append_eod else None,
+            split=plan.split,
+            stop=plan.on_error == "stop",
+            limit=plan.max_document_bytes,
         )
 
-
-def output_prefixes(prefix: str, keys: Iterable[str], *, split_sentences: bool = False) -> dict[str, str]:
-    """Return the dataset prefix for each key: ``{prefix}_{key}_document`` or ``..._sentence``."""
-    level = "sentence" if split_sentences else "document"
-    return {key: f"{prefix}_{key}_{level}" for key in keys}
-
-
-def prepare_outputs(prefixes: Iterable[str], *, overwrite: bool = False) -> None:
-    """Make the output folders, and check that the datasets can be written.
-
-    Raises
-    ------
-    PreprocessError
-        If a folder cannot be made or written to, or if an output exists and ``overwrite`` is False.
-    """
-    for prefix in prefixes:
-        folder = Path(prefix).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PreprocessError(
-                f"--output-prefix: cannot make the folder {folder}: {error.strerror}"
-            ) from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PreprocessError(f"--output-prefix: the folder {folder} is not writable")
-        for path in (Path(prefix + ".bin"), Path(prefix + ".idx")):
-            if path.exists() and not overwrite:
-                raise PreprocessError(f"{path} exists: choose another --output-prefix or pass --overwrite")
-
-
-def preprocess(
-    inputs: Sequence[Path],
-    encoder: Encoder,
-    prefixes: dict[str, str],
-    *,
-    workers: int,
-    partitions: int = 1,
-    keep_sequential_samples: bool = False,
-    log_interval: int = 1000,
-) -> Summary:
-    """Encode the documents of ``inputs`` into one indexed dataset for each key.
-
-    Progress goes to stderr. The datasets appear when all are complete; a run that fails leaves none.
-
-    Parameters
-    ----------
-    inputs
-        JSON Lines files, plain or ``.gz``.
-    encoder
-        Parses and tokenizes.
-    prefixes
-        The dataset prefix for each of the encoder's keys.
-    workers
-        Number of worker processes.
-    partitions, keep_sequential_samples
-        The order of the documents: see ``lines_in_output_order``.
-    log_interval
-        Number of documents between two lines of progress.
-
-    Raises
-    ------
-    PreprocessError
-        If the input is empty, cannot be read or encoded, a worker dies, or an output cannot be written.
-    """
-    started = time.monotonic()
-    documents = bytes_read = 0
-    lines = lines_in_output_order(inputs, partitions, keep_sequential_samples=keep_sequential_samples)
-    encoded = encode_in_order(encoder, chunk_lines(lines, _CHUNK_BYTES), workers)
-    with open_writers([prefixes[key] for key in encoder.keys], encoder.dtype) as writers, closing(encoded):
-        for chunk in encoded:
-            for key, writer in zip(encoder.keys, writers, strict=True):
-                writer.add(chunk.documents[key])
-            logged = documents // log_interval
-            documents += chunk.lines
-            bytes_read += chunk.bytes
-            if documents // log_interval > logged:
-                seconds = time.monotonic() - started
-                print(
-                    f"Processed {documents} documents ({documents / seconds:.1f} docs/s, "
-                    f"{bytes_read / seconds / 1024**2:.2f} MB/s).",
-                    file=sys.stderr,
+    def _encode(self, encoder: ChunkEncoder) -> None:
+        """Encode what is not written yet."""
+        plan, outputs = self.plan, self.outputs
+        for note in self.choice.notes:
+            self.progress.note(note)
+        first = len(outputs.records)
+        growth = Growth(outputs, self.checksums)
+        for record in outputs.records:
+            self._show(record, new=False)
+        tasks = islice(to_tasks(self.sources, plan.partitions, plan.max_document_bytes), first, None)
+        written = encode_and_write(
+            encoder, tasks, self._place, plan.workers, first=first, warn=self.progress.note
+        )
+        with closing(written):
+            for chunk in written:
+                record = Record(
+                    number=chunk.number,
+                    sizes=chunk.report.sizes,
+                    checksums=chunk.checksums,
+                    empty=chunk.report.empty,
+                    bytes=chunk.report.bytes,
+                    weight=chunk.task.chunk.weight // plan.partitions,
+                    bad=chunk.report.bad,
                 )
-        if documents == 0:
-            raise PreprocessError(f"no documents: {' '.join(map(str, inputs))} is empty")
-    return Summary(
-        documents=documents,
-        tokens=sum(writer.tokens for writer in writers),
-        bytes=bytes_read,
-        seconds=time.monotonic() - started,
-        files=[path for writer in writers for path in writer.files],
-    )
+                outputs.add(record)
+                self._show(record)
+                growth.advance()
+        growth.advance()
+
+    def _place(self, report: Report) -> dict[str, Location]:
+        if report.difference:
+            raise _EncoderDiffersError(report.difference)
+        if report.bad and self.plan.on_error == "stop":
+            (bad,) = number_lines(report.bad[:1])
+            raise PreprocessError(str(bad))
+        return self.outputs.place(report.sizes)
+
+    def _fall_back(self, error: _EncoderDiffersError) -> None:
+        name, reference = self.choice.encoder.name, self.choice.reference
+        assert reference
+        if self.plan.encoder:
+            raise _NothingToKeepError(f"--encoder {name} is not exact: {error}; drop it") from error
+        if not self.plan.rereadable:
+            raise _NothingToKeepError(
+                f"the encoder {name} is not exact: {error}; run again with --encoder {reference.name}"
+            ) from error
+        self.progress.note(f"the encoder {name} is not exact, starting again with {reference.name}: {error}")
+        self.choice = Choice(reference, None)
+        self.progress.reset()
+        self.checksums = GrowingChecksums()
+        self.outputs.restart(reference.name)
+
+    def _check_tokens(self) -> None:
+        """Refuse what Megatron cannot map."""
+        tokens = Counter[str]()
+        for (key, _), size in self.outputs.datasets().items():
+            tokens[key] += size.tokens
+        for key in self.plan.keys:
+            if not any(record.sizes[key].documents or record.bad for record in self.outputs.records):
+                names = " ".join(file.path for file in self.plan.inputs)
+                raise _NothingToKeepError(f"no documents: {names} is empty")
+            if not tokens[key]:
+                name = dataset_prefix(self.plan.output_prefix, key, sentences=self.plan.split is not None)
+                left_out = " or was left out" if any(record.bad for record in self.outputs.records) else ""
+                raise _NothingToKeepError(
+                    f"{name}: every document is empty{left_out}, so there are no tokens to write"
+                )
+
+    def _summary(self, files: list[Path]) -> Summary:
+        records = self.outputs.records
+        return Summary(
+            documents=sum(record.sizes[self.plan.keys[0]].documents for record in records),
+            tokens=sum(size.tokens for record in records for size in record.sizes.values()),
+            bytes=sum(record.bytes for record in records),
+            empty=sum(number for record in records for number in record.empty.values()),
+            left_out=dict(Counter(document.kind for record in records for document in record.bad)),
+            encoder=self.choice.encoder.name,
+            seconds=time.monotonic() - self.started,
+            files=files,
+        )
+
+    def _show(self, record: Record, *, new: bool = True) -> None:
+        sizes = record.sizes.values()
+        self.progress.add(
+            weight=record.weight,
+            documents=next(iter(sizes)).documents,
+            bytes=record.bytes,
+            tokens=sum(size.tokens for size in sizes),
+            errors=len(record.bad),
+            new=new,
+        )

@@ -1,146 +1,258 @@
-"""Worker processes that encode in order, in bounded memory, and whose death ends the run.
+"""Worker processes that encode and write chunks, in bounded memory, and whose death costs a chunk.
 
-Each worker has a pipe of its own and at most one chunk at a time, so no lock, queue or thread is
-shared with one that dies: its pipe ends, even in the middle of a message.
+Each worker has a pipe of its own, so no lock, queue or thread is shared with one that dies: its
+pipe ends, even in the middle of a message. Tokens don't pass through the pipes: a worker reports
+how many it has, learns where they go once all chunks before are known, and writes them there.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NoReturn
 
-from megatron_periln.data.documents import Line
-from megatron_periln.data.encode import EncodedChunk, Encoder
+from megatron_periln.data.encode import ChunkEncoder
 from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.inputs import Task
+from megatron_periln.data.journal import Location
+from megatron_periln.data.worker import SIGNALS, Done, Report, cause_of_death, work
 
-__all__ = ["encode_in_order"]
+__all__ = ["Written", "encode_and_write"]
 
-_CHUNKS_AHEAD_PER_WORKER = 4
+_OUTSTANDING_PER_WORKER = 4
+_HELD_PER_WORKER = 2
+_DEATHS = 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """A chunk that was written.
+
+    Parameters
+    ----------
+    number
+        Its number.
+    task
+        What it was.
+    report
+        What it has.
+    checksums
+        For each key, the CRC-32 of what was written.
+    """
+
+    number: int
+    task: Task
+    report: Report
+    checksums: dict[str, int]
 
 
 @dataclass
+class _Chunk:
+    number: int
+    task: Task
+    report: Report | PreprocessError | None = None
+    holder: _Worker | None = None
+    locations: dict[str, Location] | None = None
+    deaths: int = 0
+
+
+@dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     connection: Connection
-    chunk: int | None = None
-    """Number of the chunk that it encodes; None while it is idle."""
+    encoding: _Chunk | None = None
+    holding: dict[int, _Chunk] = field(default_factory=dict)
+    """The chunks that it has encoded, by number, and has not written yet."""
 
 
-def encode_in_order(encoder: Encoder, chunks: Iterable[list[Line]], workers: int) -> Generator[EncodedChunk]:
-    """Encode chunks in worker processes and yield the results in the order of the chunks.
+def encode_and_write(
+    encoder: ChunkEncoder,
+    tasks: Iterable[Task],
+    place: Callable[[Report], dict[str, Location]],
+    workers: int,
+    *,
+    first: int = 0,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Generator[Written]:
+    """Encode chunks in worker processes, which write them; yield each once it is written.
 
     Workers are forked, so that each shares the tokenizer built here instead of building its own.
-    ``chunks`` is read only a few chunks ahead of what was yielded.
+    ``tasks`` is read only a few chunks ahead of what was written.
+
+    Parameters
+    ----------
+    encoder
+        What the workers do.
+    tasks
+        The chunks.
+    place
+        Returns where a chunk goes, or raises; called once for each chunk, in order.
+    workers
+        Number of processes.
+    first
+        Number of the first chunk.
+    warn
+        Is told of each worker that died.
 
     Raises
     ------
     PreprocessError
-        What ``Encoder.encode`` raises for the first bad line, or that a worker died and of what.
+        If an input cannot be read or an output cannot be written, or a chunk's workers die.
     """
-    pool: list[_Worker] = []
+    run = _Run(encoder, tasks, place, first, warn)
     try:
         for _ in range(workers):
-            pool.append(_start_worker(encoder, [worker.connection for worker in pool]))
-        yield from _encode(pool, chunks)
+            run.start_worker()
+        yield from run.written()
     finally:
-        for worker in pool:
-            worker.process.terminate()
-        for worker in pool:
+        run.stop()
+
+
+class _Run:
+    def __init__(
+        self,
+        encoder: ChunkEncoder,
+        tasks: Iterable[Task],
+        place: Callable[[Report], dict[str, Location]],
+        first: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._encoder, self._place, self._warn = encoder, place, warn
+        self._source = (_Chunk(number, task) for number, task in enumerate(tasks, first))
+        self._ahead: _Chunk | None = None
+        self._again: list[_Chunk] = []
+        self._input_error: PreprocessError | None = None
+        self._unplaced: dict[int, _Chunk] = {}
+        self._to_place = first
+        self._outstanding = 0
+        self._idle_deaths = 0
+        self._workers: list[_Worker] = []
+
+    def start_worker(self) -> None:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        inherited = [ours, *(worker.connection for worker in self._workers)]
+        process = context.Process(target=work, args=(self._encoder, theirs, inherited), daemon=True)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker has its own handlers
+        try:
+            process.start()
+        except OSError as error:
+            raise PreprocessError(f"cannot start a worker process: {error.strerror}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        self._workers.append(_Worker(process, ours))
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
             worker.process.join()
 
-
-def _encode(pool: list[_Worker], chunks: Iterable[list[Line]]) -> Generator[EncodedChunk]:
-    source = iter(chunks)
-    results: dict[int, EncodedChunk | PreprocessError] = {}
-    sent = yielded = 0
-    exhausted = False
-    while not exhausted or yielded < sent:
-        for worker in pool:
-            if (
-                worker.chunk is None
-                and not exhausted
-                and sent < yielded + _CHUNKS_AHEAD_PER_WORKER * len(pool)
-            ):
-                chunk = next(source, None)
-                if chunk is None:
-                    exhausted = True
-                else:
-                    _send(worker, chunk)
-                    worker.chunk = sent
-                    sent += 1
-        # An idle worker's pipe has something to read only when it has died.
-        ready = wait([worker.connection for worker in pool]) if yielded < sent else []
-        for worker in pool:
-            if worker.connection in ready:
-                result = _receive(worker)
-                assert worker.chunk is not None
-                results[worker.chunk] = result
-                worker.chunk = None
-        while yielded in results:
-            result = results.pop(yielded)
-            if isinstance(result, PreprocessError):
-                raise result
-            yield result
-            yielded += 1
-
-
-def _start_worker(encoder: Encoder, others: list[Connection]) -> _Worker:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(encoder, theirs, [*others, ours]), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
-def _work(encoder: Encoder, connection: Connection, inherited: list[Connection]) -> None:
-    """Encode chunks until the parent closes the pipe or dies."""
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The parent's ends of the pipes must be open in the parent only, or its death would go unnoticed.
-    for end in inherited:
-        end.close()
-    try:
+    def written(self) -> Generator[Written]:
         while True:
-            lines = connection.recv()
+            while chunk := self._unplaced.pop(self._to_place, None):
+                self._place_chunk(chunk)
+            self._give_out()
+            if not self._outstanding:
+                if self._input_error:
+                    raise self._input_error
+                return
+            # An idle worker's pipe has something to read only when it has died.
+            ready = wait([worker.connection for worker in self._workers])
+            for worker in [worker for worker in self._workers if worker.connection in ready]:
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._replace(worker)
+                    continue
+                if isinstance(message, Done):
+                    yield self._finish(worker, message)
+                else:
+                    self._take(worker, message)
+
+    def _give_out(self) -> None:
+        for worker in self._workers:
+            if worker.encoding is None and (chunk := self._chunk_for(worker)):
+                worker.encoding = chunk
+                _send(worker, chunk.number, chunk.task)
+        self._read_ahead()  # while all are busy
+
+    def _chunk_for(self, worker: _Worker) -> _Chunk | None:
+        if self._again:
+            return self._again.pop(0)
+        enough = self._outstanding >= _OUTSTANDING_PER_WORKER * len(self._workers)
+        if enough or len(worker.holding) >= _HELD_PER_WORKER:
+            return None
+        self._read_ahead()
+        chunk, self._ahead = self._ahead, None
+        self._outstanding += chunk is not None
+        return chunk
+
+    def _read_ahead(self) -> None:
+        if self._ahead is None and self._input_error is None:
             try:
-                result: EncodedChunk | PreprocessError = encoder.encode(lines)
+                self._ahead = next(self._source, None)
             except PreprocessError as error:
-                result = error
-            connection.send(result)
-    except (EOFError, OSError):
-        pass
+                self._input_error = error
+
+    def _take(self, worker: _Worker, report: Report | PreprocessError) -> None:
+        chunk, worker.encoding = worker.encoding, None
+        assert chunk
+        before, chunk.report, chunk.holder = chunk.report, report, worker
+        worker.holding[chunk.number] = chunk
+        if chunk.locations is None:
+            self._unplaced[chunk.number] = chunk
+            return
+        # Its first worker died after it had a place.
+        if isinstance(report, PreprocessError):
+            raise report
+        assert isinstance(before, Report)
+        if report.sizes != before.sizes:
+            raise PreprocessError("the input changed while it was read")
+        _send(worker, chunk.number, chunk.locations)
+
+    def _place_chunk(self, chunk: _Chunk) -> None:
+        if isinstance(chunk.report, PreprocessError):
+            raise chunk.report
+        assert chunk.report and chunk.holder
+        chunk.locations = self._place(chunk.report)
+        self._to_place += 1
+        _send(chunk.holder, chunk.number, chunk.locations)
+
+    def _finish(self, worker: _Worker, done: Done) -> Written:
+        if isinstance(done.checksums, PreprocessError):
+            raise done.checksums
+        chunk = worker.holding.pop(done.number)
+        self._outstanding -= 1
+        assert isinstance(chunk.report, Report)
+        return Written(chunk.number, chunk.task, chunk.report, done.checksums)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.process.join()
+        reason = cause_of_death(worker.process)
+        lost = [*worker.holding.values(), *([worker.encoding] if worker.encoding else [])]
+        suspect = worker.encoding or next(iter(lost), None)
+        if suspect:
+            suspect.deaths += 1
+        else:
+            self._idle_deaths += 1
+        if (suspect.deaths if suspect else self._idle_deaths) >= _DEATHS:
+            raise PreprocessError(f"{reason}, the last of {_DEATHS} with the same work")
+        self._warn(f"{reason}; its work is done again")
+        for chunk in lost:
+            self._unplaced.pop(chunk.number, None)
+        self._again = sorted([*self._again, *lost], key=lambda chunk: chunk.number)
+        self._workers.remove(worker)
+        worker.connection.close()
+        self.start_worker()
 
 
-def _send(worker: _Worker, chunk: list[Line]) -> None:
-    try:
-        worker.connection.send(chunk)
-    except OSError:
-        _report_death(worker)
-
-
-def _receive(worker: _Worker) -> EncodedChunk | PreprocessError:
-    try:
-        return worker.connection.recv()
-    except (EOFError, OSError):
-        _report_death(worker)
-
-
-def _report_death(worker: _Worker) -> NoReturn:
-    worker.process.join()
-    code = worker.process.exitcode or 0
-    name = f"worker process {worker.process.pid}"
-    if code >= 0:
-        raise PreprocessError(f"{name} ended with exit code {code}; run again")
-    reason = signal.Signals(-code).name
-    if -code == signal.SIGKILL:
-        reason += ", often sent by the kernel for lack of memory; use fewer --workers"
-    raise PreprocessError(f"{name} was killed by {reason}")
+def _send(worker: _Worker, number: int, order: Task | dict[str, Location]) -> None:
+    # The pipe of a worker that died breaks; reading from it tells.
+    with suppress(OSError):
+        worker.connection.send((number, order))

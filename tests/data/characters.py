@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_periln.data.documents import Line
-
-LINES = [Line("file", 1, b'{"text": "a"}')]
-
 
 class Characters:
     """A tokenizer of single characters that acts on some texts."""

@@ -157,6 +157,26 @@ def test_blocks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_indexed_dataset(prefix) == whole
 
 
+def test_looking_at_the_last_sequence_only(prefix: Path, tmp_path: Path) -> None:
+    def check() -> IndexedDatasetInfo:
+        return check_indexed_dataset(prefix, every_sequence=False)
+
+    assert check() == check_indexed_dataset(prefix)
+    bin_ = Path(f"{prefix}.bin")
+    content = bin_.read_bytes()
+    bin_.write_bytes(content[:-1])
+    with pytest.raises(IndexedDatasetError, match="truncated: 11 bytes"):
+        check()
+    bin_.write_bytes(b"")
+    with pytest.raises(IndexedDatasetError, match="holds no tokens"):
+        check()
+    bin_.write_bytes(content)
+    patch(Path(f"{prefix}.idx"), 34 + 3 * 4, struct.pack("<q", 100))  # the first sequence
+    check()
+    with pytest.raises(IndexedDatasetError, match="truncated"):
+        check_indexed_dataset(prefix)
+
+
 def test_import_is_light() -> None:
     code = "import sys, megatron_periln.data.indexed; print({'torch', 'megatron'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

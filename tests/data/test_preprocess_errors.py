@@ -61,10 +61,10 @@ def test_bad_lines(bad_line: Callable[..., str], content: bytes, expected: str) 
     assert expected in bad_line(content)
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece", "tiktoken"])
 def test_lone_surrogate(bad_line: Callable[..., str], kind: str) -> None:
     message = bad_line(rb'{"text": "ab\ud800c"}', kind=kind)
-    assert r"key 'text' cannot be tokenized: lone surrogate \ud800 at character 3" in message
+    assert r"key 'text' has the lone surrogate \ud800 at character 3" in message
     assert "remove it" in message
 
 
@@ -97,8 +97,9 @@ def test_missing_input(refused_with: Callable[..., str], tmp_path: Path) -> None
     assert f"--input {absent}: no such file" in refused_with(input=["--input", absent])
     message = refused_with(input=["--input", f"{absent}*.jsonl"])
     assert f"--input {absent}*.jsonl: no file matches this glob" in message
-    message = refused_with(input=["--input", tmp_path])
-    assert f"--input {tmp_path}: a folder; give a file or a glob such as '{tmp_path}/*.jsonl'" in message
+    (tmp_path / "empty").mkdir()
+    message = refused_with(input=["--input", tmp_path / "empty"])
+    assert f"--input {tmp_path}/empty: no files in this folder that end with .jsonl" in message
 
 
 def test_empty_input(refused_with: Callable[..., str], tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_output_exists(
         existing = tmp_path / f"out_text_document.{suffix}"
         existing.write_text("precious")
         with monkeypatch.context() as patch:
-            patch.setattr(tool, "build_tokenizer", lambda _: pytest.fail("work before the check"))
+            patch.setattr(tool, "resolve_tokenizer", lambda _: pytest.fail("work before the check"))
             message = refused_with()
         assert f"{existing} exists: choose another --output-prefix or pass --overwrite" in message
         assert existing.read_text() == "precious"
@@ -217,7 +218,7 @@ def test_token_id_beyond_the_dtype(
     source = write_lines(tmp_path / "ids.jsonl", [{"text": "1 2"}, {"text": "1 70000"}])
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 100]
     message = refused_with(input=["--input", source], tokenizer=null)
-    assert f"{source}:2: key 'text' has token id 70000, which does not fit uint16" in message
+    assert f"{source}:2: byte 16: key 'text' has token id 70000, which does not fit uint16" in message
     message = refused_with(tokenizer=[*null, "--null-tokenizer-eod-id", 70000], more=["--append-eod"])
     assert "end-of-document token 70000 does not fit uint16" in message
 
@@ -232,10 +233,10 @@ def test_flags_that_are_not_needed(refused_with: Callable[..., str], flag: list[
 def test_error_of_a_later_line_does_not_hide_the_first(
     refused_with: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess._CHUNK_BYTES", 1)
+    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 1)
     source = tmp_path / "two.jsonl"
     source.write_text('{"text": "' + "slow " * 100_000 + '"\nfast\n')
-    assert f"{source}:1: malformed" in refused_with(input=["--input", source], more=["--workers", 2])
+    assert f"{source}:1: byte 0: malformed" in refused_with(input=["--input", source], more=["--workers", 2])
 
 
 def test_errors_are_pickled_whole() -> None:

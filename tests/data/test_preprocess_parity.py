@@ -65,7 +65,7 @@ def test_tokenizers(
     append_eod: bool,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 1000)
     tokenizer = megatron_tokenizer(kind)
     eod = ["--append-eod"] if append_eod else []
     written(corpus, "--json-keys", "text", "title", "--workers", workers, *tokenizers[kind], *eod)
@@ -142,18 +142,6 @@ def test_input_forms(
     ours = written(source, *tokenizers["tiktoken"])
     texts = [document["text"] for document in corpus]
     assert read(ours) == read(reference(tmp_path / "reference", megatron_tokenizer("tiktoken"), texts, False))
-
-
-def test_lone_surrogates_are_replaced_by_tiktoken(
-    tmp_path: Path, written: Callable, tokenizers: dict[str, list[str]], megatron_tokenizer: Callable
-) -> None:
-    tokenizer = megatron_tokenizer("tiktoken")
-    source = tmp_path / "in.jsonl"
-    source.write_text(r'{"text": "a\ud800b \ud83d\ude42"}' + "\n")
-    ours = written(source, *tokenizers["tiktoken"])
-    assert read(ours) == read(reference(tmp_path / "same", tokenizer, ["a\ud800b 🙂"], False))
-    assert read(ours) == read(reference(tmp_path / "replaced", tokenizer, ["a\ufffdb 🙂"], False))
-    assert read(ours) != read(reference(tmp_path / "dropped", tokenizer, ["ab 🙂"], False))
 
 
 @pytest.mark.parametrize(("vocab_size", "itemsize"), [(65499, 2), (65500, 4)])

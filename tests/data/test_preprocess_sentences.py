@@ -70,7 +70,10 @@ def test_a_list_cannot_be_split(
     stand_in: None, tmp_path: Path, refused: Callable[..., str], flags: list[object], write_lines: Callable
 ) -> None:
     lines = write_lines(tmp_path / "in.jsonl", [{"text": "One."}, {"text": ["Two."]}])
-    assert f"{lines}:2: key 'text' has a list; with --split-sentences it must be a string" in refused(*flags)
+    assert (
+        f"{lines}:2: byte 17: key 'text' has a list; with --split-sentences it must be a string"
+        in refused(*flags)
+    )
 
 
 def test_a_sentence_ends_with_its_block(stand_in: None) -> None:

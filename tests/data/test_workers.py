@@ -1,4 +1,4 @@
-"""Worker processes: their deaths, their memory."""
+"""Worker processes: their start and end, their order, their memory."""
 
 from __future__ import annotations
 
@@ -7,140 +7,116 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from megatron_periln.data.encode import Encoder
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.workers import encode_in_order
-from tests.data.characters import LINES, Characters, outputs
+from megatron_periln.data.inputs import Task
+from megatron_periln.data.sources import Block
+from tests.data.preprocessing import to_lines
+from tests.data.worker_runs import Run, blocks
+
+pytestmark = pytest.mark.usefixtures("hangs_fail")
 
 
-def kill_self(number: int) -> Callable[[str], None]:
-    def act(text: str) -> None:
-        if text.startswith("die"):
-            os.kill(os.getpid(), number)
-
-    return act
+@pytest.fixture
+def run_workers(tmp_path: Path) -> Run:
+    return Run(tmp_path)
 
 
-@pytest.mark.parametrize("size", [10, 300_000])
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGKILL, "SIGKILL, often sent by the kernel for lack of memory"), (signal.SIGTERM, "SIGTERM")],
-)
-def test_killed_worker(
-    tmp_path: Path,
-    stub: Callable,
-    refused: Callable[..., str],
-    write_lines: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    hangs_fail: None,
-    size: int,
-    number: int,
-    expected: str,
-) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess._CHUNK_BYTES", 100)
-    stub(kill_self(number))
-    texts = [f"{'die' if n == 40 else 'live'}{n}{'x' * size}" for n in range(80)]
-    lines = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    message = refused("--input", lines, "--output-prefix", tmp_path / "out", "--workers", 2)
-    assert "worker process" in message
-    assert f"was killed by {expected}" in message
-    assert outputs(tmp_path) == []
-
-
-def test_worker_that_exits(
-    tmp_path: Path, stub: Callable, refused: Callable[..., str], write_lines: Callable, hangs_fail: None
-) -> None:
-    stub(lambda text: os._exit(3))
-    lines = write_lines(tmp_path / "in.jsonl", [{"text": "a"}])
-    message = refused("--input", lines, "--output-prefix", tmp_path / "out", "--workers", 2)
-    assert "ended with exit code 3" in message
-
-
-def test_worker_is_killed_in_the_middle_of_its_answer(hangs_fail: None) -> None:
-    def send_half(connection: Connection, message: bytes) -> None:
-        os.write(connection.fileno(), message[: len(message) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def act(text: str) -> None:
-        Connection._send = send_half  # in the worker, a copy of this process
-
-    encoder = Encoder(Characters(act), ["text"], np.dtype(np.uint16))
-    with pytest.raises(PreprocessError, match="was killed by SIGKILL"):
-        list(encode_in_order(encoder, [LINES], workers=2))
-
-
-def test_idle_worker_is_killed(hangs_fail: None) -> None:
-    def chunks() -> Any:
-        yield LINES
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
-        yield LINES
-
-    encoder = Encoder(Characters(), ["text"], np.dtype(np.uint16))
-    with pytest.raises(PreprocessError, match="was killed by SIGKILL"):
-        list(encode_in_order(encoder, chunks(), workers=1))
-
-
-def test_no_process_can_be_started(
-    tmp_path: Path,
-    stub: Callable,
-    refused: Callable[..., str],
-    write_lines: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    hangs_fail: None,
-) -> None:
-    stub(lambda text: None)
+@pytest.mark.parametrize("forks", [0, 1, 2])
+def test_no_process_can_be_started(run_workers: Run, monkeypatch: pytest.MonkeyPatch, forks: int) -> None:
+    """At the start, or in place of one that died."""
     fork, forked = os.fork, []
 
-    def fork_once() -> int:
-        if forked:
+    def fork_some() -> int:
+        if len(forked) == forks:
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         forked.append(True)
         return fork()
 
-    monkeypatch.setattr(os, "fork", fork_once)
-    lines = write_lines(tmp_path / "in.jsonl", [{"text": "a"}])
-    message = refused("--input", lines, "--output-prefix", tmp_path / "out", "--workers", 2)
-    assert "Resource temporarily unavailable" in message
-    assert outputs(tmp_path) == []
+    monkeypatch.setattr(os, "fork", fork_some)
+    with pytest.raises(PreprocessError, match="cannot start a worker process: Resource temporarily unavail"):
+        list(run_workers(lambda text: os._exit(1), blocks("a")))
+    assert not multiprocessing.active_children()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_interrupts_are_for_the_parent(run_workers: Run) -> None:
+    """Ctrl-C reaches every process of a terminal; SIGTERM still ends a worker."""
+    list(run_workers(lambda text: os.kill(os.getpid(), signal.SIGINT), blocks("abc")))
+    assert run_workers.text() == "abc"
+    assert run_workers.notes == []
+
+
+def test_a_busy_worker_does_not_delay_the_end(tmp_path: Path, run_workers: Run) -> None:
+    """Not even one that SIGTERM does not end."""
+
+    def act(text: str) -> None:
+        if text == "b":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (tmp_path / "busy").touch()
+            time.sleep(100)
+
+    chunks = run_workers(act, blocks("ab"))
+    assert next(chunks).number == 0
+    while not (tmp_path / "busy").exists():
+        time.sleep(0.01)
+    chunks.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
 
 
-def test_panic_in_a_tokenizer(
-    tmp_path: Path, stub: Callable, refused: Callable[..., str], write_lines: Callable
-) -> None:
-    class Panic(BaseException):
-        """Stands in for ``pyo3_runtime.PanicException``."""
+def test_error_while_reading_comes_after_what_was_read(run_workers: Run) -> None:
+    def chunks() -> Iterator[Task]:
+        yield from blocks("abc")
+        raise PreprocessError("the rest cannot be read")
 
-    def panic(text: str) -> None:
-        raise Panic("stack\noverflow")
-
-    stub(panic)
-    lines = write_lines(tmp_path / "in.jsonl", [{"text": "a"}])
-    message = refused("--input", lines, "--output-prefix", tmp_path / "out")
-    assert f"{lines}:1: key 'text' cannot be tokenized: Panic: stack overflow" in message
+    written = []
+    with pytest.raises(PreprocessError, match="the rest cannot be read"):
+        written.extend(run_workers(lambda text: time.sleep(0.05), chunks()))
+    assert run_workers.text() == "abc"
 
 
-def test_workers_end_with_their_parent(tmp_path: Path, tool: Any, stub: Callable, hangs_fail: None) -> None:
-    """The busy one when its chunk is done, the idle one at once."""
+def test_memory_is_bounded(run_workers: Run) -> None:
+    """Input is read only a few chunks ahead of the output, also while one chunk takes long."""
+    read = 0
+
+    def chunks() -> Iterator[Task]:
+        nonlocal read
+        for task in blocks(["slow", *(["fast"] * 99)]):
+            read += 1
+            yield task
+
+    ahead = [
+        read - written
+        for written, _ in enumerate(run_workers(lambda text: time.sleep(0.2 * (text == "slow")), chunks()))
+    ]
+    assert read == 100
+    assert 2 < max(ahead) <= 5
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_large_messages_in_both_directions(run_workers: Run, count: int) -> None:
+    """Chunks through the pipe one way, bad documents the other way."""
+    bad = b'{"text": "\\ud800%s"}\n' % (b"x" * 600_000)
+    tasks = [Task(Block("file", 0, 1, bad + to_lines(["a"]), 1)) for _ in range(30)]
+    written = list(run_workers(lambda text: None, tasks, workers=count, stop=False))
+    assert all(len(chunk.report.bad[0].content or "") > 600_000 for chunk in written)
+    assert run_workers.text() == "a" * 30
+
+
+def test_workers_end_with_their_parent(tmp_path: Path, tool: Any, stub: Callable) -> None:
+    """Busy or idle, at once."""
     working = tmp_path / "working"
 
-    def outlive_the_parent(text: str) -> None:
-        parent = os.getppid()
+    def work(text: str) -> None:
         working.touch()
-        while os.getppid() == parent:
-            time.sleep(0.01)
+        time.sleep(100)
 
-    stub(outlive_the_parent)
+    stub(work)
     lines = tmp_path / "in.jsonl"
     lines.write_text('{"text": "a"}\n')
     argv = ["--input", str(lines), "--output-prefix", str(tmp_path / "out"), "--workers", "2"]
@@ -155,20 +131,3 @@ def test_workers_end_with_their_parent(tmp_path: Path, tool: Any, stub: Callable
     for stat in [Path(f"/proc/{child}/stat") for child in children]:
         while stat.exists() and ") Z " not in stat.read_text():
             time.sleep(0.01)
-
-
-def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Input is read only a few chunks ahead of the output."""
-    read = 0
-
-    def chunks() -> Any:
-        nonlocal read
-        for _ in range(100):
-            read += 1
-            yield LINES
-
-    encoder = Encoder(Characters(), ["text"], np.dtype(np.uint16))
-    for written, chunk in enumerate(encode_in_order(encoder, chunks(), workers=2)):
-        assert chunk.lines == 1
-        assert read - written <= 9
-    assert read == 100

@@ -1,0 +1,56 @@
+"""How the command-line tools end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["exit_code", "parse_size", "run_command"]
+
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def exit_code(action: Callable[[], object]) -> int:
+    """Run ``action`` and return the exit code: 0, 1 after an error, 130 after Ctrl-C.
+
+    An error is one line on stderr.
+    """
+    try:
+        action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_size(value: str) -> int:
+    """Return the bytes of a size such as ``512M`` or ``64GB``, for argparse; units are powers of 1024.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is none, or 0.
+    """
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", value.upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{value} is no size such as 512M or 64G")
+    return int(match[1]) << _SHIFTS[match[2]]
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` as a command: with a clean end after SIGTERM too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The end of a run: its datasets get their final names, and what describes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+
+from megatron_periln.data.outputs import Dataset, Outputs
+from megatron_periln.data.plan import Plan, dataset_prefix, quarantine_file
+from megatron_periln.data.quarantine import number_lines, write_quarantine
+from megatron_periln.data.sidecar import Sidecar, utc_now
+from megatron_periln.data.writer import publish, writing
+
+__all__ = ["publish_all"]
+
+_PACKAGES = (
+    "megatron-periln",
+    "megatron-core",
+    "gigatoken",
+    "tokenizers",
+    "transformers",
+    "sentencepiece",
+    "tiktoken",
+)
+
+
+def publish_all(plan: Plan, outputs: Outputs, checksums: dict[str, str], encoder: str) -> list[Path]:
+    """Give every dataset of a complete run its final name, and write what was put in quarantine.
+
+    Parameters
+    ----------
+    plan
+        What the run was to do.
+    outputs
+        What it has written.
+    checksums
+        The SHA-256 of the growing .bin files that are known, by path.
+    encoder
+        The name of what encoded.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    PreprocessError
+        If a file cannot be written.
+    """
+    files: list[Path] = []
+    for dataset, sidecar in _sidecars(plan, outputs, encoder).items():
+        key, number = dataset
+        prefix = dataset_prefix(
+            plan.output_prefix,
+            key,
+            sentences=plan.split is not None,
+            number=number if plan.max_bin_size else None,
+        )
+        stem = outputs.stem(dataset)
+        files += publish(stem, prefix, outputs.dtype, checksums.get(f"{stem}.bin"), sidecar)
+    if plan.max_bin_size:
+        _remove_outdated(plan, outputs)
+    bad = [document for record, _ in outputs.placed() for document in record.bad]
+    if bad and plan.on_error == "quarantine":
+        path, growing = quarantine_file(plan.output_prefix), outputs.folder / "quarantine"
+        write_quarantine(growing, number_lines(bad))
+        with writing(path):
+            growing.replace(path)
+        files.append(path)
+    return files
+
+
+def _remove_outdated(plan: Plan, outputs: Outputs) -> None:
+    """Remove the datasets of an earlier run that had more of them."""
+    for key, numbers in Counter(key for key, _ in outputs.datasets()).items():
+        for number in count(numbers):
+            prefix = dataset_prefix(plan.output_prefix, key, sentences=plan.split is not None, number=number)
+            if not Path(f"{prefix}.bin").exists():
+                break
+            for suffix in (".idx", ".json", ".bin"):
+                Path(prefix + suffix).unlink(missing_ok=True)
+
+
+def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidecar]:
+    """Return what describes each dataset, but for its checksums."""
+    sizes = {dataset: size for dataset, size in outputs.datasets().items() if size.tokens}
+    bytes_read, left_out = Counter[Dataset](), {dataset: Counter[str]() for dataset in sizes}
+    for record, starts in outputs.placed():
+        for dataset in starts.keys() & sizes.keys():
+            bytes_read[dataset] += record.bytes
+            left_out[dataset].update(document.kind for document in record.bad)
+    tokenizer = {
+        "type": plan.tokenizer_type,
+        "digest": plan.tokenizer.digest,
+        "vocab_size": plan.tokenizer.vocab_size,
+        "eod": plan.tokenizer.eod,
+        "encoder": encoder,
+    }
+    created, versions = utc_now(), _versions()
+    return {
+        dataset: Sidecar(
+            documents=size.documents,
+            sequences=size.sequences,
+            tokens=size.tokens,
+            dtype=str(outputs.dtype),
+            bytes_read=bytes_read[dataset],
+            skipped=dict(left_out[dataset]),
+            tokenizer=tokenizer,
+            append_eod=plan.append_eod,
+            json_key=dataset[0],
+            inputs=[{"path": file.path, "bytes": file.bytes} for file in plan.inputs],
+            sha256={},
+            versions=versions,
+            command=plan.command,
+            created=created,
+        )
+        for dataset, size in sizes.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,30 @@
+"""The tool with small chunks that take a while: ``slow_preprocess.py BYTES SECONDS FLAG...``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from megatron_periln.data import plan
+from megatron_periln.data.command_line import run_command
+from megatron_periln.data.encode import ChunkEncoder, EncodedChunk
+from megatron_periln.data.inputs import Task
+from tools import preprocess_data
+
+plan._CHUNK_BYTES = int(sys.argv.pop(1))
+seconds = float(sys.argv.pop(1))
+encode = ChunkEncoder.encode
+
+
+def encode_slowly(self: ChunkEncoder, task: Task) -> EncodedChunk:
+    time.sleep(seconds)
+    return encode(self, task)
+
+
+ChunkEncoder.encode = encode_slowly  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    run_command(preprocess_data.main)

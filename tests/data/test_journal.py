@@ -1,0 +1,60 @@
+"""A line of the journal, and the bytes that it speaks of."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_periln.data.documents import BadDocument, Place
+from megatron_periln.data.encode import Part
+from megatron_periln.data.journal import Location, Record, Size, checksum_of, read_journal, write_part
+
+UINT16 = np.dtype(np.uint16)
+SIZES = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).map(lambda size: Size(*size))
+
+
+BAD = st.builds(
+    BadDocument,
+    st.builds(Place, st.text(), st.none() | st.integers(0), st.none() | st.integers(1)),
+    st.text(),
+    st.text(),
+    st.none() | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")),
+)
+
+
+@given(
+    st.builds(
+        Record,
+        number=st.integers(0),
+        sizes=st.dictionaries(st.text(), SIZES),
+        checksums=st.dictionaries(st.text(), st.integers(0, 1 << 32)),
+        empty=st.dictionaries(st.text(), st.integers(0)),
+        bytes=st.integers(0),
+        weight=st.integers(0),
+        bad=st.lists(BAD, max_size=3),
+    ),
+    st.integers(1),
+)
+def test_journal(record: Record, cut: int) -> None:
+    """A line is read as it was written, or not at all if it was cut off."""
+    line = record.to_json()
+    assert read_journal(line) == ({record.number: record}, False)
+    assert read_journal(line + '"complete"\n') == ({record.number: record}, True)
+    assert read_journal(line[: cut % (len(line) - 1)]) == ({}, False)
+
+
+def test_writes_that_fall_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: pwrite(descriptor, data[:3], at))
+    part = Part(np.arange(9, dtype=np.uint16), np.array([4, 5], np.int32), np.array([2], np.int64))
+    location = Location(str(tmp_path / "out"), Size(2, 1, 0))
+    checksum = write_part(location, part)
+    assert checksum == checksum_of(location, Size(9, 2, 1), UINT16)
+    assert np.fromfile(tmp_path / "out.bin", np.uint16).tolist() == [0, 0, *range(9)]
+    assert np.fromfile(tmp_path / "out.lengths", np.int32).tolist() == [0, 4, 5]
+    assert np.fromfile(tmp_path / "out.documents", np.int64).tolist() == [2]
