@@ -1,0 +1,1 @@
+"""What benchmarks/preprocess.py compares: its corpus, tokenizers, contestants and measurements."""
