@@ -13,6 +13,11 @@ if DEVICE == "cpu":
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No test depends on the machine's speed, or on chance.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.load_profile("fixed")
 
 if DEVICE == "cpu":
     from megatron_periln import cpu

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from megatron_periln.data.train_tokenizer import train_huggingface
 from tests.data.companions import (
     TOOLS,
 )
-from tests.data.training_runs import KINDS, write_corpus
+from tests.data.training_runs import KINDS
 
 TOOL = TOOLS / "train_tokenizer.py"
 
@@ -62,10 +63,8 @@ def test_an_interrupt_ends_it_at_once() -> None:
 def test_interrupt(tmp_path: Path) -> None:
     """While SentencePiece trains, which knows no Ctrl-C."""
     large = tmp_path / "large.jsonl"
-    source = " ".join(
-        json.loads(line)["text"] for line in write_corpus(tmp_path / "corpus.jsonl").read_text().splitlines()
-    ).split()
-    words = random.Random(1).choices(source, k=400_000)
+    letters, draw = string.ascii_lowercase, random.Random(1)
+    words = ["".join(draw.choices(letters, k=8)) for _ in range(400_000)]
     lines = (json.dumps({"text": " ".join(words[n : n + 500])}) for n in range(0, len(words), 500))
     large.write_text("\n".join(lines))
     flags = [*KINDS["unigram"], "--vocab-size", "8000", "--output", str(tmp_path / "out")]
@@ -82,4 +81,4 @@ def test_interrupt(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert (process.returncode, stderr) == (130, "interrupted: nothing was written\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "large.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.jsonl"]
