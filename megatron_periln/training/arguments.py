@@ -1,4 +1,4 @@
-"""The command line: Megatron's flags and the norm placement group."""
+"""The command line: Megatron's flags, the norm placement's and the monitor's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_periln import cpu
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
+from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
 from megatron_periln.training.checks import check_flags
 from megatron_periln.training.placement_checkpoint import (
@@ -42,7 +43,7 @@ class _HelpAll(argparse.Action):
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the norm placement group and ``--device`` to Megatron's parser, and a help that fits a screen."""
+    """Add our groups of flags to Megatron's parser, and a help that fits a screen."""
     group = parser.add_argument_group(title="norm placement")
     group.add_argument(
         "--norm-placement",
@@ -67,6 +68,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--output-norm-epsilon", type=float, default=None, help="default: that of --norm-epsilon"
     )
+    add_monitor_arguments(parser)
     group = parser.add_argument_group(title="device")
     group.add_argument(
         "--device",
@@ -87,7 +89,7 @@ def _raise_usage_error(message: str) -> NoReturn:
 
 
 def _short_help(parser: ArgumentParser) -> str:
-    own = ("norm placement", "device")
+    own = ("norm placement", GROUP, "device")
     groups = [group for group in parser._action_groups if group._group_actions and group.title is not None]
     formatter = parser._get_formatter()
     formatter.add_usage(parser.usage, [], [])
@@ -160,5 +162,6 @@ def parse() -> Namespace:
         if not str(error):
             raise
         raise UsageError(f"Megatron refuses these flags: {error}") from error
+    check_monitor(args)
     set_global_variables(args)
     return args

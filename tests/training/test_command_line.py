@@ -65,6 +65,10 @@ BAD_FLAGS = {
     ),
     "unwritable folder": ("--save /proc/checkpoints", ["--save /proc/checkpoints", "can be written"]),
     "split": ("--split 1,a,2", ["--split 1,a,2 is not three shares such as 969,30,1"]),
+    "monitor without a file": (
+        "--monitor --monitor-file /proc",
+        ["--monitor-file /proc is a folder", "give a file in it"],
+    ),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
 }
 

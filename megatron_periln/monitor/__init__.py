@@ -1,0 +1,1 @@
+"""Statistics of the residual stream and of gradients during training: ``--monitor``."""

@@ -1,0 +1,89 @@
+"""The flags of the monitor."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from megatron_periln.errors import UsageError
+from megatron_periln.monitor.layers import chosen_layers
+from megatron_periln.monitor.schema import FILE_NAME
+from megatron_periln.monitor.thresholds import STOPS
+
+__all__ = ["GROUP", "add_monitor_arguments", "check_monitor"]
+
+GROUP = "monitor"
+
+# Flags under which hooks on layers don't see each token once, or gradients are kept elsewhere.
+_BLIND = {
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+}
+
+
+def add_monitor_arguments(parser: ArgumentParser) -> None:
+    """Add the monitor's group of flags."""
+    group = parser.add_argument_group(title=GROUP)
+    group.add_argument(
+        "--monitor", action="store_true", help="record statistics of every layer while training"
+    )
+    group.add_argument(
+        "--monitor-interval",
+        type=int,
+        default=100,
+        help="iterations between records of layers, which the first and the last have too; default: 100",
+    )
+    group.add_argument(
+        "--monitor-layers", default="all", help="all, every:K, or numbers such as 0,1,12; default: all"
+    )
+    group.add_argument("--monitor-file", default=None, help=f"default: {FILE_NAME} in the folder of --save")
+    group.add_argument(
+        "--monitor-stop-on", choices=tuple(STOPS), default=None, help="save a checkpoint and stop there"
+    )
+
+
+def check_monitor(args: Namespace) -> None:
+    """Check the monitor's flags, validated otherwise, and name its file.
+
+    Raises
+    ------
+    UsageError
+        For a flag that is wrong, or one of Megatron's under which the monitor would be blind.
+    """
+    if not args.monitor:
+        return
+    if args.monitor_interval < 1:
+        raise UsageError(f"--monitor-interval must be positive, not {args.monitor_interval}")
+    if args.num_layers is not None:
+        chosen_layers(args.monitor_layers, args.num_layers)
+    for name, flag in _BLIND.items():
+        if getattr(args, name, False):
+            raise UsageError(f"--monitor does not see layers under {flag}; drop one of them")
+    if getattr(args, "cuda_graph_impl", "none") != "none":
+        raise UsageError("--monitor does not see layers in CUDA graphs; drop it or --cuda-graph-impl")
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        raise UsageError("--monitor does not know --gtp-weight-remat-size; drop one of them")
+    if args.monitor_stop_on is not None and args.save is None:
+        raise UsageError("--monitor-stop-on saves a checkpoint: give --save")
+    if args.monitor_stop_on == "nan" and args.check_for_nan_in_loss_and_grad:
+        raise UsageError(
+            "--monitor-stop-on nan comes too late where Megatron ends the run itself, without a checkpoint; "
+            "give --no-check-for-nan-in-loss-and-grad too"
+        )
+    if args.monitor_file is None:
+        if args.save is None:
+            raise UsageError("--monitor has no file to write to: give --monitor-file or --save")
+        args.monitor_file = str(Path(args.save) / FILE_NAME)
+    _check_file(Path(args.monitor_file))
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"--monitor-file {path} is a folder; give a file in it")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    writable = path if path.exists() else folder
+    if not folder.is_dir() or not os.access(writable, os.W_OK):
+        raise UsageError(f"--monitor-file {path}: {writable} is not writable; give another file")

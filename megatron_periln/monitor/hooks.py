@@ -1,0 +1,145 @@
+"""Hooks that see the residual stream and what the sublayers add to it.
+
+They stand on Megatron's own modules: the decoder's input, its layers, the bias-dropout-add slots of
+the layers, and the final norm. None of them changes a value or draws a random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityFuncOp
+from torch import Tensor, nn
+
+from megatron_periln.monitor.statistics import (
+    FP16_HALF,
+    Sums,
+    angular_distance,
+    per_token,
+    square_and_variance,
+)
+from megatron_periln.norms import NoNorm, OutputNormAdd, ResidualNorm
+
+__all__ = ["watched"]
+
+_SLOTS = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
+
+
+@contextmanager
+def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) -> Iterator[None]:
+    """Add what passes through ``layers`` to ``sums``, for as long as the context lasts.
+
+    Parameters
+    ----------
+    chunks
+        The model chunks of this rank, unwrapped: ``GPTModel`` or ``HybridModel``. Their multi-token
+        prediction layers are not watched.
+    sums
+        Receives the sums of this rank's tokens.
+    layers
+        Global layer numbers; those that other ranks hold are ignored.
+    """
+    with ExitStack() as stack:
+        for chunk in chunks:
+            decoder: Any = chunk.decoder
+            if decoder.pre_process and 0 in layers:
+                # The embedding itself is also called by multi-token prediction.
+                hook = partial(_see_input, sums)
+                stack.callback(decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for layer in decoder.layers:
+                if layer.layer_number in layers:
+                    hook = partial(_see_layer, sums, layer.layer_number)
+                    stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                    for sublayer in _SLOTS:
+                        stack.callback(_watch_slot(layer, sublayer, sums))
+            final = getattr(decoder, "final_layernorm", None) or getattr(decoder, "final_norm", None)
+            last = sums.rest - 1
+            if final is not None and not isinstance(final, NoNorm) and last in layers:
+                stack.callback(final.register_forward_hook(partial(_see_final_norm, sums, last)).remove)
+        yield
+
+
+def _recomputing() -> bool:
+    """Tell whether this forward pass runs inside a backward pass, its numbers seen before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _see_input(sums: Sums, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _see_stream(sums, 0, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+def _see_final_norm(sums: Sums, row: int, _: nn.Module, __: Any, output: Tensor) -> None:
+    _see_stream(sums, row, output)
+
+
+def _see_layer(
+    sums: Sums, row: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    after = output[0] if isinstance(output, tuple) else output
+    _see_stream(sums, row, after)
+    if not _recomputing():
+        with torch.no_grad():
+            sums.add("angle", row, per_token([angular_distance(before.float(), after.float())]))
+
+
+def _see_stream(sums: Sums, row: int, stream: Tensor) -> None:
+    if stream.requires_grad:  # with full recomputation only the second pass builds a graph
+        stream.register_hook(partial(_see_gradient, sums, row))
+    if _recomputing():
+        return
+    with torch.no_grad():
+        x = stream.float()
+        size = x.abs()
+        sums.add("stream", row, per_token([*square_and_variance(x), (size > FP16_HALF).float().mean(-1)]))
+        sums.raise_to("stream_max_abs", row, size.amax())
+
+
+@torch.no_grad()
+def _see_gradient(sums: Sums, row: int, gradient: Tensor) -> None:
+    square = gradient.float().square().sum(dtype=torch.float64)
+    sums.add("stream_gradient", row, torch.stack([torch.ones_like(square), square]))
+
+
+def _watch_slot(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
+    """See every branch that reaches a slot; return what ends it. ``pre`` has a function for a slot."""
+    name = _SLOTS[sublayer]
+    slot: Any = getattr(layer, name, None)
+    if slot is None or isinstance(slot, IdentityFuncOp):
+        return lambda: None
+    see = partial(_see_branch, sums, sublayer, layer.layer_number, slot)
+    if isinstance(slot, nn.Module):
+        return slot.register_forward_hook(lambda _, __, join: partial(_seen_join, see, join)).remove
+    setattr(layer, name, lambda training, fused: partial(_seen_join, see, slot(training, fused)))
+    return partial(setattr, layer, name, slot)
+
+
+def _seen_join(
+    see: Callable[..., None],
+    join: Callable[..., Tensor],
+    branch_with_bias: tuple[Tensor, Tensor | None],
+    residual: Tensor,
+    dropout: float,
+) -> Tensor:
+    if not _recomputing():
+        see(*branch_with_bias, residual)
+    return join(branch_with_bias, residual, dropout)
+
+
+@torch.no_grad()
+def _see_branch(
+    sums: Sums, sublayer: str, row: int, slot: Any, branch: Tensor, bias: Tensor | None, residual: Tensor
+) -> None:
+    x = branch.float() if bias is None else branch.float() + bias.float()
+    inner = square_and_variance(x)
+    added = square_and_variance(slot.norm(x)) if isinstance(slot, OutputNormAdd) else inner
+    sums.add(sublayer, row, per_token([*inner, *added, residual.float().square().mean(-1)]))
+    if isinstance(slot, ResidualNorm):
+        gain = slot.norm.weight.float() + slot.norm.zero_centered_gamma
+        sums.add(f"{sublayer}_gain", row, torch.stack([torch.ones_like(gain), gain]).sum(1))
+        sums.raise_to(f"{sublayer}_gain_max", row, gain.amax())
+        sums.raise_to(f"{sublayer}_gain_negated_min", row, -gain.amin())

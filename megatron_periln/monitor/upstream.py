@@ -1,0 +1,102 @@
+"""The one place where the monitor stands in Megatron's training loop.
+
+``megatron.training.pretrain`` has no callback for an iteration. Its loop finds ``train_step`` and
+``training_log`` by name in megatron/training/training.py, so two functions around them see every
+iteration begin and end, and one around ``save_checkpoint_and_time`` sees every checkpoint; nothing
+else of Megatron's is replaced. ``train_step`` is given the
+pipeline schedule as an argument: the monitored iterations get a wrapped one, which ends after
+``finalize_model_grads`` and before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from megatron.training import training
+
+__all__ = ["Observer", "observe"]
+
+
+class Observer(Protocol):
+    """Sees the training loop; iterations count from 1, as in Megatron's log."""
+
+    def begin(
+        self, iteration: int, forward_backward: Callable[..., Any], model: list[Any], optimizer: Any
+    ) -> Callable[..., Any]:
+        """See an iteration begin; return the schedule that it runs."""
+
+    def end(
+        self, iteration: int, losses: dict[str, Any], grad_norm: Any, learning_rate: float | None
+    ) -> None:
+        """See an iteration end, before validation and saving.
+
+        ``losses`` are empty but on the last pipeline stage; ``grad_norm`` is that before clipping,
+        None where loss scaling skipped the update.
+        """
+
+    def before_save(self) -> None:
+        """See that a checkpoint is about to be saved."""
+
+
+def observe(observer: Observer) -> None:
+    """Let ``observer`` see every training iteration of this process."""
+    train_step, training_log = training.train_step, training.training_log
+    save_checkpoint = training.save_checkpoint_and_time
+
+    def observed_step(
+        forward_step: Any,
+        data: Any,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        config: Any,
+        forward_backward: Callable[..., Any],
+        iteration: int,
+        **kwargs: Any,
+    ) -> Any:
+        forward_backward = observer.begin(iteration + 1, forward_backward, model, optimizer)
+        return train_step(
+            forward_step,
+            data,
+            model,
+            optimizer,
+            scheduler,
+            config,
+            forward_backward,
+            iteration=iteration,
+            **kwargs,
+        )
+
+    def observed_log(
+        losses: dict[str, Any],
+        total_losses: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory: bool,
+        skipped: int,
+        grad_norm: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        observer.end(iteration, losses, grad_norm, learning_rate)
+        return training_log(
+            losses,
+            total_losses,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory,
+            skipped,
+            grad_norm,
+            *args,
+            **kwargs,
+        )
+
+    def observed_save(*args: Any, **kwargs: Any) -> Any:
+        observer.before_save()
+        return save_checkpoint(*args, **kwargs)
+
+    training.save_checkpoint_and_time = observed_save
+    training.train_step, training.training_log = observed_step, observed_log

@@ -1,0 +1,55 @@
+import argparse
+import os
+
+import pytest
+
+from megatron_periln.errors import UsageError
+from megatron_periln.monitor.arguments import add_monitor_arguments, check_monitor
+
+
+def checked(folder, *flags, **megatron):
+    parser = argparse.ArgumentParser()
+    add_monitor_arguments(parser)
+    args = parser.parse_args(["--monitor", *flags])
+    defaults = {"save": str(folder), "num_layers": 4, "check_for_nan_in_loss_and_grad": True}
+    vars(args).update({**defaults, **megatron})
+    check_monitor(args)
+    return args
+
+
+def test_defaults(tmp_path):
+    args = checked(tmp_path / "new" / "run")
+    assert (args.monitor_interval, args.monitor_layers, args.monitor_stop_on) == (100, "all", None)
+    assert args.monitor_file == str(tmp_path / "new" / "run" / "monitor.jsonl")
+    other = f"{tmp_path}/other.jsonl"
+    assert checked(None, "--monitor-file", other).monitor_file == other
+
+
+@pytest.mark.parametrize(
+    ("flags", "megatron", "message"),
+    [
+        ("--monitor-interval 0", {}, "--monitor-interval must be positive, not 0"),
+        ("--monitor-layers 6", {}, "there is no layer 6"),
+        ("--monitor-layers odd", {}, "--monitor-layers odd is none of"),
+        ("", {"save": None}, "give --monitor-file or --save"),
+        ("--monitor-file /", {}, "--monitor-file / is a folder"),
+        ("--monitor-file /proc/self/monitor.jsonl", {}, "/proc/self is not writable"),
+        ("--monitor-file /dev/null/monitor.jsonl", {}, "/dev/null is not writable"),
+        ("--monitor-stop-on spike --monitor-file m.jsonl", {"save": None}, "a checkpoint: give --save"),
+        ("--monitor-stop-on nan", {}, "give --no-check-for-nan-in-loss-and-grad too"),
+        ("", {"use_megatron_fsdp": True}, "under --use-megatron-fsdp; drop one"),
+        ("", {"overlap_moe_expert_parallel_comm": True}, "under --overlap-moe-expert-parallel-comm"),
+        ("", {"cuda_graph_impl": "local"}, "CUDA graphs; drop it or --cuda-graph-impl"),
+        ("", {"gtp_weight_remat_size": 2}, "--gtp-weight-remat-size"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, flags, megatron, message):
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).startswith("/proc"))
+    with pytest.raises(UsageError, match=message):
+        checked(tmp_path, *flags.split(), **megatron)
+
+
+def test_nothing_is_checked_without_a_monitor(tmp_path):
+    args = argparse.Namespace(monitor=False)
+    check_monitor(args)
+    assert vars(args) == {"monitor": False}
