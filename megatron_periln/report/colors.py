@@ -1,0 +1,33 @@
+"""One colour for each placement, told apart by colour-blind readers too (after Okabe and Ito)."""
+
+from __future__ import annotations
+
+__all__ = ["PALETTES", "PLACEMENT_COLORS", "css_variables"]
+
+PLACEMENT_COLORS: dict[str, tuple[str, str]] = {
+    # light, dark
+    "pre": ("#c44e00", "#ff9a4d"),
+    "post": ("#0068a8", "#62b8f0"),
+    "peri": ("#00805c", "#2fd3a2"),
+    "output": ("#a8558a", "#eba6d2"),
+    "other": ("#5f6670", "#a9b1bc"),
+}
+
+_PAGE_COLORS: dict[str, tuple[str, str]] = {
+    "background": ("#ffffff", "#14171c"),
+    "surface": ("#f5f6f8", "#1d2127"),
+    "text": ("#1b1f24", "#e8eaed"),
+    "muted": ("#59616b", "#a3abb5"),
+    "grid": ("#e1e4e8", "#323840"),
+    "limit": ("#b00020", "#ff7b8a"),
+}
+
+PALETTES: dict[str, dict[str, str]] = {
+    theme: {name: pair[index] for name, pair in (_PAGE_COLORS | PLACEMENT_COLORS).items()}
+    for index, theme in enumerate(("light", "dark"))
+}
+
+
+def css_variables(theme: str) -> str:
+    """Return a theme's colours as CSS declarations."""
+    return " ".join(f"--{name}: {color};" for name, color in PALETTES[theme].items())

@@ -1,0 +1,47 @@
+"""Runs to report on, and the tool."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.report.synthetic import write_run
+
+TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+
+
+@pytest.fixture(scope="session")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report_tool", TOOL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(tool: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """Write the report of runs; return the page."""
+    pytest.importorskip("plotly", reason="the report needs plotly")
+
+    def write(*runs: Path, title: str | None = None) -> Path:
+        page = tmp_path / "report.html"
+        arguments = [*map(str, runs), "--output", str(page), *(["--title", title] if title else [])]
+        assert tool.main(arguments) == 0
+        return page
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def four_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run of each placement."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(folder / placement, placement, lr=1e-3 if placement == "post" else 2e-3)
+        for placement in ("pre", "post", "peri", "output")
+    ]

@@ -1,0 +1,337 @@
+"""What the report's page says, without looking at it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_periln.monitor.alerts import Alert
+from megatron_periln.monitor.record import RunRecord
+from megatron_periln.report.colors import PALETTES
+from tests.report.conftest import TOOL
+from tests.report.synthetic import write_run
+
+
+class Page(HTMLParser):
+    """A page's tables, headings and data."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.loads: list[str] = []
+        self._stack: list[str] = []
+        self._json = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        data = json.loads(self._json, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+        self.figures: dict[str, dict] = data["figures"]
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self._stack.append("json" if given.get("type") == "application/json" else tag)
+        if tag in ("h2", "h3"):
+            self.headings.append("")
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.loads += [given[name] for name in ("src", "href") if given.get(name)]
+
+    def handle_endtag(self, tag):
+        while self._stack and self._stack.pop() not in (tag, "json" if tag == "script" else tag):
+            pass
+
+    def handle_data(self, data):
+        if "json" in self._stack:
+            self._json += data
+        elif "script" not in self._stack and "style" not in self._stack:
+            self.text += data
+            if self._stack and self._stack[-1] in ("h2", "h3"):
+                self.headings[-1] += data
+            if "tr" in self._stack and self.rows[-1]:
+                self.rows[-1][-1] += data
+
+    def table(self, first: str) -> list[list[str]]:
+        """Return the table whose head starts with ``first``, head included."""
+        start = next(number for number, row in enumerate(self.rows) if row[0] == first)
+        return [row for row in self.rows[start:] if len(row) == len(self.rows[start])]
+
+    def traces(self, name: str) -> list[dict]:
+        return [trace for trace in self.figures[name]["data"] if "meta" in trace]
+
+
+TITLES = [
+    "Summary",
+    "Loss",
+    "Gradient norm",
+    "Variance of the residual stream by depth",
+    "Largest activation",
+    "Gradient norm by layer",
+    "Angular distance between consecutive layers",
+    "What a sublayer adds, beside the stream",
+    "Output gains",
+    "Throughput",
+    "Flags that differ",
+    "Alerts",
+]
+
+
+def test_four_runs(report, four_runs):
+    page = Page(report(*four_runs, title="Where norms <b>stand</b>"))
+    assert "Where norms <b>stand</b>" in page.text
+    assert [heading for heading in page.headings if heading in TITLES] == TITLES
+    assert page.loads == ["data:,"]
+    summary = {row[0]: row for row in page.table("Run")[1:5]}
+    assert summary.keys() == {"pre", "post", "peri", "output"}
+    assert summary["peri"][1] == "peri, 12 layers x 256, 9.44M parameters"
+    assert summary["peri"][2:4] == ["600", "39.3M"]
+    assert summary["peri"][5] == "0" and int(summary["pre"][5]) >= 3
+    flags = {row[0]: row[1:] for row in page.table("Flag")[1:]}
+    assert flags["lr"] == ["0.002", "0.001", "0.002", "0.002"]
+    assert flags["norm-placement"] == ["pre", "post", "peri", "output"]
+    assert "seq-length" not in flags and "save" not in flags
+    assert "loss-spike" in {row[1] for row in page.table("Run")[6:]} or "loss-spike" in page.text
+
+
+def test_numbers_are_the_files(report, four_runs):
+    page = Page(report(*four_runs))
+    entries = [json.loads(line) for line in four_runs[2].read_text().splitlines()]
+    layers = [entry for entry in entries if entry["kind"] == "layers"]
+    for panel, entry in ((0, layers[0]), (2, layers[-1])):
+        (trace,) = [trace for trace in page.traces(f"variance-{panel}") if trace["name"] == "peri"]
+        assert trace["x"] == list(range(13))  # without the final norm's output
+        assert trace["y"] == pytest.approx(entry["stream_variance"][:13], rel=1e-5)
+        assert f"iteration {entry['iteration']}" in trace["hovertemplate"]
+    losses = [entry["loss"] for entry in entries if entry["kind"] == "step"]
+    (raw,) = [trace for trace in page.traces("loss-0") if trace["name"] == "peri" and "opacity" in trace]
+    assert raw["y"] == pytest.approx(losses, rel=1e-5)
+    (row,) = [row for row in page.table("Run") if row[0] == "peri"]
+    assert float(row[4]) == pytest.approx(np.mean(losses[-10:]), abs=1e-4)
+    (gains,) = [
+        trace for trace in page.traces("gains-1") if trace["name"] == "peri" and trace["line"]["width"] == 2
+    ]
+    assert gains["y"] == pytest.approx(layers[-1]["mlp_gain_mean"][1:13], rel=1e-5)
+    (gradient,) = [trace for trace in page.traces("layer-gradients-2") if trace["name"] == "peri"]
+    both = zip(
+        layers[-1]["attention_gradient_norm"][1:13], layers[-1]["mlp_gradient_norm"][1:13], strict=True
+    )
+    assert gradient["y"] == pytest.approx([math.hypot(*pair) for pair in both], rel=1e-5)
+
+
+def test_spikes_are_marked(report, four_runs):
+    page = Page(report(*four_runs))
+    entries = [json.loads(line) for line in four_runs[0].read_text().splitlines()]
+    spikes = [entry for entry in entries if entry["kind"] == "alert" and entry["alert"] == "loss-spike"]
+    (marks,) = [
+        trace for trace in page.traces("loss-0") if trace["name"] == "pre" and trace["mode"] == "markers"
+    ]
+    assert marks["x"] == [spike["iteration"] for spike in spikes]
+    assert marks["y"] == pytest.approx([spike["value"] for spike in spikes], rel=1e-5)
+    assert marks["text"] == [spike["message"] for spike in spikes]
+
+
+def test_the_limit_of_fp16_is_drawn(report, four_runs):
+    page = Page(report(*four_runs))
+    for panel in ("maximum-0", "maximum-1"):
+        limits = [trace for trace in page.figures[panel]["data"] if "meta" not in trace]
+        assert [65504, 65504] in [trace["y"] for trace in limits]
+
+
+def test_looks_are_consistent_and_distinct(report, four_runs, tmp_path):
+    second = write_run(tmp_path / "peri2", "peri", name="peri 2", steps=50)
+    odd = write_run(tmp_path / "odd", "peri", name="odd", steps=50)
+    odd.write_text(odd.read_text().replace('"placement":"peri"', '"placement":"sandwich"'))
+    page = Page(report(*four_runs, second, odd))
+    looks = {}
+    for figure in page.figures:
+        for trace in page.traces(figure):
+            if trace["mode"] != "markers" and trace.get("opacity", 1) == 1:
+                looks.setdefault(trace["name"], set()).add((trace["line"]["color"], trace["line"]["dash"]))
+    assert all(len(look) == 1 for look in looks.values())
+    assert looks["pre"] == {("@pre", "solid")} and looks["peri 2"] == {("@peri", "dash")}
+    assert looks["odd"] == {("@other", "solid")}
+    assert len(set.union(*looks.values())) == 6
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+@pytest.mark.parametrize("theme", PALETTES)
+def test_contrast(theme):
+    """WCAG 2: 4.5 for text, 3 for lines of figures."""
+    palette = PALETTES[theme]
+    for name, color in palette.items():
+        if name not in ("background", "surface", "grid"):
+            for behind in ("background", "surface"):
+                low, high = sorted([luminance(color), luminance(palette[behind])])
+                assert (high + 0.05) / (low + 0.05) >= (4.5 if name in ("text", "muted", "limit") else 3), (
+                    name
+                )
+
+
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+def test_one_run(report, tmp_path, placement):
+    page = Page(report(write_run(tmp_path / "run", placement)))
+    assert "Flags that differ" not in page.headings
+    assert ("Output gains" in page.headings) == (placement == "peri")
+
+
+def test_no_layers(report, tmp_path):
+    page = Page(report(write_run(tmp_path / "run", layers=False)))
+    assert set(page.figures) == {"loss-0", "gradient-norm-0", "throughput-0"}
+    assert "no statistics of layers" in page.text
+
+
+def test_runs_of_different_depth(report, tmp_path):
+    runs = [
+        write_run(tmp_path / str(layers), num_layers=layers, name=f"{layers} layers") for layers in (3, 48)
+    ]
+    page = Page(report(*runs))
+    assert [max(trace["x"]) for trace in page.traces("variance-2")] == [3, 48]
+    assert "differ in depth" in page.text
+
+
+def test_nan(report, tmp_path):
+    page = Page(
+        report(write_run(tmp_path / "run", "pre", nan_from=300), write_run(tmp_path / "all", nan_from=1))
+    )
+    assert [row[4] for row in page.table("Run")[1:3]] == ["not finite", "not finite"]
+    crosses = [trace for trace in page.traces("loss-0") if trace.get("marker", {}).get("symbol") == "x"]
+    assert [trace["x"] for trace in crosses] == [[300, 300, 300]]  # loss, gradient norm, and the layer
+
+
+def test_hundred_thousand_steps(report, tmp_path):
+    folder, count = tmp_path / "long", 100_000
+    write_run(folder, "pre", steps=100)
+    rng = np.random.default_rng(0)
+    losses = 3 * np.exp(0.01 * rng.standard_normal(count))
+    losses[77_777] = 9.5
+    lines = [(folder / "monitor.jsonl").read_text()]
+    lines += [
+        f'{{"kind":"step","iteration":{step},"loss":{losses[step]},"grad_norm":1.0,"learning_rate":0.1,'
+        '"tokens":65536,"seconds":0.5}\n'
+        for step in range(101, count)
+    ]
+    (folder / "monitor.jsonl").write_text("".join(lines))
+    copies = []
+    for number in range(3):
+        copies.append(tmp_path / f"copy{number}")
+        copies[-1].mkdir()
+        (copies[-1] / "monitor.jsonl").write_text("".join(lines))
+    page = report(folder, *copies)
+    assert page.stat().st_size < 8e6
+    raw = Page(page).traces("loss-0")[0]
+    assert 9.5 in raw["y"] and raw["x"][-1] >= count - 100
+
+
+def test_same_names_are_told_apart(report, tmp_path):
+    runs = [write_run(tmp_path / folder, name="run", steps=20) for folder in ("a", "b")]
+    (tmp_path / "b" / "a").mkdir()
+    runs.append(runs[0].rename(tmp_path / "b" / "a" / "monitor.jsonl"))
+    runs[0] = write_run(tmp_path / "a", name="run", steps=20)
+    assert [row[0] for row in Page(report(*runs)).table("Run")[1:4]] == [
+        "run (a) (1)",
+        "run (b)",
+        "run (a) (3)",
+    ]
+
+
+def test_resumed_run_with_missing_steps(report, tmp_path):
+    path = write_run(tmp_path / "run", steps=30)
+    header = json.loads(path.read_text().splitlines()[0])
+    record = RunRecord.open(path, header, 40)
+    alert = Alert(41, "nan", "</script><script>alert(1)</script>", value=math.nan)
+    for step in range(41, 60):
+        record.step(step, loss=3.0, grad_norm=1.0, learning_rate=0.0, tokens=1, seconds=0.0)
+    record.alert(alert.iteration, alert.kind, alert.message, alert.layer, alert.value)
+    page = report(tmp_path / "run")
+    assert "</script><script>alert" not in page.read_text()
+    text = Page(page).text
+    assert "resumed 1 times, the last time at iteration 40" in text
+    assert "10 iterations between the first and the last are missing" in text
+
+
+def test_the_tool_imports_no_torch():
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1], run_name='tool'); "
+        "heavy = {'torch', 'megatron', 'pandas', 'plotly'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, TOOL], check=True)
+
+
+class TestErrors:
+    @pytest.fixture
+    def refused(self, tool, capsys, tmp_path):
+        def run(*arguments: object) -> str:
+            before = sorted(tmp_path.rglob("*"))
+            assert tool.main([str(argument) for argument in arguments]) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+            assert sorted(tmp_path.rglob("*")) == before
+            return err
+
+        return run
+
+    def test_missing(self, refused, tmp_path):
+        assert "none: no such file or folder" in refused(tmp_path / "none", "--output", tmp_path / "r.html")
+
+    def test_folder_without(self, refused, tmp_path):
+        write_run(tmp_path / "runs" / "peri", steps=3)
+        told = refused(tmp_path / "runs", "--output", tmp_path / "r.html")
+        assert "a folder without a monitor.jsonl; did you mean" in told and "runs/peri?" in told
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\x00\n" * 9, b"{}\n[]\n", b"<html>\n</html>\n"])
+    def test_no_monitors_file(self, refused, tmp_path, content):
+        (tmp_path / "file.jsonl").write_bytes(content)
+        assert "file.jsonl: " in refused(tmp_path / "file.jsonl", "--output", tmp_path / "r.html")
+
+    def test_corrupt_line(self, refused, tmp_path):
+        path = write_run(tmp_path / "run", steps=9)
+        path.write_text(path.read_text().replace('"iteration":5,"loss"', '"iteration":5,,"loss"'))
+        assert "corrupt" in refused(path, "--output", tmp_path / "r.html")
+
+    def test_no_iteration(self, refused, tmp_path):
+        path = write_run(tmp_path / "run", steps=0)
+        assert "holds no iteration yet" in refused(path, "--output", tmp_path / "r.html")
+
+    def test_header_without_placement(self, refused, tmp_path):
+        path = write_run(tmp_path / "run", steps=3)
+        path.write_text(path.read_text().replace('"placement"', '"place"', 1))
+        assert "lacks placement" in refused(path, "--output", tmp_path / "r.html")
+
+    def test_twice(self, refused, tmp_path):
+        path = write_run(tmp_path / "run", steps=3)
+        assert "given more than once" in refused(path, path.parent, "--output", tmp_path / "r.html")
+
+    def test_output(self, refused, tmp_path):
+        path = write_run(tmp_path / "run", steps=3)
+        assert "is a folder" in refused(path, "--output", tmp_path)
+        assert "is one of the runs" in refused(path, "--output", path)
+        assert "cannot be written: " in refused(path, "--output", path / "r.html")
+
+    def test_without_plotly(self, refused, tmp_path, monkeypatch):
+        path = write_run(tmp_path / "run", steps=3)
+        monkeypatch.setitem(sys.modules, "plotly", None)
+        assert "pip install 'megatron-periln[report]'" in refused(path, "--output", tmp_path / "r.html")
+
+    def test_a_failed_write_leaves_the_former_report(self, refused, tmp_path, monkeypatch):
+        path, output = write_run(tmp_path / "run", steps=3), tmp_path / "r.html"
+        output.write_text("former")
+
+        def fail(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", fail)
+        assert "No space left" in refused(path, "--output", output)
+        assert output.read_text() == "former"

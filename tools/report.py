@@ -1,0 +1,48 @@
+"""Compare monitored runs: one HTML page with their losses, gradients, variances and alerts."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_periln.errors import UsageError
+from megatron_periln.report.write import write_report
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a file that --monitor wrote, or the folder that holds its monitor.jsonl",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="the page to write, such as report.html")
+    parser.add_argument("--title", help="title of the page; default: the runs' names")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        print(write_report(args.runs, args.output, args.title))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main())
