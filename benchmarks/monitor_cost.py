@@ -1,0 +1,225 @@
+"""What the monitor costs: step time relative to training without it, measured side by side in one run.
+
+Whole training steps (Megatron's schedule, gradient reduction and Adam) of one GPT in one process.
+Steps without a monitor, steps between two intervals, and steps that record the layers take turns,
+so that they share whatever the machine is doing. A run at interval N takes N - 1 steps of the
+second kind and one of the third. Prints a table and writes JSON.
+
+    python benchmarks/monitor_cost.py --device cpu
+    python benchmarks/monitor_cost.py --hidden-size 2048 --num-layers 24 --seq-length 4096 --bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERVALS = (1, 10, 100)
+
+
+def build(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return a GPT wrapped for data parallelism, and its optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+    from megatron_periln.norms import NormPlacement
+
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    transformer = TransformerConfig(
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=4 * options.hidden_size,
+        num_attention_heads=options.num_attention_heads,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=options.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        transformer_impl=options.transformer_impl,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+    config = GPTModelConfig(
+        transformer=transformer,
+        norm_placement=NormPlacement.named(options.norm_placement),
+        vocab_size=options.vocab_size,
+        seq_length=options.seq_length,
+        position_embedding_type="rope",
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(config).build_model(groups).to(dtype).cuda()
+    if options.bf16:
+        model = Float16Module(transformer, model)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    model = DistributedDataParallel(transformer, ddp, model)
+    adam = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=options.bf16, params_dtype=dtype, use_distributed_optimizer=True
+    )
+    return model, get_megatron_optimizer(adam, [model])
+
+
+def build_monitor(options: argparse.Namespace, folder: str) -> Any:
+    """Return a monitor whose interval the caller decides."""
+    from megatron_periln.monitor.install import RunMonitor
+
+    arguments = {
+        "rank": 0,
+        "world_size": 1,
+        "monitor_interval": 1,
+        "monitor_layers": "all",
+        "monitor_file": f"{folder}/monitor.jsonl",
+        "monitor_stop_on": None,
+        "train_iters": None,
+        "output_norm_init": "ones",
+        "hybrid_layer_pattern": None,
+        "fp16": False,
+        "loss_scale": None,
+    }
+    return RunMonitor(argparse.Namespace(**{**vars(options), **arguments}))
+
+
+def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int], float]]:
+    """Return three kinds of training steps; each takes the iteration and returns its seconds."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model, optimizer = build(options)
+    shape = (options.micro_batch_size, options.seq_length)
+    tokens = torch.randint(0, options.vocab_size, shape, device="cuda")
+    positions = torch.arange(options.seq_length, device="cuda").expand(shape)
+
+    def summed(losses: torch.Tensor) -> Any:
+        total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int, device="cuda")
+        return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+    def forward(_: Any, module: Any) -> Any:
+        return module(tokens, positions, None, labels=tokens), summed
+
+    def schedule(**arguments: Any) -> Any:
+        return get_forward_backward_func()(**arguments)
+
+    def step(iteration: int, *, monitored: bool, recorded: bool) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run = schedule
+        if monitored:
+            monitor.is_due = lambda _: recorded
+            run = monitor.begin(iteration, schedule, [model], optimizer)
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = run(
+            forward_step_func=forward,
+            data_iterator=iter(()),
+            model=[model],
+            num_microbatches=options.num_microbatches,
+            seq_length=options.seq_length,
+            micro_batch_size=options.micro_batch_size,
+            forward_only=False,
+        )
+        _, norm, _ = optimizer.step()
+        optimizer.get_loss_scale().item()  # as Megatron's loop does in every iteration
+        if monitored:
+            total = sum(microbatch["lm loss"] for microbatch in losses)
+            monitor.end(iteration, {"lm loss": total[0] / total[1]}, norm, 1e-4)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return {
+        "no monitor": lambda i: step(i, monitored=False, recorded=False),
+        "between intervals": lambda i: step(i, monitored=True, recorded=False),
+        "layers recorded": lambda i: step(i, monitored=True, recorded=True),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    parser.add_argument("--norm-placement", default="peri")
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-attention-heads", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--num-microbatches", type=int, default=1)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if options.device == "cpu":
+        from megatron_periln import cpu
+
+        cpu.activate()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+    from megatron_periln import fixes
+
+    fixes.apply()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    batch = options.micro_batch_size * options.num_microbatches
+    init_num_microbatches_calculator(0, None, batch, options.micro_batch_size, 1, False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = build_monitor(options, folder)
+        kinds = steps(options, monitor)
+        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        for turn in range(options.rounds + 3):
+            for place, (name, step) in enumerate(kinds.items()):
+                taken = step(1 + turn * len(kinds) + place)
+                if turn >= 3:
+                    seconds[name].append(taken)
+        monitor.close()
+
+    baseline = seconds["no monitor"]
+    results: list[dict[str, Any]] = []
+    for name, taken in seconds.items():
+        ratios = [mine / none for mine, none in zip(taken, baseline, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        results.append({"step": name, "ms": 1e3 * statistics.median(taken), "over_none": [low, middle, high]})
+    _, between, recorded = (row["over_none"][1] for row in results)
+    intervals = {interval: ((interval - 1) * between + recorded) / interval for interval in INTERVALS}
+    print(f"{'step':<20}{'ms':>10}{'over none':>12}{'quartiles':>20}")
+    for row in results:
+        low, middle, high = row["over_none"]
+        print(f"{row['step']:<20}{row['ms']:>10.1f}{middle:>12.4f}{f'{low:.3f} .. {high:.3f}':>20}")
+    for interval, ratio in intervals.items():
+        print(f"{f'at interval {interval}':<20}{'':>10}{ratio:>12.4f}")
+    if options.output:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "settings": {key: str(value) for key, value in vars(options).items()},
+            "results": results,
+            "over_none_at_interval": intervals,
+        }
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
