@@ -19,7 +19,7 @@ from megatron_periln.data.inputs import Task
 __all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
 
 _BATCH_BYTES = 4 << 20
-_SAMPLED = 1 / 1024
+_SAMPLED = 1 / 4096
 _SAMPLE_CHARACTERS = 16 << 10
 
 
@@ -201,7 +201,8 @@ class ChunkEncoder:
                 f"key {key!r} has token id {largest}, which does not fit {self.dtype}, the dtype for the "
                 f"tokenizer's vocabulary; check its size",
             )
-        return ids.astype(self.dtype), lengths
+        same_size = ids.itemsize == self.dtype.itemsize
+        return (ids.view(self.dtype) if same_size else ids.astype(self.dtype)), lengths
 
     def _checked(self, item: Document | BadDocument) -> Document | BadDocument:
         """Return a document that cannot be encoded as a bad one."""

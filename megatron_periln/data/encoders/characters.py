@@ -35,14 +35,15 @@ class GuardedEncoder:
     exact
         Encodes texts with such characters.
     characters
-        Their code points. A text with another beyond the Basic Multilingual Plane, of the same 1024,
-        is left to ``exact`` too.
+        Their code points.
     """
 
     def __init__(self, fast: BatchEncoder, exact: BatchEncoder, characters: list[int]) -> None:
         self.name = fast.name
-        self._fast, self._exact = fast, exact
-        self._units = np.zeros(1 << 16, bool)
+        self.exact = exact
+        self._fast = fast
+        self._characters = frozenset(map(chr, characters))
+        self._units = np.zeros(1 << 16, bool)  # of UTF-16: the characters, or what may be half of one
         for point in characters:
             self._units[point if point < 1 << 16 else 0xD800 + (point - (1 << 16) >> 10)] = True
 
@@ -59,7 +60,7 @@ class GuardedEncoder:
         rows: list[np.ndarray] = [np.empty(0, np.uint32)] * len(texts)
         for encoder, places in (
             (self._fast, [at for at in range(len(texts)) if at not in left]),
-            (self._exact, special),
+            (self.exact, special),
         ):
             ids, lengths = encoder.encode([texts[at] for at in places])
             for at, end, length in zip(places, np.cumsum(lengths), lengths, strict=True):
@@ -67,7 +68,8 @@ class GuardedEncoder:
         return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
 
     def _has_any(self, text: str) -> bool:
-        return bool(self._units[np.frombuffer(text.encode("utf-16-le"), np.uint16)].any())
+        units = np.frombuffer(text.encode("utf-16-le"), np.uint16)
+        return bool(self._units[units].any()) and not self._characters.isdisjoint(text)
 
 
 def differing_characters(fast: BatchEncoder, exact: BatchEncoder) -> list[int]:

@@ -115,8 +115,7 @@ def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) ->
                 raise
             problem = str(error)
         if problem is None:
-            reference = open_encoder(resolved, resolved.kind) if name == "gigatoken" else None
-            return Choice(encoder, reference, notes)
+            return Choice(encoder, _reference(encoder, resolved) if name == "gigatoken" else None, notes)
         if requested:
             raise PreprocessError(problem)
         notes.append(problem)
@@ -158,6 +157,11 @@ def _guarded(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder
     if not resolved.differing:
         return encoder
     return GuardedEncoder(encoder, _ENCODERS[resolved.kind](resolved), list(resolved.differing))
+
+
+def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
+    """Return the library's own encoder, the one that ``encoder`` has loaded if it has."""
+    return encoder.exact if isinstance(encoder, GuardedEncoder) else open_encoder(resolved, resolved.kind)
 
 
 def _difference_from_probes(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> str | None:

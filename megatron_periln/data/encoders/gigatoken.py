@@ -64,9 +64,7 @@ class GigatokenEncoder:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         ids, lengths = _flat(self._backend, texts)
         if self._ranks_and_shift:
-            ranks, shift = self._ranks_and_shift
-            ids = ids + np.uint32(shift)
-            ids[ids >= ranks + shift] -= np.uint32(ranks + shift)
+            ids = _special_first(ids, *self._ranks_and_shift)
         if self._prefix or self._suffix:
             ids, lengths = self._wrap(ids, lengths)
         return ids, lengths
@@ -192,6 +190,14 @@ def template_ids(post_processor: dict[str, Any] | None) -> tuple[list[int], list
                     sides.append([])
             return (sides[0], sides[1]) if len(sides) == 2 else None
     return None
+
+
+def _special_first(ids: NDArray[np.uint32], ranks: int, special: int) -> NDArray[np.uint32]:
+    """Return the ids of a vocabulary whose ``special`` tokens come before its ``ranks``, not after."""
+    shifted = ids + np.uint32(special)
+    if ids.size and ids.max() >= ranks:
+        shifted[ids >= ranks] -= np.uint32(ranks + special)
+    return shifted
 
 
 class _Array:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import os
+from binascii import a2b_base64
 from functools import cached_property
 from typing import Any
 
@@ -95,9 +95,7 @@ class TikTokenEncoder(_Encoder):
         return Encoding(
             name="megatron",
             pat_str=self._resolved.settings["pattern"],
-            mergeable_ranks={
-                base64.b64decode(token): rank for rank, token in enumerate(words[::2], len(special))
-            },
+            mergeable_ranks={a2b_base64(token): rank for rank, token in enumerate(words[::2], len(special))},
             special_tokens={token: number for number, token in enumerate(special)},
         )
 
