@@ -14,6 +14,11 @@ OURS = (
     "freeze_output_norm",
     "output_norm_epsilon",
     "device",
+    "monitor",
+    "monitor_interval",
+    "monitor_layers",
+    "monitor_file",
+    "monitor_stop_on",
 )
 
 

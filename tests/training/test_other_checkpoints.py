@@ -22,9 +22,9 @@ def checkpoints(job):
 def continued(jobs):
     """Continue from a job's checkpoint for one iteration more."""
 
-    def run(name, job, arguments):
+    def run(name, job, arguments, **options):
         more = f"--train-iters 7 --override-opt-param-scheduler --load {checkpoints(job)}"
-        return jobs.run(f"continued-{name}", f"{MODEL} {more} {arguments}")
+        return jobs.run(f"continued-{name}", f"{MODEL} {more} {arguments}", **options)
 
     return run
 
@@ -66,6 +66,15 @@ def test_stock_checkpoint_continues_as_pre(stock, trained, continued):
     curve = continued("stock-as-pre", stock, "--norm-placement pre").curve
     assert [point["iteration"] for point in curve] == [7]
     assert curve == continued("pre", trained("pre"), "--norm-placement pre").curve
+
+
+def test_pre_checkpoint_continues_in_stock_megatron(stock, trained, continued):
+    """Megatron's own model and functions load it, strictly, as they load their own."""
+    changes = ["tests.training.stock.use_stock_model"]
+    ours = continued("pre-in-stock", trained("pre"), "--norm-placement pre", changes=changes)
+    theirs = continued("stock-in-stock", stock, "--norm-placement pre", changes=changes)
+    assert [point["iteration"] for point in ours.curve] == [7]
+    assert ours.curve == theirs.curve
 
 
 @pytest.mark.parametrize("saved, asked", [("post", "peri"), ("peri", "pre")])
