@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from machine import command, machine
 
 STATES = ("build", "load", "load from disk")
 MEAN_TOKENS = 50
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="an existing folder; default: that for temporary files")
     parser.add_argument("--output", type=Path, help="a JSON file")
     options = parser.parse_args()
-    command = " ".join(["python", *sys.argv])
+    started_as = command()
     prepare(options.device)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         prefixes = [Path(folder, f"data-{number}") for number in range(options.blend)]
@@ -226,10 +227,8 @@ def main() -> None:
         rows += measure(options, prefixes, Path(folder, "cache"))
     print(table(rows))
     if options.output:
-        from preprocess_peers.results import machine
-
         settings = {key: str(value) for key, value in vars(options).items()}
-        report = {"device": machine({}), "command": command, "settings": settings, "rows": rows}
+        report = {"device": machine(), "command": started_as, "settings": settings, "rows": rows}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import command, machine
 
 INTERVALS = (1, 10, 100)
 
@@ -212,8 +213,8 @@ def main() -> None:
         print(f"{f'at interval {interval}':<20}{'':>10}{ratio:>12.4f}")
     if options.output:
         report = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
+            "device": machine(),
+            "command": command(),
             "settings": {key: str(value) for key, value in vars(options).items()},
             "results": results,
             "over_none_at_interval": intervals,

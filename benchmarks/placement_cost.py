@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import command, machine
 
 
 def build(options: argparse.Namespace, name: str) -> Any:
@@ -119,8 +120,7 @@ def main() -> None:
         print(f"{row['placement']:<12}{row['ms']:>10.1f}{middle:>12.3f}{f'{low:.3f} .. {high:.3f}':>20}")
     if options.output:
         settings = {key: str(value) for key, value in vars(options).items()}
-        device = torch.cuda.get_device_name()
-        report = {"device": device, "torch": torch.__version__, "settings": settings, "results": results}
+        report = {"device": machine(), "command": command(), "settings": settings, "results": results}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

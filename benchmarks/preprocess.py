@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,10 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import command, machine
 from preprocess_peers.contestants import COLD, OURS, RAW, Contestant, Job, contestants
 from preprocess_peers.corpus import Corpus, build_corpus, default_roots, describe, split_corpus
 from preprocess_peers.measure import Measurement, measure
-from preprocess_peers.results import Row, as_json, goals, machine, peer_versions, table
+from preprocess_peers.results import Row, as_json, goals, peer_versions, table
 from preprocess_peers.train import TOKENIZERS, tokenizer_files
 
 from megatron_periln.data.indexed import DTYPES, HEADER
@@ -209,7 +209,7 @@ def main() -> None:
     if options.output:
         report: dict[str, Any] = {
             "device": device,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command(),
             "corpus": {**vars(benchmark.corpus), "path": benchmark.corpus.path.name},
             "compared_with_megatron_0.19": benchmark.checked(),
             "goals": [vars(goal) for goal in reached],

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from preprocess_peers.contestants import OURS, RAW
 from preprocess_peers.measure import Measurement
 
-__all__ = ["Goal", "Row", "as_json", "goals", "machine", "peer_versions", "table"]
+__all__ = ["Goal", "Row", "as_json", "goals", "peer_versions", "table"]
 
 _LEAD = {"hf-32k": 45, "hf-128k": 40, "tiktoken": 15, "sentencepiece": 9}
 _PEAK_MB = 600
@@ -143,24 +138,6 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
         }
         result.append(derived | asdict(row))
     return result
-
-
-def machine(packages: Mapping[str, str]) -> dict[str, Any]:
-    """Return the device, date and versions: of Python, our packages, and ``packages``."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    names = ("megatron-periln", "megatron-core", "gigatoken", "tokenizers", "transformers", "sentencepiece")
-    versions = {name: importlib.metadata.version(name) for name in (*names, "tiktoken", "numpy", "torch")}
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(memory / 1e9, 1),
-        "system": platform.platform(),
-        "load_average_at_start": os.getloadavg()[0],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions, **packages},
-    }
 
 
 def peer_versions(options: argparse.Namespace) -> dict[str, str]:
