@@ -54,6 +54,9 @@ def check_monitor(args: Namespace) -> None:
         For a flag that is wrong, or one of Megatron's under which the monitor would be blind.
     """
     if not args.monitor:
+        for name in ("monitor_file", "monitor_stop_on"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} does nothing without --monitor; give it too")
         return
     if args.monitor_interval < 1:
         raise UsageError(f"--monitor-interval must be positive, not {args.monitor_interval}")
