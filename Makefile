@@ -2,16 +2,16 @@
 # PYTHON must be 3.12 or newer to create it without uv's own interpreters.
 
 PYTHON ?= python3
-PLACEMENT ?= peri
+PLACEMENTS ?= pre post peri
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all test-gpu parallelism lint install constraints clean
+.PHONY: quickstart test test-all test-gpu parallelism pictures lint install constraints clean
 
-quickstart: install  ## Pretrain a small GPT from raw text, on the GPU if there is one
-	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENT)
+quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
+	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
 test: lint  ## Lint, types and all tests that need no GPU
 	$(PY) -m pytest
@@ -24,6 +24,9 @@ test-gpu: install  ## The tests that need a GPU
 
 parallelism: install  ## Write docs/parallelism.md from what the layout tests reach
 	MEGATRON_PERILN_REPORT=docs/parallelism.md $(PY) -m pytest tests/parallel/test_layouts.py
+
+pictures: install  ## Take docs/images from the last quickstart's report; needs Chromium
+	$(PY) -m tests.report.browser "$$(ls -t runs/quickstart/*/report.html | head -n 1)" --output docs/images
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,68 @@
+"""The quickstart's flags train, and its tour understands what the training tells."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_periln.monitor.reading import read_run
+from tests.parallel.conftest import indexed_bytes, jobs  # noqa: F401
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+
+
+@pytest.fixture
+def tour(monkeypatch):
+    """The modules of the quickstart."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    modules = {}
+    for name in ("jobs", "corpus", "quickstart"):
+        spec = importlib.util.spec_from_file_location(name, QUICKSTART / f"{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        spec.loader.exec_module(modules[name])
+    return modules
+
+
+@pytest.fixture(scope="module")
+def trained(jobs):  # noqa: F811
+    """Two iterations with the flags of the quickstart."""
+    flags = f"@{QUICKSTART / 'model.flags'} --device cpu --norm-placement peri --train-iters 2"
+    often = "--lr-warmup-iters 1 --log-interval 1 --eval-interval 1000 --eval-iters 1 --monitor-interval 1"
+    tokens = "--tokenizer-type NullTokenizer --vocab-size 300"
+    record = jobs.folder / "quickstart" / "peri" / "monitor.jsonl"
+    job = jobs.run("quickstart", f"{flags} {often} {tokens} --monitor-file {record}", common="")
+    return job, record
+
+
+def test_progress_is_read_from_megatron_s_log(tour, trained):
+    progress = tour["jobs"].Progress()
+    shown = [line for line in map(progress.read, trained[0].log.splitlines()) if line]
+    assert [line.split("  loss")[0] for line in shown[:2]] == [
+        f"   [{'#' * 15:<30}] 1/2",
+        f"   [{'#' * 30}] 2/2",
+    ]
+    assert math.isfinite(progress.validation)
+    at_the_end = f"   validation loss after 2 iterations: {progress.validation:.3f}"
+    assert shown[2:] == [at_the_end]  # and not the test set's
+
+
+def test_every_layer_is_recorded(trained):
+    run = read_run(trained[1])
+    assert run.layers.iteration.tolist() == [1, 2]
+    assert run.layers.layers.tolist() == list(range(run.header["num_layers"] + 2))
+
+
+def test_the_summary_has_a_row_for_each_run(tour, trained):
+    lines = tour["quickstart"].summary({trained[1].parent: 3.25}).splitlines()
+    assert len(lines) == 2
+    assert lines[1].split()[:2] == ["peri", "3.250"]
+
+
+def test_a_command_that_fails_ends_the_tour_with_its_log(tour, tmp_path, capsys):
+    log = tmp_path / "log"
+    with pytest.raises(SystemExit) as ended:
+        tour["jobs"].run([sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"], log)
+    assert "what went wrong" in str(ended.value) and str(log) in str(ended.value)
