@@ -20,7 +20,7 @@ from jobs import Progress, run, say, train
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = Path("examples/quickstart/model.flags")
 PLACEMENTS = ("pre", "post", "peri", "output")
-STOP_AT = 180
+STOP_AT = 140
 
 
 def device_flags() -> tuple[int, list[str]]:

@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, device, height in (("desktop", DESKTOP, 1500), ("phone", PHONE, 1600)):
-        with open_report(options.report, **device, device_scale_factor=1.5) as opened:
+    for name, device, height in (("desktop", DESKTOP, 1830), ("phone", PHONE, 1500)):
+        with open_report(options.report, **device, device_scale_factor=1.25) as opened:
             clip = {"x": 0, "y": 0, "width": device["viewport"]["width"], "height": height}
             opened.page.screenshot(path=options.output / f"report-{name}.png", full_page=True, clip=clip)
 
