@@ -14,7 +14,7 @@ KINDS = {
     "layernorm-biases": {"normalization": "LayerNorm", "add_bias_linear": True},
     "zero-centered": {"normalization": "RMSNorm", "layernorm_zero_centered_gamma": True},
     "fp32-stream": {"normalization": "RMSNorm", "fp32_residual_connection": True},
-    "moe": {"num_moe_experts": 2, "moe_router_topk": 1, "moe_router_load_balancing_type": "none"},
+    "moe": {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -36,7 +36,7 @@ MAX_HIDDEN_SIZE = 16384
 INTERPRETED = not isinstance(triton_kernels.norm_add_forward, triton.JITFunction)
 
 _LONGEST_IN_REGISTERS = 8192  # columns of plain RMSNorm; beyond, registers spill to memory
-_CHUNK = 4096  # columns that are read at a time of longer rows
+_PART = 4096  # columns that are read at a time of longer rows
 _TILE = 2048  # elements of a tile, where a row is shorter
 _ELEMENTS_PER_THREAD = 16  # two 16-byte accesses of bf16
 _WARPS_PER_SM = 16  # of the backward grid: enough loads in flight to cover the latency of memory
@@ -76,7 +76,9 @@ def launch(hidden_size: int, plain: bool = True) -> Launch:
     that benchmarks/kernel_resources.py finds.
     """
     longest = _LONGEST_IN_REGISTERS if plain else _LONGEST_IN_REGISTERS // 2
-    block = _CHUNK if hidden_size > longest else 1 << (hidden_size - 1).bit_length()
+    if hidden_size > longest:
+        return Launch(_PART, 1, 8 if plain else 16, 2)
+    block = 1 << (hidden_size - 1).bit_length()
     tile_rows = max(1, _TILE // block)
     num_warps = min(_MAX_WARPS, max(1, block * tile_rows // (32 * _ELEMENTS_PER_THREAD)))
     return Launch(block, tile_rows, num_warps, max(2, _WARPS_PER_SM // num_warps))
