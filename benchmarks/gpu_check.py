@@ -65,16 +65,16 @@ def checks_on_gpu() -> list[Check]:
     """Return what is run on a GPU, most telling first."""
     quick = ("--rounds", "12", "--size")
     middle, large = (*quick, "1.5B"), (*quick, "3.2B", "--micro-batch-size", "1")
-    sweep = ("--sweep", "--hidden-sizes", "2048", "4096", "--rounds", "2")
+    sweep = ("--sweep", "--hidden-sizes", "2048", "4096", "8192", "--rounds", "2")
     checks = [
-        tests("tests/gpu", limit=300),
+        tests("tests/gpu", limit=400),
         script("kernel", "--rounds", "3", limit=240),
         step("1.5B-bf16", *middle, "--profile", memory=70),
         step("1.5B-fp8-delayed", *middle, "--fp8", "delayed", "--profile", memory=70),
         step("400M-bf16", *quick, "400M", "--micro-batch-size", "4"),
         step("3.2B-bf16", *large, memory=110),
         step("3.2B-fp8-delayed", *large, "--fp8", "delayed", memory=110),
-        script("kernel", *sweep, limit=120, label="kernel-sweep"),
+        script("kernel", *sweep, limit=200, label="kernel-sweep"),
         step("1.5B-fp8-tensorwise", *middle, "--fp8", "tensorwise", memory=70),
         script("kernel_resources", limit=120),
     ]

@@ -144,6 +144,7 @@ def main() -> None:
     copies = {}
     print(COLUMNS)
     for hidden_size in options.hidden_sizes:
+        torch._dynamo.reset()  # compile for this size, not for any
         leaves, grad = inputs(tokens, hidden_size, device)
         copy = functools.partial(torch.empty_like(grad).copy_, grad)
         copied = statistics.median(milliseconds(copy, device) for _ in range(5))

@@ -52,6 +52,7 @@ VARIANTS = (
     Variant("RMSNorm, fp32 stream", residual="*fp32"),
     Variant("RMSNorm, fp32", branch="*fp32", residual="*fp32"),
     Variant("LayerNorm, bias, dropout", layer_norm=True, bias=True, dropout=True),
+    Variant("the same in fp32", "*fp32", "*fp32", layer_norm=True, bias=True, dropout=True),
 )
 
 

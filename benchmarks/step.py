@@ -85,7 +85,7 @@ def summarize(
     for variant, taken in samples.items():
         seconds = statistics.median(sample[0] for sample in taken)
         ratios = [mine[0] / first[0] for mine, first in zip(taken, baseline, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
         rows.append(
             {
                 "variant": variant,

@@ -27,7 +27,7 @@ def results(tmp_path_factory):
 
 def test_no_shipped_configuration_spills_or_uses_atomics(results):
     process, rows = results
-    assert len(rows) == 4 * 2 * len(HIDDEN_SIZES)
+    assert len(rows) == 5 * 2 * len(HIDDEN_SIZES)
     assert [row for row in rows if row["spills"] or row["atomics"]] == []
     assert process.returncode == 0, process.stderr
 
