@@ -71,24 +71,24 @@ def measure(
     return times
 
 
-def launches(hidden_size: int) -> dict[str, Any]:
+def other_launches(hidden_size: int) -> dict[str, Any]:
     """Return our kernel with other launches: block, rows, warps, programs on a multiprocessor, stages."""
     from kernel_contestants import EPS
 
-    from megatron_periln.norms.kernels import fused
+    from megatron_periln.norms.kernels import fused, launches
 
     def join(launch: Any, branch: Tensor, residual: Tensor, gain: Tensor) -> Tensor:
         fused.launch = lambda *_: launch  # holds for the backward pass, which is timed next
         return fused.norm_add(branch, None, residual, gain, None, EPS, False, 0.0, True)
 
-    shipped = fused.launch(hidden_size)
+    shipped = launches.launch(hidden_size)
     warps = sorted({max(1, shipped.num_warps // 2), shipped.num_warps, min(32, 2 * shipped.num_warps)})
     shapes = [
         shipped._replace(num_warps=count, programs_per_sm=programs, stages=stages)
         for count, programs, stages in itertools.product(warps, (1, 2, 4, 8), (1, 2))
     ]
     if shipped.block > 4096:  # rows read in parts
-        shapes += [fused.Launch(4096, 1, 8, programs) for programs in (1, 2, 4)]
+        shapes += [launches.Launch(4096, 1, 8, programs) for programs in (1, 2, 4)]
     return {str(tuple(shape)): functools.partial(join, shape) for shape in shapes}
 
 
@@ -152,7 +152,9 @@ def main() -> None:
         print(f"{hidden_size:>7}  {'copy':<34}{copied:>10.4f}{copies[hidden_size]:>7.0f}")
         kinds = {"norm_add": norm_add_contestants, "add_norm": add_norm_contestants}
         groups = {kind: contestants(device, hidden_size) for kind, contestants in kinds.items()}
-        for kind, contestants in ({"launches": launches(hidden_size)} if options.sweep else groups).items():
+        for kind, contestants in (
+            {"launches": other_launches(hidden_size)} if options.sweep else groups
+        ).items():
             times = measure(contestants, leaves, grad, options.rounds, device)
             results += rows(kind, times, hidden_size, tokens, copies[hidden_size])
         fused.launch = shipped

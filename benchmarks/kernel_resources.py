@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_periln.norms.kernels import fused
+from megatron_periln.norms.kernels import fused, launches
 
 HIDDEN_SIZES = (64, 1024, 2048, 2560, 3072, 4096, 5120, 8192, 12288, 16384)
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -42,9 +42,9 @@ class Variant:
     bias: bool = False
     dropout: bool = False
 
-    def launch(self, hidden_size: int) -> fused.Launch:
+    def launch(self, hidden_size: int) -> launches.Launch:
         """Return how its rows are cut up."""
-        return fused.launch(hidden_size, not (self.layer_norm or self.bias or self.dropout))
+        return launches.launch(hidden_size, not (self.layer_norm or self.bias or self.dropout))
 
 
 VARIANTS = (
@@ -167,8 +167,8 @@ def main() -> None:
         for hidden_size in options.hidden_sizes:
             shape = variant.launch(hidden_size)
             for kernel in (
-                fused.forward_kernel(shape, hidden_size),
-                fused.backward_kernel(shape, hidden_size),
+                launches.forward_kernel(shape, hidden_size),
+                launches.backward_kernel(shape, hidden_size),
             ):
                 row = measure(kernel, variant, hidden_size)
                 results.append(row)

@@ -85,7 +85,7 @@ GRID += [
     for i, shape in enumerate(SHAPES)
     for j in (0, 3, 6)
 ]
-GRID += [Case((2,), 12288, *DTYPES[1]), Case((2,), 16384, *DTYPES[0], shift=True, bias=True)]
+GRID += [Case((2,), 12288, *DTYPES[1]), Case((1,), 16384, *DTYPES[0], shift=True, bias=True)]
 GRID += [
     replace(Case((5,), 160, dtype, dtype, *options), magnitude=magnitude)
     for dtype, options, magnitude in itertools.product(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron_periln.norms.kernels import fused
+from megatron_periln.norms.kernels import fused, launches
 from tests.norms import kernel_cases as cases
 from tests.norms.kernel_cases import DEVICE, Case, exact, join, worst_in_roundings
 
@@ -43,7 +43,7 @@ def test_rows_and_columns_are_independent():
     [(128, False, False), (128, False, True), (128, True, False), (32, True, True)],
 )
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(block, shift, bias, monkeypatch):
-    monkeypatch.setattr(fused, "launch", lambda *_: fused.Launch(block, 1, 1, 1))
+    monkeypatch.setattr(fused, "launch", lambda *_: launches.Launch(block, 1, 1, 1))
     case = Case((7, 3), 96, shift=shift, bias=bias)
     inputs, grad = case.tensors()
     mask = draw_mask(21, 96, seed=5).view(7, 3, 96).cpu()
@@ -72,7 +72,7 @@ def test_every_call_draws_anew():
 @pytest.mark.parametrize("tile", [(128, 2), (32, 1)], ids=["whole rows", "rows in parts"])
 def test_the_mask_does_not_depend_on_how_rows_are_cut_up(tile, monkeypatch):
     whole = draw_mask(16, 128)
-    monkeypatch.setattr(fused, "launch", lambda *_: fused.Launch(*tile, 1, 1))
+    monkeypatch.setattr(fused, "launch", lambda *_: launches.Launch(*tile, 1, 1))
     assert torch.equal(whole, draw_mask(16, 128))
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_periln.norms.kernels import fused, reference
+from megatron_periln.norms.kernels import fused, launches, reference
 from tests.norms import kernel_cases as cases
 from tests.norms.kernel_cases import DEVICE, GRID, Case, exact, join, worst_in_roundings
 
-SMALL_TILES = fused.Launch(block=128, tile_rows=2, num_warps=1, programs_per_sm=1)
-IN_PARTS = fused.Launch(block=32, tile_rows=1, num_warps=1, programs_per_sm=1)  # as long rows are read
+SMALL_TILES = launches.Launch(block=128, tile_rows=2, num_warps=1, programs_per_sm=1)
+IN_PARTS = launches.Launch(block=32, tile_rows=1, num_warps=1, programs_per_sm=1)  # as long rows are read
 WAYS = {"whole rows": SMALL_TILES, "rows in parts": IN_PARTS}
 each_way = pytest.mark.parametrize("way", WAYS)
 
@@ -68,7 +68,7 @@ def test_many_tiles_and_programs_sum_to_the_same_gradients(cut_up, options, dtyp
 
 def test_long_rows_are_read_in_parts():
     kernels = {
-        (hidden, plain): fused.backward_kernel(fused.launch(hidden, plain), hidden).__name__
+        (hidden, plain): launches.backward_kernel(launches.launch(hidden, plain), hidden).__name__
         for hidden in (4096, 8192, 8193)
         for plain in (True, False)
     }
@@ -93,7 +93,7 @@ def test_a_lost_partial_sum_would_show(cut_up, monkeypatch):
     ids=str,
 )
 def test_gradients_are_those_of_finite_differences(block, options, monkeypatch):
-    monkeypatch.setattr(fused, "launch", lambda *_: fused.Launch(block, block // 2, 1, 1))
+    monkeypatch.setattr(fused, "launch", lambda *_: launches.Launch(block, block // 2, 1, 1))
     monkeypatch.setattr(fused, "_multiprocessors", lambda _: 1)
     case = Case((2, 1), 3, torch.float64, torch.float64, *options, eps=0.1)
     inputs, _ = case.tensors()
@@ -232,6 +232,6 @@ def test_the_same_call_gives_the_same_bits():
 
 
 def test_a_row_that_is_too_long_is_refused():
-    branch = torch.zeros(1, fused.MAX_HIDDEN_SIZE + 1, device=DEVICE)
+    branch = torch.zeros(1, launches.MAX_HIDDEN_SIZE + 1, device=DEVICE)
     with pytest.raises(ValueError, match="hidden size of 16384 at most, not 16385"):
         fused.norm_add(branch, None, branch, branch[0], None, 1e-5, False, 0.0, True)

@@ -143,7 +143,7 @@ def _triton_obstacle(device_type: str, hidden_size: int) -> str | None:
     """Return why the Triton kernels can't serve, None if they can."""
     if not _has_triton():
         return "Triton is not installed"
-    from megatron_periln.norms.kernels import fused
+    from megatron_periln.norms.kernels import fused, launches
 
     if device_type != "cuda" and not fused.INTERPRETED:
         return (
@@ -151,6 +151,6 @@ def _triton_obstacle(device_type: str, hidden_size: int) -> str | None:
         )
     if device_type == "cuda" and torch.cuda.get_device_capability() < _OLDEST_GPU:
         return "the GPU is older than compute capability 8.0"
-    if hidden_size > fused.MAX_HIDDEN_SIZE:
-        return f"hidden size {hidden_size} is beyond the {fused.MAX_HIDDEN_SIZE} of Triton's kernels"
+    if hidden_size > launches.MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} is beyond the {launches.MAX_HIDDEN_SIZE} of Triton's kernels"
     return None

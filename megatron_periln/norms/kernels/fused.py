@@ -1,15 +1,15 @@
 """The fused output norm: ``residual + dropout(norm(branch + bias))`` by one Triton kernel each way.
 
-The backward pass keeps ``branch``, the parameters, one or two fp32 numbers a row and the seed of dropout, no
-normed or dropped copy. Parameter gradients are summed in a fixed order, without atomics, so that the
-same step gives the same bits.
+The backward pass keeps ``branch``, the parameters, one or two fp32 numbers a row and the seed of
+dropout, no normed or dropped copy. Parameter gradients are summed in a fixed order, without
+atomics, so that the same step gives the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,83 +17,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_periln.norms.kernels import triton_kernels, triton_long_rows
+from megatron_periln.norms.kernels import triton_kernels
+from megatron_periln.norms.kernels.launches import (
+    MAX_HIDDEN_SIZE,
+    backward_kernel,
+    forward_kernel,
+    is_whole,
+    launch,
+)
 
-__all__ = [
-    "INTERPRETED",
-    "MAX_HIDDEN_SIZE",
-    "Launch",
-    "backward_kernel",
-    "forward_kernel",
-    "launch",
-    "norm_add",
-]
+__all__ = ["INTERPRETED", "norm_add"]
 
-#: The longest row that the kernels are tested with.
-MAX_HIDDEN_SIZE = 16384
-
-#: Whether ``TRITON_INTERPRET=1`` was set when the kernels were imported: they run on the CPU, slowly.
+# Whether TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, slowly.
 INTERPRETED = not isinstance(triton_kernels.norm_add_forward, triton.JITFunction)
 
-_LONGEST_IN_REGISTERS = 8192  # columns of plain RMSNorm; beyond, registers spill to memory
-_PART = 4096  # columns that are read at a time of longer rows
-_TILE = 2048  # elements of a tile, where a row is shorter
-_ELEMENTS_PER_THREAD = 16  # two 16-byte accesses of bf16
-_WARPS_PER_SM = 16  # of the backward grid: enough loads in flight to cover the latency of memory
-_MAX_WARPS = 32
 _SUM_TILE = (64, 16)
-
-
-class Launch(NamedTuple):
-    """How rows of a given length are cut up.
-
-    Attributes
-    ----------
-    block
-        Columns of a tile, a power of two: all of a row's, or a part of a long row's.
-    tile_rows
-        Rows of a tile.
-    num_warps
-        Warps of a program.
-    programs_per_sm
-        Programs that the backward grid gives each multiprocessor.
-    stages
-        Tiles that a program of the backward grid has under way; more than one takes shared memory.
-    """
-
-    block: int
-    tile_rows: int
-    num_warps: int
-    programs_per_sm: int
-    stages: int = 1
-
-
-@functools.cache
-def launch(hidden_size: int, plain: bool = True) -> Launch:
-    """Return how rows of ``hidden_size`` are cut up so that registers suffice.
-
-    ``plain`` is RMSNorm without bias and dropout, which needs the fewest. The limits are those
-    that benchmarks/kernel_resources.py finds.
-    """
-    longest = _LONGEST_IN_REGISTERS if plain else _LONGEST_IN_REGISTERS // 2
-    if hidden_size > longest:
-        return Launch(_PART, 1, 8 if plain else 16, 2)
-    block = 1 << (hidden_size - 1).bit_length()
-    tile_rows = max(1, _TILE // block)
-    num_warps = min(_MAX_WARPS, max(1, block * tile_rows // (32 * _ELEMENTS_PER_THREAD)))
-    return Launch(block, tile_rows, num_warps, max(2, _WARPS_PER_SM // num_warps))
-
-
-def forward_kernel(shape: Launch, hidden_size: int) -> Any:
-    """Return the forward kernel for rows cut up like ``shape``."""
-    whole = shape.block >= hidden_size
-    return triton_kernels.norm_add_forward if whole else triton_long_rows.long_norm_add_forward
-
-
-def backward_kernel(shape: Launch, hidden_size: int) -> Any:
-    """Return the backward kernel for rows cut up like ``shape``."""
-    whole = shape.block >= hidden_size
-    return triton_kernels.norm_add_backward if whole else triton_long_rows.long_norm_add_backward
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def norm_add(
@@ -195,7 +134,8 @@ class _NormAdd(torch.autograd.Function):
         programs = max(1, min(_tiles(count, shape.tile_rows), most_programs))
         grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
         wanted = [name for name, wants in zip("gsb", (for_gain, for_shift, for_bias), strict=True) if wants]
-        partials = torch.zeros(len(wanted), programs, hidden, dtype=rstd.dtype, device=branch.device)
+        create = torch.empty if is_whole(shape, hidden) else torch.zeros
+        partials = create(len(wanted), programs, hidden, dtype=rstd.dtype, device=branch.device)
         partial = dict(zip(wanted, partials.unbind(), strict=True))
         with _device_of(branch):
             backward_kernel(shape, hidden)[(programs,)](
@@ -248,9 +188,6 @@ def _sum(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
             enable_fp_fusion=True,
         )
     return sums.unbind()
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
