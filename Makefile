@@ -8,7 +8,13 @@ UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all test-gpu parallelism pictures lint install constraints clean
+# For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
+WHEELS ?=
+DEVICE ?= cuda
+RESULTS ?= runs/gpu-check
+GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
+
+.PHONY: quickstart test test-all test-gpu gpu-check gpu-wheels parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -21,6 +27,13 @@ test-all: lint  ## The same, and every placement and model in every layout: an h
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+
+gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
+	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-wheels:  ## Fetch the wheels that gpu-check needs into WHEELS
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt \
+		--dest $(WHEELS) --requirement benchmarks/gpu_wheels.txt
 
 parallelism: install  ## Write docs/parallelism.md from what the layout tests reach
 	MEGATRON_PERILN_REPORT=docs/parallelism.md $(PY) -m pytest tests/parallel/test_layouts.py

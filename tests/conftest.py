@@ -1,7 +1,7 @@
 """The device that tests run on, and Megatron in one process.
 
-Tests run on the CPU, with a GPU hidden if there is one. Those in tests/gpu need
-``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
+Tests run on the CPU, with a GPU hidden if there is one and Triton's kernels interpreted. Those in
+tests/gpu need ``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
 """
 
 import os
@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 DEVICE = os.environ.get("MEGATRON_PERILN_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``[..., hidden_size]``, in its own dtype."""
-        return kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma).to(x.dtype)
+        return kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma, x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the module for ``print(model)``."""
@@ -91,8 +91,8 @@ class InputNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``[..., hidden_size]``, into the dtype of the parameters."""
-        normed = kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma)
-        return normed.to(self.weight.dtype)
+        weight = self.weight
+        return kernels.norm(x, weight, self.bias, self.eps, self.zero_centered_gamma, weight.dtype)
 
 
 class NoNorm(IdentityOp):

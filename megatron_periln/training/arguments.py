@@ -17,7 +17,9 @@ from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
 from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
+from megatron_periln.norms.kernels import BACKENDS
 from megatron_periln.training.checks import check_flags
+from megatron_periln.training.norm_backend import choose_norm_backend
 from megatron_periln.training.placement_checkpoint import (
     adopt_saved_placement,
     placement_of,
@@ -67,6 +69,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--freeze-output-norm", action="store_true", help="keep output gains at their start")
     group.add_argument(
         "--output-norm-epsilon", type=float, default=None, help="default: that of --norm-epsilon"
+    )
+    group.add_argument(
+        "--norm-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what computes these norms: fused Triton kernels, torch.compile or plain torch; default: auto, "
+        "the fastest that the device can run",
     )
     add_monitor_arguments(parser)
     group = parser.add_argument_group(title="device")
@@ -163,5 +172,6 @@ def parse() -> Namespace:
             raise
         raise UsageError(f"Megatron refuses these flags: {error}") from error
     check_monitor(args)
+    choose_norm_backend(args)
     set_global_variables(args)
     return args

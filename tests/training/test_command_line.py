@@ -40,6 +40,11 @@ BAD_FLAGS = {
         "--tensor-model-parallel-size 4 --ffn-hidden-size 130",
         ["--ffn-hidden-size (130) must be divisible by --tensor-model-parallel-size (4)"],
     ),
+    "unknown backend": ("--norm-backend cuda", ["--norm-backend", "'cuda'", "'triton'", "--help"]),
+    "compiled norms on the CPU": (
+        "--norm-backend compile",
+        ["norm backend 'compile'", "torch.compile is off under --device cpu", "choose auto or torch"],
+    ),
     "fp8 on the CPU": ("--fp8-format hybrid", ["--fp8-format needs a GPU", "--device cpu", "use --bf16"]),
     "checkpoint arguments without checkpoint": (
         "--use-checkpoint-args",
@@ -98,6 +103,14 @@ def test_other_kinds_of_training_are_refused(refused, arguments):
     flag = arguments.split()[0]
     error = refused(f"other{flag}", arguments)
     assert error == f"error: {flag} is not part of GPT pretraining with a norm placement; drop it"
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(refused):
+    error = refused("triton", "--norm-backend triton", environment={"TRITON_INTERPRET": "0"})
+    assert error.startswith(
+        "error: norm backend 'triton': Triton's kernels need a GPU, or TRITON_INTERPRET=1"
+    )
+    assert error.endswith("choose auto")
 
 
 def test_sequence_length_must_fit_sequence_parallelism(refused):
@@ -181,7 +194,14 @@ def test_help_fits_a_screen_even_without_a_gpu():
     assert lines[0].startswith("usage: torchrun --nproc-per-node N -m megatron_periln.pretrain")
     assert len(lines) < 60
     assert "norm placement:" in lines
-    for word in ("--norm-placement", "--embedding-norm", "--freeze-output-norm", "--device", *PLACEMENTS):
+    for word in (
+        "--norm-placement",
+        "--embedding-norm",
+        "--freeze-output-norm",
+        "--norm-backend",
+        "--device",
+        *PLACEMENTS,
+    ):
         assert word in process.stdout
 
 

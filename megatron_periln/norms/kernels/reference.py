@@ -17,7 +17,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, zero_centered_gamma: bool) -> Tensor:
+def norm(
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """RMSNorm, or LayerNorm where there is a ``shift``, over the last dimension.
 
     Parameters
@@ -30,16 +37,20 @@ def norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, zero_centere
         ``[hidden]`` for LayerNorm, None for RMSNorm.
     eps
         Added to the mean square (RMSNorm) or to the variance (LayerNorm).
+    dtype
+        Of the result; None keeps the arithmetic's.
 
     Returns
     -------
     Tensor
-        The shape of ``x``, in the arithmetic's dtype.
+        The shape of ``x``.
     """
     gain = _wide(gain) + 1 if zero_centered_gamma else _wide(gain)
     if shift is None:
-        return F.rms_norm(_wide(x), gain.shape, gain, eps)
-    return F.layer_norm(_wide(x), gain.shape, gain, _wide(shift), eps)
+        normed = F.rms_norm(_wide(x), gain.shape, gain, eps)
+    else:
+        normed = F.layer_norm(_wide(x), gain.shape, gain, _wide(shift), eps)
+    return normed if dtype is None else normed.to(dtype)
 
 
 def norm_add(

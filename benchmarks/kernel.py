@@ -1,0 +1,173 @@
+"""The norm kernels beside those of other libraries: time and GB/s, forward and backward.
+
+GB/s counts the bytes that the operation can't do without: forward, branch and residual are read
+and the result is written; backward, the gradient and the branch are read and the branch's
+gradient is written. The share is that of a copy's bandwidth, measured in the same run. In each
+round the contestants take turns.
+
+    python benchmarks/kernel.py --output results.json
+    python benchmarks/kernel.py --sweep                         # other launches of our backward kernel
+    TRITON_INTERPRET=1 python benchmarks/kernel.py --device cpu --hidden-sizes 64 --tokens 32 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WAY = f"{'GB/s':>7}{'share':>7}"
+COLUMNS = f"{'hidden':>7}  {'contestant':<34}{'forward':>10}{WAY}{'backward':>11}{WAY}"
+
+
+def milliseconds(function: Callable[[], Any], device: str) -> float:
+    """Return the median time of a call; on a GPU the L2 cache is cleared before each."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=10, rep=40, return_mode="median"))
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def inputs(tokens: int, hidden_size: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """Return branch, residual and gain, which require gradients, and the gradient of the result, in bf16."""
+    generator = torch.Generator(device).manual_seed(1)
+    shapes = ((tokens, hidden_size), (tokens, hidden_size), (hidden_size,), (tokens, hidden_size))
+    *leaves, grad = (torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16) for s in shapes)
+    return [torch.nn.Parameter(leaf) for leaf in leaves], grad
+
+
+def time_both_ways(join: Any, leaves: list[Tensor], grad: Tensor, device: str) -> tuple[float, float]:
+    """Return the milliseconds of the forward and of the backward pass."""
+    forward = milliseconds(lambda: join(*leaves), device)
+    out = join(*leaves)
+    backward = milliseconds(
+        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True), device
+    )
+    return forward, backward
+
+
+def measure(
+    contestants: dict[str, Any], leaves: list[Tensor], grad: Tensor, rounds: int, device: str
+) -> dict[str, list[tuple[float, float]]]:
+    """Return each contestant's times, one pair a round, after a round that isn't counted."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, join in contestants.items():
+            taken = time_both_ways(join, leaves, grad, device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def other_launches(hidden_size: int) -> dict[str, Any]:
+    """Return our kernel with other launches: block, rows, warps, programs on a multiprocessor, stages."""
+    from kernel_contestants import EPS
+
+    from megatron_periln.norms.kernels import fused, launches
+
+    def join(launch: Any, branch: Tensor, residual: Tensor, gain: Tensor) -> Tensor:
+        fused.launch = lambda *_: launch  # holds for the backward pass, which is timed next
+        return fused.norm_add(branch, None, residual, gain, None, EPS, False, 0.0, True)
+
+    shipped = launches.launch(hidden_size)
+    warps = sorted({max(1, shipped.num_warps // 2), shipped.num_warps, min(32, 2 * shipped.num_warps)})
+    shapes = [
+        shipped._replace(num_warps=count, programs_per_sm=programs, stages=stages)
+        for count, programs, stages in itertools.product(warps, (1, 2, 4, 8), (1, 2))
+    ]
+    if shipped.block > 4096:  # rows read in parts
+        shapes += [launches.Launch(4096, 1, 8, programs) for programs in (1, 2, 4)]
+    return {str(tuple(shape)): functools.partial(join, shape) for shape in shapes}
+
+
+def rows(
+    kind: str, times: dict[str, list[tuple[float, float]]], hidden_size: int, tokens: int, copy: float
+) -> list[dict[str, Any]]:
+    """Return a row a contestant; ``copy`` is the copy's bandwidth in GB/s."""
+    gigabytes = 3 * tokens * hidden_size * 2 / 1e9
+    table = []
+    for name, taken in times.items():
+        row: dict[str, Any] = {
+            "kind": kind,
+            "hidden_size": hidden_size,
+            "contestant": name,
+            "samples_ms": taken,
+        }
+        for index, way in enumerate(("forward", "backward")):
+            median = statistics.median(pair[index] for pair in taken)
+            speed = gigabytes / (median / 1e3)
+            row |= {f"{way}_ms": median, f"{way}_gb_s": speed, f"{way}_share": speed / copy}
+        table.append(row)
+        print(
+            f"{hidden_size:>7}  {name:<34}"
+            f"{row['forward_ms']:>10.4f}{row['forward_gb_s']:>7.0f}{row['forward_share']:>7.0%}"
+            f"{row['backward_ms']:>11.4f}{row['backward_gb_s']:>7.0f}{row['backward_share']:>7.0%}",
+            flush=True,
+        )
+    return table
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[1024, 2048, 2560, 3072, 4096, 8192])
+    parser.add_argument("--tokens", type=int, default=16384, help="rows of the branch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweep", action="store_true", help="time other launches of our kernel instead")
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        from megatron_periln import cpu
+
+        cpu.activate()
+    from kernel_contestants import add_norm_contestants, norm_add_contestants
+
+    from megatron_periln.norms.kernels import fused
+
+    device, tokens, shipped = options.device, options.tokens, fused.launch
+    results: list[dict[str, Any]] = []
+    copies = {}
+    print(COLUMNS)
+    for hidden_size in options.hidden_sizes:
+        torch._dynamo.reset()  # compile for this size, not for any
+        leaves, grad = inputs(tokens, hidden_size, device)
+        copy = functools.partial(torch.empty_like(grad).copy_, grad)
+        copied = statistics.median(milliseconds(copy, device) for _ in range(5))
+        copies[hidden_size] = 2 * grad.nbytes / 1e9 / (copied / 1e3)
+        print(f"{hidden_size:>7}  {'copy':<34}{copied:>10.4f}{copies[hidden_size]:>7.0f}")
+        kinds = {"norm_add": norm_add_contestants, "add_norm": add_norm_contestants}
+        groups = {kind: contestants(device, hidden_size) for kind, contestants in kinds.items()}
+        for kind, contestants in (
+            {"launches": other_launches(hidden_size)} if options.sweep else groups
+        ).items():
+            times = measure(contestants, leaves, grad, options.rounds, device)
+            results += rows(kind, times, hidden_size, tokens, copies[hidden_size])
+        fused.launch = shipped
+    if options.output:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "settings": {key: str(value) for key, value in vars(options).items()},
+            "copy_gb_s": copies,
+            "results": results,
+        }
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Compile the Triton kernels for Hopper (sm_90), which needs no GPU: registers, spills, atomics.
+
+Prints a line a kernel. Ends with status 1 if one of them spills registers to memory or uses an atomic
+operation, on which the gradients' bits would depend.
+
+    python benchmarks/kernel_resources.py
+    python benchmarks/kernel_resources.py --hidden-sizes 4096 --output resources.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_periln.norms.kernels import fused, launches
+
+HIDDEN_SIZES = (64, 1024, 2048, 2560, 3072, 4096, 5120, 8192, 12288, 16384)
+SM_90 = GPUTarget("cuda", 90, 32)
+REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a model may ask of the kernels."""
+
+    name: str
+    branch: str = "*bf16"
+    residual: str = "*bf16"
+    layer_norm: bool = False
+    bias: bool = False
+    dropout: bool = False
+
+    def launch(self, hidden_size: int) -> launches.Launch:
+        """Return how its rows are cut up."""
+        return launches.launch(hidden_size, not (self.layer_norm or self.bias or self.dropout))
+
+
+VARIANTS = (
+    Variant("RMSNorm"),
+    Variant("RMSNorm, fp32 stream", residual="*fp32"),
+    Variant("RMSNorm, fp32", branch="*fp32", residual="*fp32"),
+    Variant("LayerNorm, bias, dropout", layer_norm=True, bias=True, dropout=True),
+    Variant("the same in fp32", "*fp32", "*fp32", layer_norm=True, bias=True, dropout=True),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses; ``programs_on_sm`` is how many fit a multiprocessor."""
+
+    kernel: str
+    variant: str
+    hidden_size: int
+    warps: int
+    registers: int
+    spills: int
+    atomics: int
+    widest_load_bits: int
+    programs_on_sm: int
+
+
+def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]:
+    """Return the types of a kernel's arguments, and the values of those that are compiled in."""
+    shape = variant.launch(hidden_size)
+    forward = "out" in kernel.arg_names
+    shift = variant.branch if variant.layer_norm else None
+    types: dict[str, Any] = {
+        "branch": variant.branch,
+        "bias": variant.branch if variant.bias else None,
+        "gain": variant.branch,
+        "seed": "*i64" if variant.dropout else None,
+        "mean": "*fp32" if variant.layer_norm else None,
+        "rstd": "*fp32",
+        "n_rows": "i32",
+        "branch_stride": "i32",
+        "dropout": "fp32",
+        "dropout_scale": "fp32",
+        "gain_offset": 0.0,
+        "hidden": hidden_size,
+        "block": shape.block,
+        "tile_rows": shape.tile_rows,
+        "stages": shape.stages,
+        "wide": tl.float32,
+    }
+    if forward:
+        types |= {"residual": variant.residual, "shift": shift, "out": variant.residual}
+        types |= {"residual_stride": "i32", "eps": "fp32"}
+    else:
+        types |= {"grad_out": variant.residual, "grad_branch": variant.branch, "grad_stride": "i32"}
+        types |= {"gain_partials": "*fp32", "shift_partials": shift and "*fp32"}
+        types |= {"bias_partials": "*fp32" if variant.bias else None}
+    return {name: types[name] for name in kernel.arg_names}
+
+
+def compile_kernel(kernel: Any, types: dict[str, Any], num_warps: int) -> Any:
+    """Compile for sm_90, as a launch with aligned tensors and a multiple of 16 rows would."""
+    runtime = {name: value for name, value in types.items() if isinstance(value, str)}
+    constants = {name: value for name, value in types.items() if name not in runtime}
+    signature = {name: runtime.get(name, "constexpr") for name in types}
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(types)
+        if name in runtime and runtime[name] != "fp32"
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=SM_90, options={"num_warps": num_warps, "enable_fp_fusion": True})
+
+
+def registers(cubin: bytes) -> int:
+    """Return the registers of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+
+
+def measure(kernel: Any, variant: Variant, hidden_size: int) -> Resources:
+    """Compile one kernel and read its machine code."""
+    num_warps = variant.launch(hidden_size).num_warps
+    compiled = compile_kernel(kernel, arguments(kernel, variant, hidden_size), num_warps)
+    code = compiled.asm["sass"]
+    per_thread = registers(compiled.asm["cubin"])
+    fitting = REGISTERS_PER_SM // (-(-per_thread // 8) * 8 * 32 * num_warps)
+    loads = [int(bits) for bits in re.findall(r"\bLDG\.E(?:\.[A-Z]+)*\.(64|128)\b", code)]
+    return Resources(
+        kernel.__name__,
+        variant.name,
+        hidden_size,
+        num_warps,
+        per_thread,
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        len(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG|ATOMS)\b", code)),
+        max(loads, default=32),
+        min(WARPS_PER_SM // num_warps, fitting, 32),
+    )
+
+
+def main() -> None:
+    """Compile, print and write; end with status 1 if a kernel spills or uses atomics."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES)
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    options = parser.parse_args()
+    if fused.INTERPRETED:
+        sys.exit("unset TRITON_INTERPRET to compile the kernels")
+    results = []
+    print(
+        f"{'kernel':<24}{'variant':<28}{'hidden':>7}{'warps':>6}{'regs':>6}{'spills':>7}{'atomics':>8}{'load':>6}{'/SM':>5}"
+    )
+    for variant in VARIANTS:
+        for hidden_size in options.hidden_sizes:
+            shape = variant.launch(hidden_size)
+            for kernel in (
+                launches.forward_kernel(shape, hidden_size),
+                launches.backward_kernel(shape, hidden_size),
+            ):
+                row = measure(kernel, variant, hidden_size)
+                results.append(row)
+                print(
+                    f"{row.kernel:<24}{row.variant:<28}{row.hidden_size:>7}{row.warps:>6}{row.registers:>6}"
+                    f"{row.spills:>7}{row.atomics:>8}{row.widest_load_bits:>6}{row.programs_on_sm:>5}",
+                    flush=True,
+                )
+    if options.output:
+        report = {"triton": triton.__version__, "results": [asdict(row) for row in results]}
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    faulty = [row for row in results if row.spills or row.atomics]
+    if faulty:
+        sys.exit(f"{len(faulty)} of {len(results)} kernels spill registers or use atomics")
+
+
+if __name__ == "__main__":
+    main()

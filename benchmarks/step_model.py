@@ -1,0 +1,199 @@
+"""One model in which Pre-LN, Peri-LN and an unfused Peri-LN take turns, sharing weights and optimizer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SIZES", "Size", "Trainer", "causal_flops"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape: SwiGLU, RoPE, no biases, heads of 128, untied output."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int = 100352  # cl100k_base, padded
+
+
+# The paper gives its sizes in parameters without embeddings, not their shapes; these have as many.
+SIZES = {
+    "400M": Size(24, 1024, 4096, 8),
+    "1.5B": Size(28, 2048, 6144, 16),
+    "3.2B": Size(28, 3072, 8192, 24),
+    "tiny": Size(2, 64, 128, 4, 256),
+}
+
+
+def causal_flops(size: Size, tokens: int, seq_length: int) -> float:
+    """Return the floating-point operations of a step's matrix products, attention at half its square."""
+    layer = 4 * size.hidden_size**2 + 3 * size.hidden_size * size.ffn_hidden_size
+    weights = size.num_layers * layer + size.hidden_size * size.vocab_size
+    attention = size.num_layers * size.hidden_size * seq_length
+    return 6.0 * tokens * (weights + attention)
+
+
+class _MegatronsAdd(nn.Module):
+    """Megatron's own bias-dropout-add: Pre-LN."""
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+
+        return get_bias_dropout_add(training, fused)
+
+
+class _NormThenAdd(_MegatronsAdd):
+    """A norm of its own kernel, then Megatron's add: what a norm inside the row-parallel linear costs."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        add = super().forward(training, fused)
+
+        def join(branch_with_bias: Any, residual: Tensor, dropout: float) -> Tensor:
+            branch, bias = branch_with_bias
+            if bias is not None:
+                raise ValueError("this variant norms before the bias; build the model without biases")
+            return add((self.norm(branch), None), residual, dropout)
+
+        return join
+
+
+def _unfused_norm(slot: Any, transformer_engine: bool) -> nn.Module:
+    """Return a norm that shares the parameters of ``slot``'s."""
+    if not transformer_engine:
+        return slot.norm
+    import transformer_engine.pytorch as te
+
+    norm = te.RMSNorm(slot.norm.hidden_size, eps=slot.norm.eps, params_dtype=slot.norm.weight.dtype)
+    norm.weight = slot.norm.weight
+    return norm
+
+
+class Trainer:
+    """Training steps of one model whose residual slots can be exchanged between steps.
+
+    Parameters
+    ----------
+    options
+        The command line of benchmarks/step.py.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.size = options, SIZES[options.size]
+        self.model, self.optimizer, self.gpt = self._build()
+        shape = (options.micro_batch_size, options.seq_length)
+        self.tokens = torch.randint(0, self.size.vocab_size, shape, device="cuda")
+        self.positions = torch.arange(options.seq_length, device="cuda").expand(shape)
+        engine = options.transformer_impl == "transformer_engine"
+        names = ("self_attn_bda", "mlp_bda")
+        self.slots = [
+            (layer, name, getattr(layer, name)) for layer in self.gpt.decoder.layers for name in names
+        ]
+        add = _MegatronsAdd()
+        self.ways: dict[str, list[nn.Module]] = {
+            "pre": [add for _ in self.slots],
+            "peri": [slot for *_, slot in self.slots],
+            "unfused": [_NormThenAdd(_unfused_norm(slot, engine)) for *_, slot in self.slots],
+        }
+
+    def _build(self) -> tuple[Any, Any, Any]:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.transformer.module import Float16Module
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+        from megatron_periln.norms import PERI
+
+        size, options = self.size, self.options
+        engine = options.transformer_impl == "transformer_engine"
+        fp8 = {} if options.fp8 is None else {"fp8": "hybrid", "fp8_recipe": options.fp8}
+        transformer = TransformerConfig(
+            num_layers=size.num_layers,
+            hidden_size=size.hidden_size,
+            ffn_hidden_size=size.ffn_hidden_size,
+            num_attention_heads=size.num_attention_heads,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            pipeline_dtype=torch.bfloat16,
+            transformer_impl=options.transformer_impl,
+            persist_layer_norm=False,
+            gradient_accumulation_fusion=options.gradient_accumulation_fusion,
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=True,
+            bias_activation_fusion=engine,
+            apply_rope_fusion=engine,
+            cross_entropy_loss_fusion=engine,
+            finalize_model_grads_func=finalize_model_grads,
+            **fp8,
+        )
+        config = GPTModelConfig(
+            transformer=transformer,
+            norm_placement=PERI,
+            vocab_size=size.vocab_size,
+            seq_length=options.seq_length,
+            position_embedding_type="rope",
+        )
+        gpt = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        gpt = gpt.bfloat16().cuda()
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        model = DistributedDataParallel(transformer, ddp, Float16Module(transformer, gpt))
+        adam = OptimizerConfig(
+            optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+        )
+        return model, get_megatron_optimizer(adam, [model]), gpt
+
+    def take(self, variant: str) -> None:
+        """Make the model ``pre``, ``peri`` (``peri:BACKEND`` for another than auto) or ``unfused``."""
+        from megatron_periln.norms import kernels
+
+        way, _, backend = variant.partition(":")
+        kernels.use_backend(backend or "auto")
+        for (layer, name, _), slot in zip(self.slots, self.ways[way], strict=True):
+            setattr(layer, name, slot)
+        self.gpt.embedding.norm.bypassed = way == "pre"
+
+    def step(self) -> Any:
+        """Run one training step: microbatches, gradient reduction and Adam; return the losses."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iter(()),
+            model=[self.model],
+            num_microbatches=self.options.num_microbatches,
+            seq_length=self.options.seq_length,
+            micro_batch_size=self.options.micro_batch_size,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        return losses
+
+    def _forward(self, _: Any, module: Any) -> Any:
+        return module(self.tokens, self.positions, None, labels=self.tokens), _summed
+
+
+def _summed(losses: Tensor) -> Any:
+    total, count = losses.float().sum(), torch.tensor(losses.numel(), dtype=torch.int, device="cuda")
+    return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}

@@ -1,0 +1,158 @@
+"""Which backend is chosen, why, and that the norm modules follow it."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_periln.norms import PERI, OutputNormAdd, kernels
+from megatron_periln.norms.kernels import backends, reference
+from tests.norms import formulas
+from tests.norms.test_norm import config
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Choose anew in each test, and leave nothing chosen."""
+    kernels.choose_backend.cache_clear()
+    yield
+    kernels.use_backend("auto")
+    kernels.choose_backend.cache_clear()
+
+
+def choose(name="auto", device_type="cuda", hidden_size=1024):
+    choice = kernels.choose_backend(name, device_type, hidden_size)
+    return choice.backend.name, choice.reason
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is new enough."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def test_auto_takes_plain_torch_on_the_cpu_even_where_triton_is_interpreted():
+    name, reason = choose(device_type="cpu")
+    assert (name, reason) == ("torch", "there are no fused kernels for the CPU")
+    assert kernels.choose_backend("auto", "cpu", 8).backend.norm_add is reference.norm_add
+
+
+def test_auto_takes_the_fused_kernels_on_a_gpu(gpu):
+    assert choose() == ("triton", "bias, norm, dropout and residual add are one kernel")
+
+
+def test_auto_takes_torch_compile_where_the_kernels_can_not_serve(gpu, monkeypatch):
+    assert choose(hidden_size=16385) == (
+        "compile",
+        "hidden size 16385 is beyond the 16384 of Triton's kernels",
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert choose() == ("compile", "the GPU is older than compute capability 8.0")
+
+
+def test_auto_takes_plain_torch_without_triton(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert choose() == ("torch", "Triton is not installed")
+
+
+@pytest.mark.parametrize("name", ["triton", "compile", "torch"])
+def test_what_is_asked_for_is_taken(gpu, name):
+    assert choose(name) == (name, "as asked for")
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden_size", "words"),
+    [
+        ("triton", 1024, ["'triton'", "Triton is not installed", "choose auto"]),
+        ("compile", 1024, ["'compile'", "needs Triton", "choose auto"]),
+    ],
+)
+def test_without_triton_what_needs_it_is_refused(gpu, monkeypatch, name, hidden_size, words):
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    with pytest.raises(ValueError) as error:
+        choose(name, hidden_size=hidden_size)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_hidden_size_beyond_the_kernels_is_refused(gpu):
+    with pytest.raises(
+        ValueError, match="hidden size 16385 is beyond the 16384 of Triton's kernels; choose auto"
+    ):
+        choose("triton", hidden_size=16385)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(
+        ValueError, match="unknown norm backend 'cuda'; choose from auto, triton, compile, torch"
+    ):
+        kernels.use_backend("cuda")
+
+
+def test_the_choice_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        for _ in range(3):
+            kernels.norm(torch.ones(2, 8), torch.ones(8), None, 1e-5, False)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "norm backend for hidden size 8 on cpu: torch (there are no fused kernels for the CPU)"
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_modules_follow_the_backend(name, monkeypatch):
+    calls = []
+    backend = kernels.choose_backend(name, "cpu", 48).backend
+    monkeypatch.setattr(
+        backends, "choose_backend", lambda *asked: calls.append(asked) or backends.Choice(backend, "")
+    )
+    kernels.use_backend(name)
+    slot = OutputNormAdd(config(), PERI)
+    branch, bias, residual, _, _ = formulas.inputs()
+    out = slot(True, True)((branch, bias), residual, 0.0)
+    assert calls == [(name, "cpu", 48)]
+    torch.testing.assert_close(
+        out, formulas.norm_add(branch, bias, residual, slot.norm.weight, None, 1e-5).float()
+    )
+
+
+SCRIPT = """
+import torch
+from megatron_periln.norms import kernels
+from megatron_periln.norms.kernels import reference
+try:
+    kernels.choose_backend("triton", "cpu", 8)
+except ValueError as error:
+    print(error)
+torch.manual_seed(1)
+branch, bias, residual, gain, shift = (torch.randn(*shape) for shape in ((6, 8), (8,), (6, 8), (8,), (8,)))
+for name in ("norm_add", "add_norm"):
+    function = getattr(reference, name)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    arguments = (branch, bias, residual, gain, shift, 1e-5, True, 0.0, True)
+    print((compiled(*arguments) - function(*arguments)).abs().max().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def printed_on_a_plain_cpu():
+    """What the script prints without Triton's interpreter, and where torch.compile does compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_on_the_cpu_triton_needs_its_interpreter(printed_on_a_plain_cpu):
+    error = printed_on_a_plain_cpu[0]
+    assert error.startswith("norm backend 'triton': Triton's kernels need a GPU, or TRITON_INTERPRET=1")
+    assert error.endswith("choose auto")
+
+
+def test_the_reference_compiles_as_one_graph(printed_on_a_plain_cpu):
+    differences = [float(line) for line in printed_on_a_plain_cpu[1:]]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
