@@ -25,6 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 20 * 60
+MONITORED = (
+    *("--num-layers", "24", "--hidden-size", "2048", "--num-attention-heads", "16", "--seq-length", "4096"),
+    *("--micro-batch-size", "1", "--bf16", "--transformer-impl", "transformer_engine", "--rounds", "12"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def checks_on_gpu() -> list[Check]:
         script("kernel", *sweep, limit=200, label="kernel-sweep"),
         step("1.5B-fp8-tensorwise", *middle, "--fp8", "tensorwise", memory=70),
         script("kernel_resources", limit=120),
+        script("monitor_cost", *MONITORED, limit=150, memory=60),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         under = (sanitizer, "--error-exitcode", "1")
@@ -95,6 +100,7 @@ def checks_on_cpu() -> list[Check]:
         script("kernel", *kernel, "--sweep", limit=120, label="kernel-sweep"),
         step("tiny", *tiny, "--variants", "pre", "peri", "peri:triton", "unfused"),
         script("kernel_resources", "--hidden-sizes", "2048", limit=120),
+        script("monitor_cost", *cpu, "--num-layers", "2", "--hidden-size", "64", "--rounds", "2", limit=120),
     ]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import command, machine
 from torch import Tensor
 
 WAY = f"{'GB/s':>7}{'share':>7}"
@@ -160,8 +161,8 @@ def main() -> None:
         fused.launch = shipped
     if options.output:
         report = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
+            "device": machine(),
+            "command": command(),
             "settings": {key: str(value) for key, value in vars(options).items()},
             "copy_gb_s": copies,
             "results": results,

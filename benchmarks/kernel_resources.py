@@ -21,6 +21,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from machine import command, machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -178,7 +179,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.output:
-        report = {"triton": triton.__version__, "results": [asdict(row) for row in results]}
+        report = {"device": machine(), "command": command(), "results": [asdict(row) for row in results]}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
     faulty = [row for row in results if row.spills or row.atomics]
     if faulty:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import command, machine
 from step_model import SIZES, Trainer, causal_flops
 
 WARM_UP = 3
@@ -178,8 +179,8 @@ def main() -> None:
         print_profile(kernels)
     if options.output:
         report = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
+            "device": machine(),
+            "command": command(),
             "settings": {key: str(value) for key, value in vars(options).items()},
             "results": rows,
             "kernels_ms": kernels,
