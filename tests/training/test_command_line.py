@@ -70,7 +70,7 @@ BAD_FLAGS = {
     ),
     "unwritable folder": ("--save /proc/checkpoints", ["--save /proc/checkpoints", "can be written"]),
     "split": ("--split 1,a,2", ["--split 1,a,2 is not three shares such as 969,30,1"]),
-    "monitor's file without monitor": (
+    "monitor file without monitor": (
         "--monitor-file monitor.jsonl",
         ["--monitor-file does nothing without --monitor"],
     ),
