@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_periln.data.errors import PreprocessError
+from megatron_periln.files import sync
 
-__all__ = ["prepare_output", "published", "sync"]
+__all__ = ["prepare_output", "published"]
 
 
 def prepare_output(path: str | Path, *, flag: str, overwrite: bool = False) -> None:
@@ -82,12 +83,3 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
                 f"{paths[0]}: cannot be written: {error.strerror or error}; nothing was left there"
             ) from error
         raise
-
-
-def sync(path: Path) -> None:
-    """Bring a file to the disk, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

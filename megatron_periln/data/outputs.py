@@ -19,7 +19,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_periln.data.atomic import sync
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.journal import (
     COMPLETE,
@@ -31,6 +30,7 @@ from megatron_periln.data.journal import (
     read_journal,
 )
 from megatron_periln.data.writer import writing
+from megatron_periln.files import sync
 
 __all__ = ["Dataset", "Outputs", "Placer"]
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_periln.data.atomic import sync
 from megatron_periln.data.documents import BadDocument
 from megatron_periln.data.sources import open_input, reading
 from megatron_periln.data.writer import writing
+from megatron_periln.files import sync
 
 __all__ = ["number_lines", "write_quarantine"]
 

@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_periln.data.atomic import prepare_output, sync
+from megatron_periln.data.atomic import prepare_output
 from megatron_periln.data.errors import PreprocessError
+from megatron_periln.files import sync
 
 __all__ = ["FOLDER_FILES", "prepare_folder", "prepare_model", "write_folder"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.data.atomic import sync
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.index_arrays import BLOCK
 from megatron_periln.data.indexed import DTYPES, HEADER, MAGIC, VERSION
 from megatron_periln.data.sidecar import Sidecar, sha256_of, sidecar_path
+from megatron_periln.files import sync
 
 __all__ = ["publish", "write_index", "writing"]
 

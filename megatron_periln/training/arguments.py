@@ -15,16 +15,13 @@ from megatron_periln import cpu
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
+from megatron_periln.models.saved import placement_of
 from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
 from megatron_periln.norms.kernels import BACKENDS
 from megatron_periln.training.checks import check_flags
 from megatron_periln.training.norm_backend import choose_norm_backend
-from megatron_periln.training.placement_checkpoint import (
-    adopt_saved_placement,
-    placement_of,
-    refuse_other_placement,
-)
+from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
 
 __all__ = ["add_arguments", "parse", "placement_from_args"]
 

@@ -1,6 +1,7 @@
 """Runs training jobs from one process that has imported everything once.
 
-Reads one JSON job a line from standard input, forks its ranks, and answers with one JSON line.
+Reads one JSON job a line from standard input, forks its ranks, and answers with one JSON line,
+until a line says end.
 Importing torch and Megatron costs seconds a process; a fork costs nothing, and without a GPU
 nothing speaks against it.
 """
@@ -99,6 +100,8 @@ def main():
     warm_up()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
+        if line == "end\n":
+            break
         print(json.dumps(run_job(json.loads(line))), flush=True)
 
 

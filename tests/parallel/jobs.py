@@ -76,6 +76,8 @@ class Jobs:
         assert json.loads(self.server.stdout.readline()) == "ready"
 
     def close(self):
+        # Closing the pipe is not enough: what the tests' process has forked may hold it open.
+        self.server.stdin.write("end\n")
         self.server.stdin.close()
         self.server.wait()
 

@@ -1,0 +1,130 @@
+"""Importing a model of transformers as a checkpoint for Megatron."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_periln.convert import proof
+from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.imported import imported_tensor, without_scales
+from megatron_periln.convert.megatron_flags import flag_file, parsed
+from megatron_periln.convert.one_process import (
+    build_model,
+    megatron_config,
+    save_model,
+    single_process,
+)
+from megatron_periln.convert.roles import GLOBAL_NAMES, LAYER_NAMES
+from megatron_periln.convert.safetensors_folder import Tensors
+from megatron_periln.convert.source import read_config, source_architecture
+from megatron_periln.convert.targets import Target
+from megatron_periln.files import new_folder
+
+__all__ = ["FLAG_FILE", "ImportOptions", "import_model"]
+
+FLAG_FILE = "model.flags"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_ROLES = {name: role for role, name in GLOBAL_NAMES.items()} | {
+    f"decoder.layers.{name}": role for role, name in LAYER_NAMES.items()
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How to import.
+
+    Parameters
+    ----------
+    dtype
+        Of the checkpoint's tensors; None for that of the model's.
+    verify
+        Compare the logits of both models before anything is published.
+    """
+
+    dtype: torch.dtype | None = None
+    verify: bool = True
+
+
+def import_model(model: Path, output: Path, options: ImportOptions, say: Say = print) -> None:
+    """Import a model, and prove the checkpoint before it appears.
+
+    Parameters
+    ----------
+    model
+        A folder with config.json and safetensors files.
+    output
+        The folder to write, for ``--load``; with the model's flags in a file beside the checkpoint.
+    options
+        How.
+    say
+        Receives one line for each thing worth knowing.
+
+    Raises
+    ------
+    UsageError
+        If the model can't be read, or Megatron can't compute it, or the proof fails; ``output`` is
+        then not there.
+    """
+    config, target = read_config(model)
+    source = source_architecture(config, target)
+    tensors = Tensors(model)
+    dtype = options.dtype or tensors[target.tensor_name("embedding.weight")].dtype
+    architecture = without_scales(source)
+    say(f"Source: {target.architecture}, norm placement {architecture.placement.name}")
+    if architecture != source:
+        say("Its multipliers are folded into the weights: an export will have none")
+    tokenizer = model.absolute() if (model / "tokenizer.json").is_file() else None
+    flags = flag_file(architecture, dtype, output.absolute(), tokenizer)
+    args = parsed(architecture, dtype)
+    with new_folder(output, flag="--output") as folder:
+        (folder / FLAG_FILE).write_text(flags)
+        with single_process():
+            built = build_model(megatron_config(args, dtype))
+            _fill(built, tensors, source, target)
+            path = save_model(folder, args, built)
+            del built
+        if options.verify:
+            _prove(model, path, args, source, dtype, say)
+        else:
+            say("The logits were not compared (--no-verify)")
+    say(f"Wrote {output}. Go on training with these flags, as @{output / FLAG_FILE}:")
+    say(flags.rstrip())
+
+
+@torch.no_grad()
+def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Target) -> None:
+    """Copy the source's tensors into the model; each of its parameters has a place in a checkpoint."""
+    filled = 0
+    for key, sharded in model.sharded_state_dict().items():
+        if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
+            continue
+        layer = _LAYER.match(key)
+        tensor = imported_tensor(
+            tensors.__getitem__, source, target, _ROLES[sharded.key], int(layer[1]) if layer else 0
+        )
+        sharded.data.copy_(tensor)
+        filled += tensor.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert filled == total, f"{filled} of {total} parameters were imported"
+
+
+def _prove(
+    model: Path, path: Path, args: Namespace, source: Architecture, dtype: torch.dtype, say: Say
+) -> None:
+    sample = proof.sample_tokens(source.vocab_size, source.max_positions)
+    expected = proof.exported_logits(model, sample)
+    difference = proof.compare(proof.logits_of_checkpoint(path, args, sample), expected)
+    say(f"Proof: largest difference of the logits in fp32: {difference}")
+    if difference.maximum > proof.TOLERANCE and dtype is not torch.float32:
+        say(f"The checkpoint is rounded to {dtype}; --dtype float32 keeps more")
+    proof.refuse_other_logits(difference)

@@ -1,0 +1,95 @@
+"""Megatron's flags for an architecture, and its arguments from flags."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from megatron.training.arguments import parse_args
+
+from megatron_periln.convert.architecture import Architecture
+from megatron_periln.norms import NormPlacement
+
+__all__ = ["flag_file", "model_flags", "parsed", "placement_flags"]
+
+_PRECISIONS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
+
+
+def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str]]:
+    """Return Megatron's flags for a model without scales of its own: each a flag and its value.
+
+    The norm placement is not among them; see `placement_flags`.
+    """
+    rope, biases = architecture.rope, architecture.biases
+    numbers = {
+        "--num-layers": architecture.num_layers,
+        "--hidden-size": architecture.hidden_size,
+        "--ffn-hidden-size": architecture.ffn_hidden_size,
+        "--num-attention-heads": architecture.num_heads,
+        "--num-query-groups": architecture.num_kv_heads,
+        "--kv-channels": architecture.head_dim,
+        "--padded-vocab-size": architecture.vocab_size,
+        "--max-position-embeddings": architecture.max_positions,
+        "--norm-epsilon": architecture.eps,
+        "--rotary-base": int(rope.theta),
+        "--rotary-percent": rope.fraction,
+    }
+    switches = {
+        "--group-query-attention": True,
+        "--swiglu": True,
+        "--rotary-interleaved": rope.interleaved,
+        "--use-rope-scaling": rope.llama3,
+        "--qk-layernorm": architecture.qk_norm,
+        "--disable-bias-linear": "mlp" not in biases,
+        "--add-qkv-bias": biases == {"qkv"},
+        "--untie-embeddings-and-output-weights": not architecture.tied,
+    }
+    return [
+        *([flag, str(value)] for flag, value in numbers.items()),
+        ["--normalization", "RMSNorm"],
+        ["--position-embedding-type", "rope"],
+        ["--attention-dropout", "0"],
+        ["--hidden-dropout", "0"],
+        *([flag] for flag, wanted in switches.items() if wanted),
+        *([flag] for flag in _PRECISIONS[dtype]),
+    ]
+
+
+def placement_flags(placement: NormPlacement) -> list[list[str]]:
+    """Return our flags for a placement."""
+    embedding = "--embedding-norm" if placement.embedding else "--no-embedding-norm"
+    return [["--norm-placement", placement.name], [embedding]]
+
+
+def flag_file(
+    architecture: Architecture, dtype: torch.dtype, checkpoint: Path, tokenizer: Path | None
+) -> str:
+    """Return the text of a flag file with which the imported model goes on training."""
+    flags = [
+        *placement_flags(architecture.placement),
+        *model_flags(architecture, dtype),
+        ["--load", str(checkpoint)],
+    ]
+    if tokenizer is not None:
+        flags += [["--tokenizer-type", "HuggingFaceTokenizer"], ["--tokenizer-model", str(tokenizer)]]
+    return "".join(f"{shlex.join(flag)}\n" for flag in flags)
+
+
+def parsed(architecture: Architecture, dtype: torch.dtype) -> Namespace:
+    """Return Megatron's arguments for a model, as they are saved with its checkpoint."""
+    argv = sys.argv
+    flags = [*model_flags(architecture, dtype), ["--seq-length", str(architecture.max_positions)]]
+    sys.argv = [argv[0], *(word for flag in flags for word in flag)]
+    try:
+        args = parse_args()
+    finally:
+        sys.argv = argv
+    args.params_dtype = dtype
+    args.add_position_embedding = True
+    args.norm_placement = architecture.placement.name
+    args.embedding_norm = architecture.placement.embedding
+    args.output_norm_init, args.freeze_output_norm, args.output_norm_epsilon = "ones", False, None
+    return args

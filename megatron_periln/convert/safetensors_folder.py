@@ -1,0 +1,112 @@
+"""Safetensors files with an index, written and read a part at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["INDEX", "Tensors", "write_tensors"]
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:
+    """Write tensors as they come, and return their number of bytes.
+
+    Holds as many at a time as go into one file.
+
+    Parameters
+    ----------
+    folder
+        Where the files go, and their index if they are several.
+    tensors
+        Names and values.
+    shard_bytes
+        A file holds at most so many bytes, or one tensor.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if pending:
+            save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending.clear()
+            pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+        del tensor  # not to be held while the next one is made
+    flush()
+    _name_shards(folder, shards, total)
+    return total
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / _SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class Tensors:
+    """The tensors of a folder of safetensors files, each read when asked for.
+
+    Raises
+    ------
+    UsageError
+        If there are none, or their index names a file that is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files = set(weight_map.values())
+        elif (folder / _SINGLE).is_file():
+            files = {_SINGLE}
+        else:
+            raise UsageError(f"{folder} holds no {_SINGLE} and no {INDEX}; other formats are not read")
+        if missing := sorted(file for file in files if not (folder / file).is_file()):
+            raise UsageError(f"{index} names {missing[0]}, which is not there; download the model again")
+        self._files = {file: safe_open(folder / file, framework="pt") for file in sorted(files)}
+        self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the tensor called ``name``.
+
+        Raises
+        ------
+        UsageError
+            If there is none.
+        """
+        if name not in self._file_of:
+            raise UsageError(f"{self.folder} has no tensor {name}, which its configuration promises")
+        return self._files[self._file_of[name]].get_tensor(name)

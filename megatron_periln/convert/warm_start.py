@@ -1,0 +1,160 @@
+"""Output norms for a trained Pre-LN model: a start that is near it, not the same model.
+
+``x + y`` becomes ``x + g * y / rms(y)``, with one gain for each channel where ``y`` had a length of
+its own at each token, which no gains undo. They are fitted in the least squares sense, so that every
+sublayer adds about what it added, and then by some steps down the gradient of the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_periln.convert.architecture import obstacles
+from megatron_periln.convert.checkpoint import Checkpoint
+from megatron_periln.convert.choice import refuse
+from megatron_periln.convert.one_process import (
+    load_model,
+    megatron_config,
+    megatron_logits,
+    save_model,
+    single_process,
+)
+from megatron_periln.errors import UsageError
+from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows
+from megatron_periln.files import new_folder
+from megatron_periln.models.saved import placement_of
+from megatron_periln.norms import OutputNormAdd
+
+__all__ = ["calibrated_output_norms", "insert_output_norms"]
+
+_NEW = ("self_attn_bda.norm", "mlp_bda.norm")
+_CALIBRATION, _EVALUATION = 16, 32  # windows of text
+_STEPS, _BATCH, _RATE = 24, 4, 0.03  # of Adam; the rate is relative to a norm's gains
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def calibrated_output_norms(model: GPTModel) -> Iterator[None]:
+    """While it lasts, a forward pass sets every output norm's gain from the branch that it sees.
+
+    The gain of channel ``c`` is ``sum(y_c * n_c) / sum(n_c ** 2)`` over all tokens, with ``n`` the
+    normalized branch: the least squares fit of ``g * n`` to ``y``. Later sublayers see the stream
+    that the earlier ones' new norms give.
+    """
+    slots = [module for module in model.modules() if isinstance(module, OutputNormAdd)]
+    for slot in slots:
+        slot.join = _calibrating(slot)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for slot in slots:
+            del slot.join
+
+
+def _calibrating(slot: OutputNormAdd) -> Callable[..., Tensor]:
+    join, norm = slot.join, slot.norm
+
+    def calibrate(branch_with_bias: tuple[Tensor, Tensor | None], *args: object, **kwargs: object) -> Tensor:
+        branch, bias = branch_with_bias
+        summed = branch if bias is None else branch + bias
+        normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + norm.eps)
+        tokens = tuple(range(summed.dim() - 1))
+        gain = (summed * normed).sum(tokens) / normed.square().sum(tokens).clamp_min(1e-12)
+        norm.weight.copy_(gain - 1 if norm.zero_centered_gamma else gain)
+        return join(branch_with_bias, *args, **kwargs)  # type: ignore[arg-type]
+
+    return calibrate
+
+
+def insert_output_norms(
+    load: Path, output: Path, prefix: str, length: int, step: int | None = None, say: Say = print
+) -> tuple[Loss, Loss]:
+    """Make a Peri-LN checkpoint of a Pre-LN one, and return the loss before and after.
+
+    Parameters
+    ----------
+    load, step
+        The Pre-LN checkpoint.
+    output
+        The folder to write, for ``--load``.
+    prefix
+        An indexed dataset: its start calibrates the gains, what follows measures the loss.
+    length
+        Tokens of a window.
+    say
+        Receives one line for each thing worth knowing.
+
+    Raises
+    ------
+    UsageError
+        If the checkpoint is not Pre-LN, or has no use of RMSNorm.
+    """
+    checkpoint = Checkpoint(load, step)
+    refuse(obstacles(checkpoint.args))
+    placement = placement_of(checkpoint.args)
+    if placement.name != "pre":
+        raise UsageError(
+            f"--load {load} has norm placement {placement.structure()}; only pre can be given norms"
+        )
+    args = _with_output_norms(checkpoint.args)
+    calibration = torch.stack(list(token_windows(prefix, length, _CALIBRATION)))
+    with new_folder(output, flag="--output") as folder, single_process():
+        before = _loss(load_model(checkpoint.path, megatron_config(checkpoint.args)), prefix, length)
+        model = load_model(checkpoint.path, megatron_config(args), absent=_NEW)
+        say(f"Loss of the Pre-LN model: {before}")
+        say(f"With output norms of gain 1: {_loss(model, prefix, length)}")
+        tokens = calibration[:, :-1]
+        with torch.no_grad(), calibrated_output_norms(model):
+            model(tokens, torch.arange(length).expand_as(tokens), None)
+        say(f"With gains fitted by least squares: {_loss(model, prefix, length)}")
+        _descend(model, calibration)
+        after = _loss(model, prefix, length)
+        say(f"With calibrated gains: {after}")
+        save_model(folder, args, model.to(checkpoint.dtype))
+    say(
+        "Warning: this is another model, not a conversion; its activations have other sizes: warm the "
+        "learning rate up anew"
+    )
+    embedding = "--embedding-norm" if placement.embedding else "--no-embedding-norm"
+    say(f"Wrote {output}. Go on with --norm-placement peri {embedding} --load {output}")
+    return before, after
+
+
+def _descend(model: GPTModel, windows: Tensor) -> None:
+    """Take some steps of Adam down the loss of ``windows``, with the output norms' gains alone."""
+    gains = [module.norm.weight for module in model.modules() if isinstance(module, OutputNormAdd)]
+    model.requires_grad_(False)
+    for gain in gains:
+        gain.requires_grad_(True)
+    sizes = [gain.detach().square().mean().sqrt().item() for gain in gains]
+    groups = [{"params": [gain], "lr": _RATE * size} for gain, size in zip(gains, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups)
+    for step in range(_STEPS):
+        rows = windows.roll(-step * _BATCH, 0)[:_BATCH]
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        optimizer.zero_grad()
+        model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None, labels=labels).mean().backward()
+        optimizer.step()
+
+
+def _with_output_norms(args: Namespace) -> Namespace:
+    inserted = copy.copy(args)
+    inserted.norm_placement, inserted.embedding_norm = "peri", placement_of(args).embedding
+    inserted.output_norm_init, inserted.freeze_output_norm = "ones", False
+    inserted.output_norm_epsilon = None
+    inserted.consumed_train_samples = inserted.skipped_train_samples = inserted.consumed_valid_samples = 0
+    return inserted
+
+
+def _loss(model: GPTModel, prefix: str, length: int) -> Loss:
+    windows = token_windows(prefix, length, _EVALUATION, skip=_CALIBRATION)
+    return mean_loss(lambda tokens: megatron_logits(model, tokens), windows)

@@ -1,0 +1,60 @@
+"""Bringing files to the disk, and folders that appear whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["new_folder", "sync"]
+
+
+def sync(path: Path) -> None:
+    """Bring a file to the disk, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``, which gets that name when the block ends.
+
+    Every file in it is brought to the disk before it is renamed. A block that fails, or is
+    interrupted, leaves nothing.
+
+    Parameters
+    ----------
+    path
+        A folder that does not exist, or is empty.
+    flag
+        The command-line flag that errors name.
+
+    Raises
+    ------
+    UsageError
+        If ``path`` holds something, or can't be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{flag} {path} exists; choose another, or remove it")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield temporary
+        for inner in sorted(temporary.rglob("*"), reverse=True):
+            sync(inner)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

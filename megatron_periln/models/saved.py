@@ -1,0 +1,96 @@
+"""What a checkpoint says about its model.
+
+Megatron saves its arguments with a checkpoint, ours among them. A checkpoint without ours comes
+from stock Megatron, which is Pre-LN.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.training import checkpointing
+
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import NormPlacement
+
+__all__ = ["STOCK_PLACEMENT", "checkpoint_path", "placement_of", "saved_arguments"]
+
+STOCK_PLACEMENT: dict[str, Any] = {
+    "norm_placement": "pre",
+    "embedding_norm": False,
+    "output_norm_init": "ones",
+    "freeze_output_norm": False,
+    "output_norm_epsilon": None,
+}
+"""The placement's arguments, and what they are in stock Megatron."""
+
+
+def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
+    """Return the folder of the iteration that ``args`` would load, None if there is none.
+
+    Parameters
+    ----------
+    args
+        Has the attribute ``load_arg``, and ``ckpt_step``, which is honoured.
+    load_arg
+        ``"load"`` or ``"pretrained_checkpoint"``.
+
+    Raises
+    ------
+    UsageError
+        If the folder names an iteration that is not there, or is a single checkpoint itself.
+    """
+    folder, flag = getattr(args, load_arg), f"--{load_arg.replace('_', '-')}"
+    if folder is None:
+        return None
+    if dist_checkpointing.check_is_distributed_checkpoint(folder):
+        raise UsageError(f"{flag} {folder} is one checkpoint; give the folder above it, and --ckpt-step")
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
+    if tracker.is_file():
+        named = tracker.read_text().strip()
+        if not named.isdecimal() and named != "release":
+            raise UsageError(f"{tracker} names no iteration but {named!r}; write the number of one into it")
+    elif not args.ckpt_step:
+        return None
+    path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+    if not path.is_dir():
+        raise UsageError(
+            f"{flag} {folder}: there is no {path.name}; mend {tracker.name}, or give --ckpt-step"
+        )
+    return path
+
+
+def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:
+    """Return the arguments saved with the checkpoint that ``args`` would load, None if there is none.
+
+    Parameters and errors are those of `checkpoint_path`.
+    """
+    path = checkpoint_path(args, load_arg)
+    if path is None:
+        return None
+    state: dict[str, Any] = {}
+    if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        state = dist_checkpointing.load_common_state_dict(str(path))
+    elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
+        state = torch.load(ranks[0], map_location="cpu", mmap=True, weights_only=False)
+    return state.get("args")
+
+
+def placement_of(args: Namespace) -> NormPlacement:
+    """Return the placement that ``args`` ask for, parsed or saved; stock Megatron's ask for Pre-LN.
+
+    Raises
+    ------
+    ValueError
+        If they contradict each other.
+    """
+    name, embedding, init, freeze, epsilon = (
+        getattr(args, name, stock) for name, stock in STOCK_PLACEMENT.items()
+    )
+    return NormPlacement.named(name).with_options(
+        embedding=embedding, output_norm_init=init, freeze_output_norm=freeze, output_norm_epsilon=epsilon
+    )

@@ -1,0 +1,87 @@
+"""Which target is chosen, and what is refused."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+from megatron_periln.convert.architecture import Architecture, Rope, obstacles
+from megatron_periln.convert.choice import choose, misfits, refuse
+from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.targets import TARGETS
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import NormPlacement
+from tests.convert import checkpoints
+from tests.convert.cases import CASES
+
+PERI = Architecture(
+    placement=NormPlacement.named("peri"),
+    eps=1e-5,
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=100,
+    max_positions=64,
+    rope=Rope(theta=10000),
+)
+
+
+@pytest.mark.parametrize(
+    "changes, target",
+    [
+        ({}, "glm4"),
+        ({"biases": frozenset({"qkv", "proj", "mlp"})}, "hyperclovax"),
+        ({"qk_norm": True}, "lfm3"),
+        ({"placement": NormPlacement.named("pre")}, "llama"),
+        ({"placement": NormPlacement.named("pre"), "qk_norm": True, "num_heads": 6}, "qwen3"),
+        ({"placement": NormPlacement.named("output"), "qk_norm": True}, "exaone4"),
+        ({"placement": NormPlacement.named("post").with_options(embedding=True)}, "minimax"),
+    ],
+)
+def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
+    architecture = replace(PERI, **changes)
+    chosen, why = choose(architecture)
+    assert chosen.name == target
+    assert why.startswith(f"it computes {architecture.placement.name}")
+    assert misfits(architecture, chosen) == []
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_a_misfit():
+    architecture = replace(PERI, placement=NormPlacement.named("pre"), num_heads=6)
+    with pytest.raises(UsageError, match="nearest is llama: its hidden size is not divisible"):
+        choose(architecture)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_role_of_a_layer_has_a_name(name):
+    target = TARGETS[name]
+    names = {target.tensor_name(f"{module}.weight", 1, 3) for module in target.names if "last." not in module}
+    assert len(names) == len(target.names) - ("last.mlp.output_norm" in target.names)
+
+
+@pytest.mark.parametrize(
+    "args, reason",
+    [
+        ({"hybrid_layer_pattern": "*-*-"}, "it is a hybrid model"),
+        ({"num_experts": 8}, "it has experts"),
+        ({"multi_latent_attention": True}, "it has multi-latent attention"),
+        ({"window_size": (128, 0)}, "its attention has a window"),
+        ({"no_rope_freq": 4}, "some of its layers have no positions"),
+        ({"attention_output_gate": True}, "its attention is gated"),
+    ],
+)
+def test_what_no_target_has_is_an_obstacle(args, reason):
+    found = obstacles(Namespace(**args))
+    assert [misfit.reason for misfit in found] == [reason]
+    with pytest.raises(UsageError, match=f"no target can express this model: {reason}"):
+        refuse(found)
+
+
+def test_layers_of_multi_token_prediction_are_left_out_with_a_word(single_process, tmp_path):
+    saved = checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags + " --mtp-num-layers 1")
+    said = []
+    export(saved.folder, tmp_path / "model", ExportOptions(verify=False), say=said.append)
+    assert said[1] == "The layers of multi-token prediction are left out: the target has none"

@@ -1,0 +1,64 @@
+"""tools/evaluate.py measures checkpoints and exported models alike."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from tests.convert import checkpoints
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = Path(__file__).parents[2] / "tools" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The prefix of a dataset, and its tokens."""
+    prefix = str(tmp_path_factory.mktemp("data") / "tokens")
+    tokens = checkpoints.sample(1, 200)[0]
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(tokens.tolist(), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix, tokens
+
+
+def test_checkpoint_and_export_have_the_same_loss(saved, exported, data, tool, capsys):
+    prefix, tokens = data
+    flags = ["--data-path", prefix, "--seq-length", "32", "--windows", "4"]
+    losses = []
+    for model in (["--load", str(saved("peri").folder)], ["--model", str(exported("peri")[0])]):
+        assert tool.main([*model, *flags]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith(" 128 tokens")
+        losses.append(float(line.split()[0]))
+    windows = torch.stack([tokens[start : start + 33] for start in (0, 32, 64, 96)])
+    logits = saved("peri").logits(windows[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert losses == [pytest.approx(expected, abs=2e-6)] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data-path", "x"], "give --load CHECKPOINT or --model FOLDER, one of them"),
+        (["--load", "x", "--model", "y", "--data-path", "z"], "one of them"),
+        (["--load", "x"], "give --data-path PREFIX for the loss, or --tasks"),
+        (["--load", "x", "--tasks", "paper"], "--tasks needs an exported model; run tools/export_hf.py"),
+        (["--load", "x", "--data-path", "absent"], "absent: no such dataset"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tool, capsys, arguments, message):
+    assert tool.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert message in error

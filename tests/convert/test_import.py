@@ -1,0 +1,188 @@
+"""Importing a model keeps what it computes, and exporting it again gives its files back."""
+
+import shlex
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_periln import flag_files
+from megatron_periln.convert.checkpoint import Checkpoint
+from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.import_model import ImportOptions, import_model
+from megatron_periln.convert.one_process import build_model, megatron_config
+from megatron_periln.convert.proof import compare, logits_of_checkpoint
+from megatron_periln.errors import UsageError
+from tests.convert import checkpoints
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+FULL = {"layer_types": ["full_attention"] * 3}
+
+# As the published models have them: GLM-4-0414 with query biases and half of each head rotating.
+MODELS = {
+    "glm4": {"attention_bias": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "hyperclovax": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "hyperclovax, tied": {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "llama": {"rms_norm_eps": 1e-5},
+    "llama, tied, biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama, scaled rotary": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "exaone4": {"sliding_window": None, **FULL},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 10.0,
+    "logits_scaling": 0.125,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.05,
+}
+
+
+def quietly(_):
+    pass
+
+
+def make(folder, name, dtype=torch.float32, **changes):
+    """Save a random model of transformers, its gains and biases random too."""
+    settings = {**SIZES, **MODELS.get(name, {}), **changes}
+    config = transformers.AutoConfig.for_model(name.split(",")[0], **settings)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(noise / parameter.size(1) ** 0.5 if parameter.dim() == 2 else 1 + 0.3 * noise)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_round_trip(single_process, tmp_path, name):
+    source, said = make(tmp_path / "source", name), []
+    import_model(source, tmp_path / "checkpoint", ImportOptions(), say=said.append)
+    (proof,) = [line for line in said if line.startswith("Proof")]
+    assert float(proof.split("fp32: ")[1].split()[0]) <= 1e-5
+    options = ExportOptions(target=name.split(",")[0], verify=False)
+    export(tmp_path / "checkpoint", tmp_path / "again", options, say=quietly)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    configs = [transformers.AutoConfig.from_pretrained(tmp_path / f).to_dict() for f in ("source", "again")]
+    ignored = {"transformers_version", "initializer_range", "eos_token_id", "bos_token_id", "_name_or_path"}
+    differ = {key for key in configs[0] if configs[0][key] != configs[1].get(key)} - ignored
+    assert not differ, {key: [config.get(key) for config in configs] for key in differ}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_multipliers_are_folded(single_process, tmp_path, tied):
+    source, said = make(tmp_path / "source", "hyperclovax", tie_word_embeddings=tied, **MULTIPLIERS), []
+    import_model(source, tmp_path / "checkpoint", ImportOptions(), say=said.append)
+    assert "Its multipliers are folded into the weights: an export will have none" in said
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(target="hyperclovax"), say=quietly)
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("source", "again")]
+    with torch.no_grad():
+        logits = [model(checkpoints.sample()).logits for model in models]
+    assert compare(*logits).maximum <= 1e-5
+
+
+def test_bf16_round_trip(single_process, tmp_path):
+    make(tmp_path / "source", "glm4", torch.bfloat16)
+    import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(), say=quietly)
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(), say=quietly)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
+    source = make(tmp_path / "source", "glm4", vocab_size=384)
+    import_model(source, tmp_path / "checkpoint", ImportOptions(), say=quietly)
+    flags = flag_files.expand([f"@{tmp_path / 'checkpoint' / 'model.flags'}"])
+    training = "--train-iters 1 --lr 0 --min-lr 0 --save-interval 1 --weight-decay 0"
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    job = jobs.run("imported", f"{shlex.join(flags)} {training} {layout}", ranks=2)
+    assert len(job.curve) == 1
+    trained = Checkpoint(job.folder / "checkpoints")
+    tokens = checkpoints.sample()
+    expected = logits_of_checkpoint(tmp_path / "checkpoint" / "release", trained.args, tokens)
+    assert compare(logits_of_checkpoint(trained.path, trained.args, tokens), expected).maximum <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("llama", {"hidden_act": "gelu"}, "the model has hidden_act gelu, and Megatron has nothing for"),
+        ("exaone4", {"sliding_window": 32}, "the model has sliding_window 32"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+            "scales its rotary frequencies by",
+        ),
+        ("llama", {"attention_bias": True}, "has biases in proj, qkv only"),
+        ("gpt2", {}, "is a gpt2; those that can be imported are glm4, hyperclovax"),
+    ],
+)
+def test_what_megatron_has_nothing_for_is_refused(single_process, tmp_path, name, changes, message):
+    config = transformers.AutoConfig.for_model(name, **(SIZES if name != "gpt2" else {}), **changes)
+    config.save_pretrained(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(), say=quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch):
+    from megatron_periln.convert import import_model as importing
+
+    make(tmp_path / "source", "llama")
+    right = importing.imported_tensor
+
+    def swapped(get, architecture, target, role, layer):
+        tensor = right(get, architecture, target, role, layer)
+        return tensor.roll(len(tensor) // 2, 0) if role == "mlp.gate_up.weight" else tensor
+
+    monkeypatch.setattr(importing, "imported_tensor", swapped)
+    with pytest.raises(UsageError, match="logits differ by"):
+        import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(), say=quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_truncated_download_is_refused(single_process, tmp_path):
+    source = make(tmp_path / "source", "llama")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"holds no model\.safetensors .*other formats are not read"):
+        import_model(source, tmp_path / "checkpoint", ImportOptions(), say=quietly)
+
+
+def test_imported_model_is_built_as_its_flags_say(single_process, tmp_path):
+    make(tmp_path / "source", "glm4")
+    import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    text = (tmp_path / "checkpoint" / "model.flags").read_text()
+    flags = " ".join(line for line in text.splitlines() if not line.startswith(("--load", "--tokenizer")))
+    from_flags = megatron_config(checkpoints.arguments(f"{flags} --seq-length 64"))
+    saved = megatron_config(Checkpoint(tmp_path / "checkpoint").args)
+    shapes = [
+        {name: parameter.shape for name, parameter in build_model(config).named_parameters()}
+        for config in (from_flags, saved)
+    ]
+    assert shapes[0] == shapes[1]
+    assert from_flags.norm_placement == saved.norm_placement
+    assert from_flags.transformer.rotary_interleaved

@@ -1,0 +1,49 @@
+"""The tokenizer goes along with the model."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+
+from megatron_periln.convert.export import ExportOptions, export
+from tests.convert import checkpoints
+from tests.convert.cases import CASES
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tokenizer's folder with a bos, an eos and a chat template."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "unrelated.txt").write_text("not a tokenizer's")
+    return folder
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "of the checkpoint"])
+def test_files_and_special_tokens(single_process, tokenizer, tmp_path, given):
+    named = "" if given else f" --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+    saved = checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags + named)
+    said, output = [], tmp_path / "model"
+    options = ExportOptions(tokenizer=tokenizer if given else None, verify=False)
+    export(saved.folder, output, options, say=said.append)
+    assert f"Tokenizer: tokenizer files of {tokenizer}; end-of-document token 4" in said
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert copied < {path.name for path in output.iterdir()}
+    assert not (output / "unrelated.txt").exists()
+    config, generation = (
+        json.loads((output / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (3, 4)
+    assert AutoTokenizer.from_pretrained(output)("a").input_ids == [0]
