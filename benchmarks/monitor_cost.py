@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from machine import command, machine
+from one_process import start_megatron
 
 INTERVALS = (1, 10, 100)
 
@@ -169,23 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    if options.device == "cpu":
-        from megatron_periln import cpu
-
-        cpu.activate()
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
-    from megatron_periln import fixes
-
-    fixes.apply()
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    batch = options.micro_batch_size * options.num_microbatches
-    init_num_microbatches_calculator(0, None, batch, options.micro_batch_size, 1, False)
-
+    start_megatron(options.device, options.micro_batch_size, options.num_microbatches)
     with tempfile.TemporaryDirectory() as folder:
         monitor = build_monitor(options, folder)
         kinds = steps(options, monitor)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from machine import command, machine
+from one_process import start_megatron
 
 
 def build(options: argparse.Namespace, name: str) -> Any:
@@ -84,18 +85,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
     options = parser.parse_args()
-    if options.device == "cpu":
-        from megatron_periln import cpu
-
-        cpu.activate()
-    from megatron.core import parallel_state, tensor_parallel
-
+    start_megatron(options.device, options.micro_batch_size)
     from megatron_periln.norms import PLACEMENTS
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
     shape = (options.micro_batch_size, options.seq_length)
     tokens = torch.randint(0, options.vocab_size, shape, device="cuda")

@@ -27,29 +27,10 @@ from typing import Any
 
 import torch
 from machine import command, machine
+from one_process import start_megatron
 from step_model import SIZES, Trainer, causal_flops
 
 WARM_UP = 3
-
-
-def start_megatron(options: argparse.Namespace) -> None:
-    """Start Megatron in a world of one process."""
-    if options.device == "cpu":
-        from megatron_periln import cpu
-
-        cpu.activate()
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
-    from megatron_periln import fixes
-
-    fixes.apply()
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    batch = options.micro_batch_size * options.num_microbatches
-    init_num_microbatches_calculator(0, None, batch, options.micro_batch_size, 1, False)
 
 
 def timed_step(trainer: Trainer, variant: str) -> tuple[float, int]:
@@ -169,7 +150,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     if options.device == "cpu":
         options.transformer_impl = "local"
-    start_megatron(options)
+    start_megatron(options.device, options.micro_batch_size, options.num_microbatches)
     trainer = Trainer(options)
     samples = measure(trainer, options.variants, options.rounds)
     rows = summarize(samples, options)
