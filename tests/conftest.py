@@ -4,6 +4,7 @@ Tests run on the CPU, with a GPU hidden if there is one and Triton's kernels int
 tests/gpu need ``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
 """
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,15 @@ if DEVICE == "cpu":
     cpu.activate()
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def megatron_s_warnings():
+    """Undo what a tool does that silences Megatron."""
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import inspect
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import pytest
 
 from megatron_periln.data.resolve import wrap_tokenizer
 from tests.data.characters import Characters
+from tests.data.worker_runs import Started
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 Result = tuple[int, str]
@@ -85,6 +87,17 @@ def write_lines() -> Callable[[Path, Iterable[Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def started() -> Started:
+    """List the processes that this one has started since the test began, the oldest first."""
+
+    def children() -> set[int]:
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+    before = children()
+    return lambda: sorted(children() - before)
 
 
 @pytest.fixture

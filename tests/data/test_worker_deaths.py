@@ -21,7 +21,7 @@ from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.inputs import Task
 from megatron_periln.data.sources import ByteRange
 from tests.data.preprocessing import to_lines
-from tests.data.worker_runs import UINT16, Run, blocks
+from tests.data.worker_runs import UINT16, Run, Started, blocks
 
 pytestmark = pytest.mark.usefixtures("hangs_fail")
 
@@ -70,14 +70,14 @@ def test_killed_while_encoding(
 
 
 @pytest.mark.parametrize("end", [kill_self, lambda: os._exit(3)])
-def test_killed_again_and_again(run_workers: Run, end: Callable[[], None]) -> None:
+def test_killed_again_and_again(run_workers: Run, started: Started, end: Callable[[], None]) -> None:
     reason = "was killed by SIGKILL.*" if end is kill_self else "ended with exit code 3"
     with pytest.raises(
         PreprocessError, match=rf"^worker process \d+ {reason}, the last of 3 with the same work$"
     ):
         list(run_workers(lambda text: end() if text == "7" else None, blocks(map(str, range(20)))))
     assert len(run_workers.notes) == 2
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 def test_killed_in_the_middle_of_its_answer(tmp_path: Path, run_workers: Run) -> None:
@@ -94,18 +94,15 @@ def test_killed_in_the_middle_of_its_answer(tmp_path: Path, run_workers: Run) ->
     assert len(run_workers.notes) == 1
 
 
-def children() -> list[int]:
-    """Return the processes that this one has started, the oldest first."""
-    return sorted(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
-
-
-def test_killed_while_idle(run_workers: Run) -> None:
+def test_killed_while_idle(run_workers: Run, started: Started) -> None:
     def chunks() -> Iterator[Task]:
         (first, second) = blocks("ab")
         yield first
+        workers = started()
         for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
+            if process.pid in workers:
+                process.kill()
+                process.join()
         yield second
 
     list(run_workers(lambda text: None, chunks(), workers=3))
@@ -113,10 +110,10 @@ def test_killed_while_idle(run_workers: Run) -> None:
     assert len(run_workers.notes) == 3
 
 
-def test_killed_while_idle_again_and_again(run_workers: Run) -> None:
+def test_killed_while_idle_again_and_again(run_workers: Run, started: Started) -> None:
     def kill_the_idle() -> None:
         while not done.wait(0.05):
-            for process in children()[1:]:
+            for process in started()[1:]:
                 os.kill(process, signal.SIGKILL)
 
     done = threading.Event()

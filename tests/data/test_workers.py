@@ -17,7 +17,7 @@ from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.inputs import Task
 from megatron_periln.data.sources import Block
 from tests.data.preprocessing import to_lines
-from tests.data.worker_runs import Run, blocks
+from tests.data.worker_runs import Run, Started, blocks
 
 pytestmark = pytest.mark.usefixtures("hangs_fail")
 
@@ -28,7 +28,9 @@ def run_workers(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("forks", [0, 1, 2])
-def test_no_process_can_be_started(run_workers: Run, monkeypatch: pytest.MonkeyPatch, forks: int) -> None:
+def test_no_process_can_be_started(
+    run_workers: Run, started: Started, monkeypatch: pytest.MonkeyPatch, forks: int
+) -> None:
     """At the start, or in place of one that died."""
     fork, forked = os.fork, []
 
@@ -41,7 +43,7 @@ def test_no_process_can_be_started(run_workers: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fork", fork_some)
     with pytest.raises(PreprocessError, match="cannot start a worker process: Resource temporarily unavail"):
         list(run_workers(lambda text: os._exit(1), blocks("a")))
-    assert not multiprocessing.active_children()
+    assert not started()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
@@ -52,7 +54,7 @@ def test_interrupts_are_for_the_parent(run_workers: Run) -> None:
     assert run_workers.notes == []
 
 
-def test_a_busy_worker_does_not_delay_the_end(tmp_path: Path, run_workers: Run) -> None:
+def test_a_busy_worker_does_not_delay_the_end(tmp_path: Path, run_workers: Run, started: Started) -> None:
     """Not even one that SIGTERM does not end."""
 
     def act(text: str) -> None:
@@ -66,7 +68,7 @@ def test_a_busy_worker_does_not_delay_the_end(tmp_path: Path, run_workers: Run) 
     while not (tmp_path / "busy").exists():
         time.sleep(0.01)
     chunks.close()  # type: ignore[attr-defined]
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 def test_error_while_reading_comes_after_what_was_read(run_workers: Run) -> None:

@@ -20,6 +20,8 @@ from tests.data.characters import Characters
 from tests.data.preprocessing import to_lines
 
 UINT16 = np.dtype(np.uint16)
+Started = Callable[[], list[int]]
+"""Lists the processes that a test has started."""
 
 
 class Run:

@@ -50,6 +50,9 @@ def test_mistakes_are_named(tmp_path, monkeypatch, flags, megatron, message):
 
 
 def test_nothing_is_checked_without_a_monitor(tmp_path):
-    args = argparse.Namespace(monitor=False)
+    parser = argparse.ArgumentParser()
+    add_monitor_arguments(parser)
+    args = parser.parse_args([])
+    before = dict(vars(args))
     check_monitor(args)
-    assert vars(args) == {"monitor": False}
+    assert vars(args) == before and not args.monitor

@@ -95,10 +95,9 @@ def choose_backend(name: str, device_type: str, hidden_size: int) -> Choice:
     ValueError
         If a backend other than ``"auto"`` can't serve there; the message says what to do.
     """
-    obstacle = _triton_obstacle(device_type, hidden_size)
     if name == "auto":
-        choice = _choose_automatically(device_type, obstacle)
-    elif name == "triton" and obstacle:
+        choice = _choose_automatically(device_type, hidden_size)
+    elif name == "triton" and (obstacle := _triton_obstacle(device_type, hidden_size)):
         raise ValueError(f"norm backend 'triton': {obstacle}; choose auto")
     elif name == "compile" and device_type == "cuda" and not _has_triton():
         raise ValueError(
@@ -110,9 +109,10 @@ def choose_backend(name: str, device_type: str, hidden_size: int) -> Choice:
     return choice
 
 
-def _choose_automatically(device_type: str, obstacle: str | None) -> Choice:
-    if device_type != "cuda":
+def _choose_automatically(device_type: str, hidden_size: int) -> Choice:
+    if device_type != "cuda":  # where Triton need not even be imported
         return Choice(_TORCH, "there are no fused kernels for the CPU")
+    obstacle = _triton_obstacle(device_type, hidden_size)
     if obstacle is None:
         return Choice(_named("triton"), "bias, norm, dropout and residual add are one kernel")
     return Choice(_named("compile") if _has_triton() else _TORCH, obstacle)
