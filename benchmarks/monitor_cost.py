@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from machine import command, machine
-from one_process import start_megatron
+from one_process import build_gpt, start_megatron
 
 INTERVALS = (1, 10, 100)
 
@@ -33,41 +33,12 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_periln.models import GPTModelBuilder, GPTModelConfig
-    from megatron_periln.norms import NormPlacement
 
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    transformer = TransformerConfig(
-        num_layers=options.num_layers,
-        hidden_size=options.hidden_size,
-        ffn_hidden_size=4 * options.hidden_size,
-        num_attention_heads=options.num_attention_heads,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=options.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        transformer_impl=options.transformer_impl,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        finalize_model_grads_func=finalize_model_grads,
-    )
-    config = GPTModelConfig(
-        transformer=transformer,
-        norm_placement=NormPlacement.named(options.norm_placement),
-        vocab_size=options.vocab_size,
-        seq_length=options.seq_length,
-        position_embedding_type="rope",
-    )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = GPTModelBuilder(config).build_model(groups).to(dtype).cuda()
+    model = build_gpt(options, options.norm_placement)
+    transformer = model.config
+    transformer.finalize_model_grads_func = finalize_model_grads
     if options.bf16:
         model = Float16Module(transformer, model)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)

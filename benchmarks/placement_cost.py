@@ -18,44 +18,7 @@ from typing import Any
 
 import torch
 from machine import command, machine
-from one_process import start_megatron
-
-
-def build(options: argparse.Namespace, name: str) -> Any:
-    """Return a GPT of placement ``name``, in one process."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_periln.models import GPTModelBuilder, GPTModelConfig
-    from megatron_periln.norms import NormPlacement
-
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
-    transformer = TransformerConfig(
-        num_layers=options.num_layers,
-        hidden_size=options.hidden_size,
-        ffn_hidden_size=4 * options.hidden_size,
-        num_attention_heads=options.num_attention_heads,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=options.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        transformer_impl=options.transformer_impl,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-    )
-    config = GPTModelConfig(
-        transformer=transformer,
-        norm_placement=NormPlacement.named(name),
-        vocab_size=options.vocab_size,
-        seq_length=options.seq_length,
-        position_embedding_type="rope",
-    )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return GPTModelBuilder(config).build_model(groups).to(dtype).cuda()
+from one_process import build_gpt, start_megatron
 
 
 def step(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> float:
@@ -91,7 +54,7 @@ def main() -> None:
     shape = (options.micro_batch_size, options.seq_length)
     tokens = torch.randint(0, options.vocab_size, shape, device="cuda")
     positions = torch.arange(options.seq_length, device="cuda").expand(shape)
-    models = {name: build(options, name) for name in PLACEMENTS}
+    models = {name: build_gpt(options, name) for name in PLACEMENTS}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(options.rounds + 3):
         for name, model in models.items():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_periln import cpu
+from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 from megatron_periln.data.indexed import check_indexed_dataset
 from megatron_periln.errors import UsageError
@@ -53,8 +52,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UsageError("give --load CHECKPOINT or --model FOLDER, one of them")
     if (args.data_path is None) == (args.tasks is None):
         raise UsageError("give --data-path PREFIX for the loss, or --tasks for lm-evaluation-harness")
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    quiet_megatron()
     if args.tasks is not None:
         _run_tasks(args)
         return

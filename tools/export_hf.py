@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln import cpu
+from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.data.command_line import exit_code, parse_size, run_command
 
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    quiet_megatron()
     cpu.activate(hide_gpu=True)
     import torch
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln import cpu
+from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 
 __all__ = ["build_parser", "main"]
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    quiet_megatron()
     cpu.activate(hide_gpu=True)
     import torch
 

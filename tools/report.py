@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.errors import UsageError
+from megatron_periln.data.command_line import exit_code, run_command
 from megatron_periln.report.write import write_report
 
 __all__ = ["build_parser", "main"]
@@ -32,17 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    try:
-        print(write_report(args.runs, args.output, args.title))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: print(write_report(args.runs, args.output, args.title)))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    run_command(main)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln import cpu
+from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 from megatron_periln.data.indexed import check_indexed_dataset
 from megatron_periln.errors import UsageError
@@ -49,8 +48,7 @@ def _start(args: argparse.Namespace) -> None:
             "--insert-output-norms to have them all the same"
         )
     check_indexed_dataset(args.data_path, every_sequence=False)
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    quiet_megatron()
     cpu.activate(hide_gpu=True)
     from megatron_periln.convert.warm_start import insert_output_norms
 

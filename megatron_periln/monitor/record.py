@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from megatron_periln.files import sync
 from megatron_periln.monitor.lines import read_lines
 from megatron_periln.monitor.schema import HEADER, SCHEMA_VERSION, STATISTICS, RecordError, to_json
 
@@ -77,7 +78,7 @@ class RunRecord:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(path.parent)
+            sync(path.parent)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             return cls(path, descriptor, resume_from or -1)
         except OSError as error:
@@ -235,11 +236,3 @@ def _keep_earlier_run(path: Path) -> None:
         else:
             break
     logger.warning("%s held an earlier run: kept as %s", path, earlier)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
