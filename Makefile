@@ -7,6 +7,8 @@ VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
+# A folder of tests at a time in each process.
+PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 # For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
 WHEELS ?=
@@ -20,10 +22,10 @@ quickstart: install  ## Train small GPTs from raw text, on the GPU if there is o
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
 test: lint  ## Lint, types and all tests that need no GPU
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
-	MEGATRON_PERILN_TEST_ALL=1 $(PY) -m pytest
+	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
