@@ -62,6 +62,7 @@ def run(program_start: float) -> None:
         check_save_folder(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
+        model_config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_from_args(args)
