@@ -70,7 +70,7 @@ def test_the_doctor_knows_how_large_its_checkpoint_is(trained, monkeypatch):
     answer = probe.STEPS["parameters"](doctor_options.parse(words).flags)
     folder = trained[0].folder / "checkpoints" / "iter_0000002"
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert answer["parameters"] * answer["bytes_each"] == pytest.approx(size, rel=0.02)
+    assert answer["parameters"] * answer["bytes_each"] == pytest.approx(size, rel=0.05)
 
 
 def test_a_command_that_fails_ends_the_tour_with_its_log(tour, tmp_path, capsys):
