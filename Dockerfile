@@ -2,10 +2,6 @@
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 
-# Any user may run it: caches go to a home that everyone can write, under a name that needs no account.
-ENV HOME=/home/trainer USER=trainer
-RUN mkdir -p /home/trainer && chmod 1777 /home/trainer
-
 WORKDIR /workspace/megatron-periln
 
 # What is installed changes less often than our sources, which stand in layers of their own.
@@ -20,6 +16,12 @@ RUN python tools/image_packages.py record constraints.txt /tmp/image \
 COPY megatron_periln megatron_periln
 COPY tools tools
 COPY examples examples
-RUN python -m compileall -q megatron_periln && chmod -R a+rX .
+RUN python -m compileall -q megatron_periln \
+    && chmod -R a+rX . \
+    && mkdir -p /home/trainer \
+    && chmod 1777 /home/trainer
+
+# Any user may run it: caches go to a home that everyone can write, under a name that needs no account.
+ENV HOME=/home/trainer USER=trainer
 
 CMD ["python", "-m", "megatron_periln.doctor"]

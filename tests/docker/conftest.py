@@ -78,7 +78,13 @@ def bases(docker: Docker, tmp_path_factory) -> Iterator[Callable[..., str]]:
     docker("import", "--change", "ENV PATH=/usr/bin", folder / "root.tar", "stand-in:python")
     (folder / "root.tar").unlink()
 
-    def make(tag: str, packages: dict[str, str], offered: dict[str, str], constraints: str = "") -> str:
+    def make(
+        tag: str,
+        packages: dict[str, str],
+        offered: dict[str, str],
+        constraints: str = "",
+        start: str = "stand-in:python",
+    ) -> str:
         context = folder / tag
         for name, versions in {"installed": packages, "offered": offered}.items():
             (context / name).mkdir(parents=True)
@@ -86,7 +92,7 @@ def bases(docker: Docker, tmp_path_factory) -> Iterator[Callable[..., str]]:
                 wheel(context / name, package, version)
         (context / "constraint.txt").write_text(constraints)
         lines = [
-            "FROM stand-in:python",
+            f"FROM {start}",
             "COPY constraint.txt /etc/pip/constraint.txt",
             "COPY offered /offered",
         ]

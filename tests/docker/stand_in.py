@@ -20,7 +20,16 @@ from pathlib import Path
 
 TOOLS = ["sh", "cat", "chmod", "find", "mkdir", "rm"]
 FROM_THIS_MACHINE = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf", "/etc/resolv.conf"]
-LIBRARIES = ["libstdc++.so.6", "libgcc_s.so.1", "libnss_dns.so.2", "libnss_files.so.2"]
+LIBRARIES = [
+    "libdl.so.2",
+    "libgcc_s.so.1",
+    "libnss_dns.so.2",
+    "libnss_files.so.2",
+    "libpthread.so.0",
+    "librt.so.1",
+    "libstdc++.so.6",
+    "libutil.so.1",
+]
 UNUSED = re.compile(r".*/(test|tests|idlelib|tkinter|lib2to3|config-3[^/]*|__pycache__|site-packages)")
 
 

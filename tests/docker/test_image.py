@@ -116,16 +116,16 @@ def test_with_this_machine_s_torch(docker, image):
     assert "iteration        2/       2" in done.stdout
 
 
-def test_a_dependency_that_replaces_torch(bases, build):
+def test_a_dependency_that_replaces_torch(bases, build, image):
     """The base's torch is older than pyproject.toml allows: pip takes a newer one, and the build fails."""
-    base = bases("old", {**KEPT, "torch": "2.10.0"}, {"torch": "2.99.0"})
+    base = bases("old", {"torch": "2.10.0"}, {"torch": "2.99.0"}, start=image)
     done = build(base, "megatron-periln:replaced", succeeds=False)
     assert "torch 2.10.0 -> 2.99.0" in done.stdout + done.stderr
 
 
-def test_the_image_forbids_it(bases, build):
+def test_the_image_forbids_it(bases, build, image):
     """By its PIP_CONSTRAINT, which pip heeds beside ours."""
-    base = bases("strict", {**KEPT, "torch": "2.10.0"}, {"torch": "2.99.0"}, "torch==2.10.0\n")
+    base = bases("strict", {"torch": "2.10.0"}, {"torch": "2.99.0"}, "torch==2.10.0\n", start=image)
     done = build(base, "megatron-periln:forbidden", succeeds=False)
     assert "torch>=2.11" in done.stdout + done.stderr and "2.10.0" in done.stdout + done.stderr
 
