@@ -98,8 +98,8 @@ def bases(docker: Docker, tmp_path_factory) -> Iterator[Callable[..., str]]:
         ]
         if packages:
             lines += [
-                "COPY installed /installed",
-                "RUN python -m pip install --no-index --no-deps /installed/*",
+                f"COPY installed /{tag}",
+                f"RUN python -m pip install --no-index --no-deps /{tag}/*",
             ]
         lines += ["ENV PIP_CONSTRAINT=/etc/pip/constraint.txt PIP_FIND_LINKS=/offered"]
         (context / "Dockerfile").write_text("\n".join([*lines, ""]))
