@@ -6,6 +6,7 @@ PLACEMENTS ?= pre post peri
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
+OTHER := $(VENV)-transformers-4
 export OMP_NUM_THREADS ?= 1
 
 # For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
@@ -14,19 +15,23 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-gpu gpu-check gpu-wheels parallelism pictures lint install constraints clean
+.PHONY: quickstart test test-all test-gpu test-llama-cpp gpu-check gpu-wheels parallelism pictures lint install
+.PHONY: constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
-test: lint  ## Lint, types and all tests that need no GPU
-	$(PY) -m pytest
+test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
+	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PY) -m pytest
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
 	MEGATRON_PERILN_TEST_ALL=1 $(PY) -m pytest
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+
+test-llama-cpp: install $(OTHER)/llama.cpp  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
+	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
 
 gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
 	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS))
@@ -53,6 +58,19 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(UV)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
 	touch $@
 
+$(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the same cache
+	$(UV) venv --quiet --allow-existing $(OTHER)
+	$(UV) pip install --quiet --python $(OTHER)/bin/python transformers==4.57.6 sentencepiece \
+		$$(grep -E '^(torch|numpy)==' constraints.txt)
+	touch $@
+
+$(OTHER)/llama.cpp: $(OTHER)/installed
+	$(UV) pip install --quiet --python $(OTHER)/bin/python pip
+	$(OTHER)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(OTHER) llama-cpp-python==0.3.36
+	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(OTHER)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(UV) pip install --quiet --python $(OTHER)/bin/python $(OTHER)/llama_cpp_python-0.3.36
+	ln -s llama_cpp_python-0.3.36/vendor/llama.cpp $@
+
 $(VENV)-tools/bin/uv:
 	$(PYTHON) -m venv $(VENV)-tools
 	$(VENV)-tools/bin/pip install --quiet uv
@@ -62,4 +80,4 @@ constraints: | $(UV)  ## Pin the newest versions that fit
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tools .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tools $(OTHER) .mypy_cache .pytest_cache .ruff_cache
