@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.proof import compare
@@ -35,29 +34,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A byte-level BPE tokenizer with the special tokens that the converter of GLM-4 asks for."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: checkpoints.VOCABULARY - 10]
-    vocabulary = {byte: number for number, byte in enumerate(sorted({*alphabet, "Ċ", "Ġ"}))}
-    tokenizer = Tokenizer(models.BPE(vocabulary | {"ab": len(vocabulary)}, [("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|user|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def computed(saved, tokenizer, tmp_path_factory):
+def computed(saved, byte_tokenizer, tmp_path_factory):
     """What llama.cpp computes for every export: logits, and 24 greedy tokens."""
     folder = tmp_path_factory.mktemp("llama.cpp")
     np.save(folder / "tokens.npy", checkpoints.sample().numpy())
     folders = {name: folder / str(number) for number, name in enumerate([*NAMES, CONTROL])}
     for name in NAMES:
-        options = ExportOptions(tokenizer=tokenizer, verify=False)
+        options = ExportOptions(tokenizer=byte_tokenizer, verify=False)
         export(saved(name).folder, folders[name], options, say=lambda _: None)
     shutil.copytree(folders["peri"], folders[CONTROL])
     config = json.loads((folders[CONTROL] / "config.json").read_text())
