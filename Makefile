@@ -7,6 +7,7 @@ VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 OTHER := $(VENV)-transformers-4
+LLAMA := $(OTHER)/llama-cpp-python
 export OMP_NUM_THREADS ?= 1
 
 # For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
@@ -30,7 +31,7 @@ test-all: lint  ## The same, and every placement and model in every layout: an h
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
 
-test-llama-cpp: install $(OTHER)/llama.cpp  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
+test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
 	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
 
 gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
@@ -64,12 +65,16 @@ $(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the sa
 		$$(grep -E '^(torch|numpy)==' constraints.txt)
 	touch $@
 
-$(OTHER)/llama.cpp: $(OTHER)/installed
-	$(UV) pip install --quiet --python $(OTHER)/bin/python pip
+# The source has llama.cpp's, with the converter; of that only the library is built.
+$(LLAMA)/llama_cpp/lib: $(OTHER)/installed
+	$(UV) pip install --quiet --python $(OTHER)/bin/python cmake diskcache pip
 	$(OTHER)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(OTHER) llama-cpp-python==0.3.36
-	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(OTHER)
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(UV) pip install --quiet --python $(OTHER)/bin/python $(OTHER)/llama_cpp_python-0.3.36
-	ln -s llama_cpp_python-0.3.36/vendor/llama.cpp $@
+	mkdir -p $(LLAMA)
+	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components 1
+	$(OTHER)/bin/cmake -S $(LLAMA)/vendor/llama.cpp -B $(OTHER)/build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF \
+		$(foreach part,COMMON TOOLS TESTS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
+	$(OTHER)/bin/cmake --build $(OTHER)/build --target llama --parallel
+	cp -r $(OTHER)/build/bin $@
 
 $(VENV)-tools/bin/uv:
 	$(PYTHON) -m venv $(VENV)-tools

@@ -1,7 +1,8 @@
 """Run by another Python: models of transformers, converted to GGUF in fp32, in llama.cpp.
 
-Arguments: llama.cpp's source, a file of tokens ``[batch, sequence]`` (.npy), how many tokens to continue
-each row by, then pairs of a model's folder and the file (.npz) for its logits and greedy tokens.
+Arguments: the source of llama-cpp-python, with its library; a file of tokens ``[batch, sequence]`` (.npy);
+how many tokens to continue each row by; then pairs of a model's folder and the file (.npz) for its logits
+and greedy tokens.
 """
 
 import runpy
@@ -10,11 +11,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama
 
 source, tokens, count = Path(sys.argv[1]), np.load(sys.argv[2]), int(sys.argv[3])
-sys.path.insert(0, str(source))
+upstream = source / "vendor" / "llama.cpp"
+sys.path[:0] = [str(source), str(upstream)]
 from conversion.base import TextModel  # noqa: E402
+from llama_cpp import GGML_TYPE_F32, Llama  # noqa: E402
 
 # The converter knows tokenizers by what they make of a text, and refuses those that it has not seen.
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
@@ -23,7 +25,7 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 def convert(folder, gguf):
     arguments = [folder, "--outtype", "f32", "--outfile", gguf]
     with mock.patch.object(sys, "argv", ["convert_hf_to_gguf.py", *arguments]):
-        runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
+        runpy.run_path(str(upstream / "convert_hf_to_gguf.py"), run_name="__main__")
 
 
 def run(gguf):

@@ -48,7 +48,13 @@ def computed(saved, byte_tokenizer, tmp_path_factory):
     (folders[CONTROL] / "config.json").write_text(json.dumps(config))
     environment = Path(os.environ[VARIABLE])
     script = Path(__file__).with_name("logits_with_llama_cpp.py")
-    command = [environment / "bin/python", script, environment / "llama.cpp", folder / "tokens.npy", COUNT]
+    command = [
+        environment / "bin/python",
+        script,
+        environment / "llama-cpp-python",
+        folder / "tokens.npy",
+        COUNT,
+    ]
     pairs = [path for each in folders.values() for path in (each, f"{each}.npz")]
     subprocess.run(list(map(str, [*command, *pairs])), check=True)
     return {name: np.load(f"{each}.npz") for name, each in folders.items()}
