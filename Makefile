@@ -6,6 +6,8 @@ PLACEMENTS ?= pre post peri
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
+OTHER := $(VENV)-transformers-4
+LLAMA := $(OTHER)/llama-cpp-python
 export OMP_NUM_THREADS ?= 1
 # A folder of tests at a time in each process.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
@@ -16,13 +18,14 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-gpu test-docker gpu-check gpu-wheels parallelism pictures lint install constraints clean
+.PHONY: quickstart test test-all test-gpu test-docker test-llama-cpp gpu-check gpu-wheels parallelism
+.PHONY: pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
-test: lint  ## Lint, types and all tests that need no GPU
-	$(PYTEST)
+test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
+	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
 	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)
@@ -32,6 +35,9 @@ test-gpu: install  ## The tests that need a GPU
 
 test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image and try it: minutes, and an engine
 	MEGATRON_PERILN_TEST_DOCKER=1 $(PY) -m pytest tests/docker
+
+test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
+	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
 
 gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
 	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS))
@@ -58,6 +64,23 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(UV)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
 	touch $@
 
+$(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the same cache
+	$(UV) venv --quiet --allow-existing $(OTHER)
+	$(UV) pip install --quiet --python $(OTHER)/bin/python transformers==4.57.6 sentencepiece \
+		$$(grep -E '^(torch|numpy)==' constraints.txt)
+	touch $@
+
+# The source has llama.cpp's, with the converter; of that only the library is built.
+$(LLAMA)/llama_cpp/lib: $(OTHER)/installed
+	$(UV) pip install --quiet --python $(OTHER)/bin/python cmake diskcache pip
+	$(OTHER)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(OTHER) llama-cpp-python==0.3.36
+	mkdir -p $(LLAMA)
+	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components 1
+	$(OTHER)/bin/cmake -S $(LLAMA)/vendor/llama.cpp -B $(OTHER)/build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF \
+		$(foreach part,COMMON TOOLS TESTS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
+	$(OTHER)/bin/cmake --build $(OTHER)/build --target llama --parallel
+	cp -r $(OTHER)/build/bin $@
+
 $(VENV)-tools/bin/uv:
 	$(PYTHON) -m venv $(VENV)-tools
 	$(VENV)-tools/bin/pip install --quiet uv
@@ -67,4 +90,4 @@ constraints: | $(UV)  ## Pin the newest versions that fit
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tools .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tools $(OTHER) .mypy_cache .pytest_cache .ruff_cache
