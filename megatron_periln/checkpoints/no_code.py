@@ -64,7 +64,8 @@ def _load(file: IO[bytes], **options: Any) -> Any:
 
 def restrict() -> None:
     """Restrict what is unpickled from distributed checkpoints to what holds no code."""
-    filesystem.pickle = SimpleNamespace(load=_load, dump=pickle.dump)  # type: ignore[attr-defined]
+    module: Any = filesystem
+    module.pickle = SimpleNamespace(load=_load, dump=pickle.dump)
     load_bytes = DefaultLoadPlanner.load_bytes
 
     def checked(self: Any, read_item: Any, value: io.BytesIO) -> None:

@@ -13,6 +13,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import core_transformer_config_from_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln import fixes
 from megatron_periln.checkpoints import guard
@@ -80,6 +81,8 @@ def run(program_start: float) -> None:
             store=store,
             get_embedding_ranks=embedding_ranks,
         )
+    except CheckpointException as error:
+        raise guard.failure(args, error) from error
     except AssertionError as error:
         if not str(error).startswith("OptimizerParamScheduler"):
             raise
