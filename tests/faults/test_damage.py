@@ -159,7 +159,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(jobs, saving):
     checkpoints = job.folder / "checkpoints"
     assert job.exit_codes == [1], job.log
     (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]
-    assert error == job.log.splitlines()[-1]
     assert "a checkpoint could not be saved" in error
     assert (checkpoints / TRACKER).read_text() == "2"
     assert choose(checkpoints) is None
