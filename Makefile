@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PLACEMENTS ?= pre post peri
+SEED ?= $(shell date +%s)
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
@@ -18,8 +19,8 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-gpu test-docker test-llama-cpp gpu-check gpu-wheels parallelism
-.PHONY: pictures lint install constraints clean
+.PHONY: quickstart test test-all test-faults test-gpu test-docker test-llama-cpp gpu-check gpu-wheels
+.PHONY: parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -29,6 +30,9 @@ test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
 	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)
+
+test-faults: install  ## Kill training ranks at random 30 times, and damage checkpoints: SEED
+	MEGATRON_PERILN_FAULT_ROUNDS=30 MEGATRON_PERILN_FAULT_SEED=$(SEED) $(PY) -m pytest tests/faults tests/checkpoints
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu

@@ -13,8 +13,10 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import core_transformer_config_from_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln import fixes
+from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.training.arguments import parse, placement_from_args
@@ -60,6 +62,7 @@ def run(program_start: float) -> None:
     if args.rank == 0:
         check_data(args)
         check_save_folder(args)
+    guard.install(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
         model_config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
@@ -79,6 +82,8 @@ def run(program_start: float) -> None:
             store=store,
             get_embedding_ranks=embedding_ranks,
         )
+    except CheckpointException as error:
+        raise guard.failure(args, error) from error
     except AssertionError as error:
         if not str(error).startswith("OptimizerParamScheduler"):
             raise

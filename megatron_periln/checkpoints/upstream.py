@@ -1,0 +1,92 @@
+"""The one place where this package stands in Megatron's saving of checkpoints.
+
+``megatron.training.training`` finds ``save_checkpoint`` by name, and megatron/training/checkpointing.py
+finds ``maybe_msc`` by name, which opens every file of its own. A function around the first sees a save
+begin on all ranks; one around ``maybe_msc.open`` sees rank 0 write latest_checkpointed_iteration.txt,
+with which a checkpoint counts, after a synchronous save and an asynchronous one alike. Megatron truncates
+that file before it writes it: a run killed in between could not go on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.training import checkpointing, get_args, training
+
+from megatron_periln.errors import UsageError
+
+__all__ = ["Guard", "guard"]
+
+_TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
+
+
+class Guard(Protocol):
+    """Watches over the saving of checkpoints; each method is called on rank 0, and may raise `UsageError`."""
+
+    def before_save(self, folder: Path) -> None:
+        """See a save to ``folder`` begin, before anything is written."""
+
+    def publish(self, tracker: Path, text: str) -> None:
+        """Write the tracker, which names a checkpoint that is complete."""
+
+
+def guard(guard: Guard) -> None:
+    """Let ``guard`` watch over every checkpoint that this process saves."""
+    save = training.save_checkpoint
+
+    def guarded_save(
+        iteration: int, *args: Any, non_persistent_ckpt: bool = False, release: bool = False, **kwargs: Any
+    ) -> Any:
+        if not non_persistent_ckpt:
+            name = checkpointing.get_checkpoint_name(
+                get_args().save, iteration, release=release, return_base_dir=True
+            )
+            _first(lambda: guard.before_save(Path(name)))
+        return save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, release=release, **kwargs)
+
+    training.save_checkpoint = guarded_save
+    checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)
+
+
+def _first(call: Callable[[], None]) -> None:
+    """Call on rank 0, while the others wait; what is wrong there ends them all."""
+    error: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            call()
+        except UsageError as mistake:
+            error = [str(mistake)]
+    torch.distributed.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise UsageError(error[0])
+
+
+class _Storage:
+    """Megatron's file access, but for the tracker."""
+
+    def __init__(self, storage: Any, guard: Guard) -> None:
+        self._storage, self._guard = storage, guard
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "w" and Path(path).name == _TRACKER:
+            return _Tracker(self._guard, Path(path))
+        return self._storage.open(path, mode, *args, **kwargs)
+
+
+class _Tracker(io.StringIO):
+    """Collects the tracker's text, and has it published."""
+
+    def __init__(self, guard: Guard, path: Path) -> None:
+        super().__init__()
+        self._guard, self._path = guard, path
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._guard.publish(self._path, self.getvalue())
