@@ -15,6 +15,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_periln import fixes
+from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.training.arguments import parse, placement_from_args
@@ -60,6 +61,7 @@ def run(program_start: float) -> None:
     if args.rank == 0:
         check_data(args)
         check_save_folder(args)
+    guard.install(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
     else:

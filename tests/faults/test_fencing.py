@@ -1,0 +1,35 @@
+"""Ranks that live on after their job was requeued write no checkpoint that counts."""
+
+import pytest
+
+from tests.training.model import MODEL
+
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+JOB = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize("saving", ["", ASYNC], ids=["", "async"])
+@pytest.mark.parametrize(
+    ("accident", "last", "folders"),
+    [("superseded_before_saving", "4", {2, 4}), ("superseded_while_saving", "2", {2, 4})],
+)
+def test_the_old_ranks_stop_with_one_error(jobs, accident, last, folders, saving):
+    job = jobs.run(
+        f"{accident}{'-async' if saving else ''}",
+        f"{MODEL} --save-interval 2 {saving}",
+        2,
+        changes=[f"tests.faults.accidents.{accident}"],
+        environment=JOB,
+        succeeds=False,
+    )
+    checkpoints = job.folder / "checkpoints"
+    assert job.exit_codes == [1, 1], job.log
+    assert "Traceback" not in job.log, job.log
+    errors = [line for line in job.log.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "was taken over by a newer run: job 17, restart 1 (on node7" in errors[0]
+    assert "this one, job 17, restart 0" in errors[0]
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == last
+    assert {int(path.name[5:]) for path in checkpoints.glob("iter_*")} == folders
+    assert not list(checkpoints.glob("*.tmp"))
+    assert ("successfully saved checkpoint from iteration       4" in job.log) == (last == "4")
