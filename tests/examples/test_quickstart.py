@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_periln.doctor import options as doctor_options
+from megatron_periln.doctor import probe
 from megatron_periln.monitor.reading import read_run
 from tests.parallel.conftest import indexed_bytes, jobs  # noqa: F401
 
@@ -59,6 +61,16 @@ def test_the_summary_has_a_row_for_each_run(tour, trained):
     lines = tour["quickstart"].summary({trained[1].parent: 3.25}).splitlines()
     assert len(lines) == 2
     assert lines[1].split()[:2] == ["peri", "3.250"]
+
+
+def test_the_doctor_knows_how_large_its_checkpoint_is(trained, monkeypatch):
+    """Counted by Megatron's formula for weights and Adam, to within its other files and small norms."""
+    words = [f"@{QUICKSTART / 'model.flags'}", "--save", "save", "--vocab-size", "300", "--parameters", "5"]
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    answer = probe.STEPS["parameters"](doctor_options.parse(words).flags)
+    folder = trained[0].folder / "checkpoints" / "iter_0000002"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert answer["parameters"] * answer["bytes_each"] == pytest.approx(size, rel=0.05)
 
 
 def test_a_command_that_fails_ends_the_tour_with_its_log(tour, tmp_path, capsys):

@@ -1,0 +1,112 @@
+"""Packages that are missing or broken, in processes that see only those."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_periln.doctor import software
+from megatron_periln.doctor.options import parse
+from tests.doctor.conftest import FOUND
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ["-m", "megatron_periln.doctor", "--device", "cpu", "--json"]
+
+
+def run(*python, path=()):
+    done = subprocess.run(
+        [*python, *COMMAND],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))},
+    )
+    assert "Traceback" not in done.stderr
+    rows = {row["check"]: (row["status"], row["value"]) for row in json.loads(done.stdout)["rows"]}
+    return done.returncode, rows, done.stderr
+
+
+def test_as_it_is_here():
+    code, rows, _ = run(sys.executable)
+    assert code == 0
+    assert rows["torch"][0] == rows["megatron-core"][0] == rows["requirements"][0] == "ok"
+
+
+def test_nothing_is_installed():
+    """Python alone, without site-packages."""
+    code, rows, stderr = run(sys._base_executable, "-S")
+    assert code == 1
+    assert rows["torch"] == ("failed", "ModuleNotFoundError: No module named 'torch'")
+    assert ": torch: ModuleNotFoundError: No module named 'torch'; install torch" in stderr
+    assert rows["requirements"][0] == "failed"
+
+
+BROKEN = {
+    "raise OSError('libcublas.so.13: cannot be opened')": "OSError: libcublas.so.13: cannot be opened",
+    "import os; os.kill(os.getpid(), 11)": "its import came to SIGSEGV",
+    "import os; os.write(2, b'no\\n'); os._exit(3)": "its import came to exit status 3 no",
+    "raise SystemExit('not on this machine')": "SystemExit: not on this machine",
+    "import time; time.sleep(600)": "its import came to no end in 2 s",
+}
+
+
+@pytest.mark.parametrize("source, cause", BROKEN.items(), ids=BROKEN.values())
+def test_broken_torch(tmp_path, monkeypatch, source, cause):
+    (tmp_path / "torch.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    options = parse(["--device", "cuda", "--timeout", "2" if "sleep" in source else "100"])
+    answers = software.probe(options)
+    rows = {row.check: row for row in software.package_rows(options, answers)}
+    assert rows["torch"].status == "failed" and rows["torch"].value.startswith(cause)
+    assert rows["CUDA"].status == "failed"
+
+
+@pytest.mark.parametrize(
+    "name, status",
+    [("torch", "failed"), ("Transformer Engine", "warning"), ("Apex", "ok"), ("NCCL", "failed")],
+)
+def test_a_missing_package(doctor, found, name, status):
+    found[name] = {"error": f"ModuleNotFoundError: No module named {name!r}", "missing": True}
+    assert doctor()[1][name][0][0] == status
+    found[name] = FOUND["torch"]
+    assert doctor()[1][name][0][0] == "ok"
+
+
+def test_a_broken_transformer_engine(doctor, found):
+    """Which Megatron would import all the same."""
+    found["Transformer Engine"] = {"error": "OSError: undefined symbol: nvte_rmsnorm_fwd", "missing": False}
+    assert doctor()[1]["Transformer Engine"] == [("failed", "OSError: undefined symbol: nvte_rmsnorm_fwd")]
+
+
+def test_other_versions(doctor, monkeypatch):
+    version = software.importlib.metadata.version
+    monkeypatch.setattr(
+        software.importlib.metadata,
+        "version",
+        lambda name: "0.18.0" if name == "megatron-core" else version(name),
+    )
+    ((status, value),) = doctor("--device", "cpu")[1]["requirements"]
+    assert status == "failed" and value in ("megatron-core is 0.18.0, not <0.20,>=0.19.2",)
+
+
+def test_home_that_cannot_be_written(doctor, monkeypatch):
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert doctor("--device", "cpu")[1]["home folder"] == [("warning", "HOME=/nonexistent can't be written")]
+
+
+def test_flags_that_are_wrong(capsys):
+    from megatron_periln.doctor.__main__ import main
+
+    for argv, words in {
+        "--device gpu": ["--device", "'gpu'", "--help"],
+        "@absent.flags": ["flag file absent.flags", "give @FILE"],
+        "--all-reduce": ["SLURM_PROCID, SLURM_NTASKS", "not set", "torchrun"],
+    }.items():
+        assert main(argv.split()) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert all(word in error for word in words)
