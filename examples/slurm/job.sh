@@ -54,8 +54,13 @@ except errors.UsageError as error:
     mv -T "$new" "$job_folder"
 }
 
+superseded() { # a node that comes back finds its job running elsewhere
+    [ -d "$job_folder/restart_$((restart + 1))" ]
+}
+
 ask_to_stop() { # the ranks save after their step and end; those that don't listen yet are asked again
     stop=$1
+    superseded && return
     say "$stop: the ranks are asked to save"
     scancel --signal=TERM "$job"
     [ -n "$asker" ] || {
@@ -64,14 +69,12 @@ ask_to_stop() { # the ranks save after their step and end; those that don't list
     }
 }
 
-supervise() { # run a command to its end, whatever signals come
-    local child status
-    "$@" &
-    child=$!
+await() { # the end of a child, whatever signals come
+    local status
     while
-        wait "$child"
+        wait "$1"
         status=$?
-        kill -0 "$child" 2>/dev/null
+        kill -0 "$1" 2>/dev/null
     do :; done
     return "$status"
 }
@@ -92,7 +95,9 @@ start_again_or_stop() { # exit status, why, bad nodes
     local status=$1 why=$2 now
     shift 2
     now=$(iteration)
-    if [ "$restart" -ge "$MAX_RESTARTS" ]; then
+    if superseded; then
+        say "$why; the job has been started again elsewhere"
+    elif [ "$restart" -ge "$MAX_RESTARTS" ]; then
         say "$why; not started again: MAX_RESTARTS is $MAX_RESTARTS"
     elif [ "$(stalls "$now")" -ge "$MAX_STALLS" ]; then
         say "$why; not started again: $MAX_STALLS starts in a row came no further than iteration $now"
@@ -103,19 +108,21 @@ start_again_or_stop() { # exit status, why, bad nodes
     exit "$((status ? status : 1))"
 }
 
-check_nodes() {
-    local node nodes bad=()
-    mkdir -p "$folder/well"
-    # shellcheck disable=SC2016
-    supervise timeout "$DOCTOR_SECONDS" "${srun[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-        --output="$folder/doctor_%N.log" bash -c '"${@:2}" && touch "$1/$SLURMD_NODENAME"' doctor \
-        "$folder/well" "$PYTHON" -m megatron_periln.doctor "${flags[@]}"
-    [ -z "$stop" ] || return
+check_nodes() { # one step for each, so that a dead node spoils no other's
+    local i nodes checks=() bad=()
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    for node in "${nodes[@]}"; do
-        [ -e "$folder/well/$node" ] || { bad+=("$node"); tail -n 30 "$folder/doctor_$node.log"; }
+    for i in "${nodes[@]}"; do
+        timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$i" \
+            --output="$folder/doctor_$i.log" "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
+        checks+=($!)
     done
-    [ ${#bad[@]} = 0 ] && return
+    for i in "${!nodes[@]}"; do
+        await "${checks[i]}" || bad+=("${nodes[i]}")
+    done
+    [ -z "$stop" ] && [ ${#bad[@]} -gt 0 ] || return
+    for i in "${bad[@]}"; do
+        tail -n 30 "$folder/doctor_$i.log"
+    done
     [ ${#bad[@]} -lt ${#nodes[@]} ] || die "no node passes the check: see $folder/doctor_*.log"
     start_again_or_stop 1 "bad nodes" "${bad[@]}"
 }
@@ -154,16 +161,23 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 flags=(--tensorboard-dir "$run/tensorboard" "@$job_folder/flags" --save "$run/checkpoints" --exit-signal-handler)
 [ ! -e "$tracker" ] || flags+=(--load "$run/checkpoints")
 [ "$DOCTOR" = 0 ] || check_nodes
+status=1
 if [ -z "$stop" ]; then
     echo "$restart $began $(date +%s) $SLURM_JOB_NODELIST" >>"$job_folder/history"
     say "starts from iteration $began on $SLURM_JOB_NODELIST; logs: $folder"
-    launch
+    launch &
+    await $!
     status=$?
-else
-    status=1
 fi
-case $stop in
-    '') [ "$status" != 0 ] || { say "done at iteration $(iteration)"; exit 0; } ;;
-    cancelled) say "saved at iteration $(iteration)"; exit 143 ;;
-esac
+if [ "$status" = 0 ]; then
+    if ! grep -qs "exiting program after receiving SIGTERM" "$folder"/*.log; then
+        say "done at iteration $(iteration)"
+        exit 0
+    fi
+    stop=${stop:-cancelled}
+fi
+if [ "$stop" = cancelled ]; then
+    say "stopped; the last checkpoint is of iteration $(iteration)"
+    exit 143
+fi
 start_again_or_stop "$status" "${stop:-exit status $status}"

@@ -53,9 +53,14 @@ class Run:
         """Every tensor of its last checkpoint."""
         return load_tensors(self.folder / "checkpoints" / f"iter_{self.saved:07d}")
 
-    def wait_for(self, iteration, seconds=240):
-        """Wait until a step has been logged."""
-        until(lambda: self.steps and self.steps[-1][0] >= iteration, f"iteration {iteration}", seconds)
+    def wait_for(self, iteration, start=0, seconds=240):
+        """Wait until a start has logged a step."""
+
+        def logged():
+            log = "".join(path.read_text() for path in self.folder.glob(f"jobs/*/restart_{start}/node*.log"))
+            return any(int(match[1]) >= iteration for match in _STEP.finditer(log))
+
+        until(logged, f"iteration {iteration} of {self.folder}", seconds)
 
 
 class Trainer:
@@ -64,6 +69,9 @@ class Trainer:
     def __init__(self, cluster, folder, data):
         self.cluster, self.folder = cluster, folder
         self.data = f"--data-path {data} --data-cache-path {folder / 'cache'}"
+
+    def named(self, name):
+        return Run(self.folder / name)
 
     def submit(self, name, flags="", *options, script="pretrain.sbatch", slow=0.0, **environment):
         """Submit a script as a user would; return the number of the job and its run."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.cluster.hosts import Hosts, alive, until
@@ -88,6 +89,14 @@ class Job:
         return self.state in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
+def _remove(group):
+    try:
+        group.rmdir()
+    except OSError:
+        return False
+    return True
+
+
 class Cluster(Hosts):
     """``slurmctld`` on ``login``, ``slurmd`` on ``node1`` and so on."""
 
@@ -120,11 +129,9 @@ class Cluster(Hosts):
         if self.munge is not None:
             self.munge.kill()
             self.munge.wait()
-        if self.cgroup:
-            for name in self.names:
-                tree = sorted(_FREEZER.glob(f"slurm_{name}/**/"), reverse=True)
-                for group in tree:
-                    group.rmdir()
+        for name in self.names if self.cgroup else ():
+            for group in sorted(_FREEZER.glob(f"slurm_{name}/**/"), reverse=True):
+                until(partial(_remove, group), group)  # until its processes are gone
 
     def start(self, name):
         """Switch a node on."""

@@ -71,6 +71,7 @@ class Node:
         return finished, self.calls.read_text()
 
 
+STOPPED = 'echo "exiting program after receiving SIGTERM." >>"$(ls -d "$RUN"/jobs/7*/restart_0)/node1.log"; '
 SAVE = 'mkdir -p "$RUN/checkpoints"; echo {} >"$RUN/checkpoints/latest_checkpointed_iteration.txt"; '
 
 
@@ -138,7 +139,7 @@ def test_goes_on_after_faults_that_follow_progress(node):
 
 
 def test_warning_before_the_time_limit(node):
-    training = SAVE.format(5) + "kill -USR1 $PPID; sleep 0.5"
+    training = SAVE.format(5) + "kill -USR1 $PPID; sleep 0.5; " + STOPPED
     finished, calls = node.start(training=training)
     assert finished.returncode == 1  # not done: what depends on it must not start
     assert calls.splitlines()[-2:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
@@ -148,29 +149,41 @@ def test_warning_before_the_time_limit(node):
 
 
 def test_cancelled(node):
-    finished, calls = node.start(training=SAVE.format(5) + "kill -TERM $PPID; sleep 0.5")
+    finished, calls = node.start(training=SAVE.format(5) + "kill -TERM $PPID; sleep 0.5; " + STOPPED)
     assert (finished.returncode, "requeue" in calls) == (143, False)
-    assert "saved at iteration 5" in finished.stdout
+    assert "the last checkpoint is of iteration 5" in finished.stdout
 
 
 def test_bad_nodes_are_left_out(node):
-    well = 'touch "$RUN/jobs/7/restart_0/well/{}"; '
-    both = "".join(map(well.format, ("node1", "node2")))
-    finished, calls = node.start(DOCTOR="1", DOCTORS=both)
+    finished, calls = node.start(DOCTOR="1", DOCTORS="true")
     assert (finished.returncode, "pretrain" in calls) == (0, True)
+    assert "--nodelist=node2 --output=" in calls
     assert f"megatron_periln.doctor --tensorboard-dir {node.run}/tensorboard @" in calls
-    (node.run / "jobs/7/restart_0/well/node2").unlink()
-    finished, calls = node.start(DOCTOR="1", DOCTORS=f"{well.format('node1')} exit 1", EXCLUDED="node7")
+    bad = 'echo "GPU 3 is gone"; [[ $* != *--nodelist=node2* ]]'
+    finished, calls = node.start(DOCTOR="1", DOCTORS=bad, EXCLUDED="node7")
     assert (finished.returncode, "pretrain" in calls) == (1, False)
     assert calls.splitlines()[-3:] == [
         "scontrol requeuehold 7",
         "scontrol update JobId=7 ExcNodeList=node2,node7",
         "scontrol release 7",
     ]
-    (node.run / "jobs/7/restart_0/well/node1").unlink()
     finished, calls = node.start(DOCTOR="1", DOCTORS="exit 1")
     assert (finished.returncode, "requeue" in calls) == (1, False)
     assert "no node passes the check" in finished.stderr
+
+
+def test_superseded(node):
+    """A node that comes back must not touch the job that has been started elsewhere."""
+    for signal in ("USR1", "TERM"):
+        training = f"{SAVE.format(5)} mkdir -p $RUN/jobs/7/restart_1; kill -{signal} $PPID; sleep 0.5; exit 1"
+        finished, calls = node.start(training=training)
+        assert finished.returncode != 0
+        assert "scancel" not in calls and "requeue" not in calls
+
+
+def test_ranks_that_were_stopped_are_not_done(node):
+    finished, _ = node.start(training=STOPPED)
+    assert finished.returncode == 143
 
 
 def test_containers(node):

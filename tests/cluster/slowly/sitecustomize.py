@@ -1,6 +1,7 @@
 """Makes training slow enough to be disturbed: on PYTHONPATH, Python imports this by itself.
 
-SLOW_STEP is what a step takes longer, SLOW_SAVE what a checkpoint does, in seconds.
+SLOW_STEP is what a step takes longer, SLOW_SAVE what a checkpoint does, in seconds, until the job is
+requeued. UNFENCED takes the fence from checkpoint folders.
 """
 
 import os
@@ -11,10 +12,14 @@ from importlib.util import find_spec
 
 
 def slow_down(training):
+    if "UNFENCED" in os.environ:
+        from megatron_periln.checkpoints.fence import Fence
+
+        Fence.check = lambda self: None
     step, save = training.train_step, training.save_checkpoint
 
     def slow_step(*args, **kwargs):
-        time.sleep(float(os.environ["SLOW_STEP"]))
+        time.sleep(float(os.environ.get("SLOW_STEP", "0")))
         return step(*args, **kwargs)
 
     def slow_save(iteration, *args, **kwargs):
@@ -41,5 +46,5 @@ class Finder(MetaPathFinder):
         return spec
 
 
-if "RANK" in os.environ and "SLOW_STEP" in os.environ:
+if "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     sys.meta_path.insert(0, Finder())

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# torchrun on one node. On SIGTERM torchrun ends its ranks, in the middle of a save: it is kept from
+# it, and the ranks get it, also where SLURM signals a step's first process alone.
+
+trap 'kill -TERM $(cat "/proc/$torchrun/task/"*/children)' TERM
+(
+    trap '' TERM
+    exec "$@"
+) &
+torchrun=$!
+while
+    wait "$torchrun"
+    status=$?
+    kill -0 "$torchrun" 2>/dev/null
+do :; done
+exit "$status"
