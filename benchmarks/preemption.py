@@ -31,7 +31,8 @@ from tests.cluster.slurm import Cluster, missing  # noqa: E402
 
 MODEL = """--device cpu --seq-length 256 --max-position-embeddings 256 --normalization RMSNorm --swiglu
     --disable-bias-linear --position-embedding-type rope --norm-placement peri --mock-data
-    --micro-batch-size 1 --global-batch-size 2 --train-iters 100000 --lr 1e-4 --tokenizer-type NullTokenizer --vocab-size 4096
+    --micro-batch-size 1 --global-batch-size 2 --train-iters 100000 --lr 1e-4
+    --tokenizer-type NullTokenizer --vocab-size 4096
     --eval-iters 0 --log-interval 1 --save-interval 100000 --num-workers 0 --use-distributed-optimizer"""
 _STEP = re.compile(r"\[([\d-]+ [\d:.]+)\] iteration +(\d+)/")
 _DECISION = re.compile(r"^([\d-]+ [\d:]+) job \d+, restart \d+: (time limit: |time limit; )", re.MULTILINE)

@@ -16,7 +16,10 @@ _INIT = """
 hostname "$NAME"
 mount --bind "$FOLDER/hosts" /etc/hosts
 mount --bind "$FOLDER/nsswitch.conf" /etc/nsswitch.conf
-[ -n "$CGROUP" ] || mount -t tmpfs -o mode=755 none /sys/fs/cgroup
+if [ -n "$FREEZER" ]
+then mount --bind "$FREEZER" /sys/fs/cgroup/freezer
+else mount -t tmpfs -o mode=755 none /sys/fs/cgroup
+fi
 cd /
 trap 'exit 0' TERM
 "$@" &
@@ -44,10 +47,13 @@ def alive(pid):
 
 
 class Hosts:
-    """A switch, named ``login`` with an address of its own, and machines plugged into it."""
+    """A switch, named ``login`` with an address of its own, and machines plugged into it.
 
-    def __init__(self, folder, names, *, network="10.213.8", cgroup=False):
-        self.folder, self.names, self.cgroup = Path(folder), names, cgroup
+    ``freezer`` is a control group that they take for the root of that hierarchy.
+    """
+
+    def __init__(self, folder, names, *, network="10.213.8", freezer=None):
+        self.folder, self.names, self.freezer = Path(folder), names, freezer
         self.addresses = {"login": f"{network}.1"}
         self.addresses |= {name: f"{network}.{11 + i}" for i, name in enumerate(names)}
         self.prefix = f"periln{os.getpid()}"
@@ -97,15 +103,15 @@ class Hosts:
         environment = {
             "NAME": name,
             "FOLDER": str(self.folder),
-            "CGROUP": "1" if self.cgroup else "",
+            "FREEZER": str(self.freezer or ""),
             "PATH": os.environ["PATH"],
             "SLURM_CONF": str(self.folder / "slurm.conf"),
         }
         kinds = ["--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+        enter = ["nsenter", f"--net=/run/netns/{self._namespace(name)}"]
         with (place / "boot.log").open("a") as log:
             launcher = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{self._namespace(name)}", "unshare", *kinds]
-                + ["bash", "-c", _INIT, "init", *service],
+                [*enter, "unshare", *kinds, "bash", "-c", _INIT, "init", *service],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -102,10 +102,16 @@ class Trainer:
         logs = run.folder / "jobs" / "none" / "once"
         logs.mkdir(parents=True)
         arguments = f"{MODEL} {self.data} {flags} --save {run.folder}/checkpoints"
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
         with (logs / "node.log").open("w") as log:
             subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-                + ["-m", "megatron_periln.pretrain", *shlex.split(arguments)],
+                [*torchrun, "-m", "megatron_periln.pretrain", *shlex.split(arguments)],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,

@@ -101,17 +101,16 @@ class Cluster(Hosts):
     """``slurmctld`` on ``login``, ``slurmd`` on ``node1`` and so on."""
 
     def __init__(self, folder, nodes, cpus=8):
-        super().__init__(
-            folder,
-            [f"node{i + 1}" for i in range(nodes)],
-            cgroup=_FREEZER.is_dir() and os.access(_FREEZER, 2),
-        )
+        own = _FREEZER / f"cluster{os.getpid()}" if os.access(_FREEZER, os.W_OK) else None
+        super().__init__(folder, [f"node{i + 1}" for i in range(nodes)], freezer=own)
         self.cpus = cpus
         self.munge = None
 
     def __enter__(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.freezer:
+                self.freezer.mkdir()
             self._configure()
             self.connect()
             self._start_munge()
@@ -129,9 +128,8 @@ class Cluster(Hosts):
         if self.munge is not None:
             self.munge.kill()
             self.munge.wait()
-        for name in self.names if self.cgroup else ():
-            for group in sorted(_FREEZER.glob(f"slurm_{name}/**/"), reverse=True):
-                until(partial(_remove, group), group)  # until its processes are gone
+        for group in sorted(self.freezer.glob("**/"), reverse=True) if self.freezer else ():
+            until(partial(_remove, group), f"the processes of {group} to end")
 
     def start(self, name):
         """Switch a node on."""
@@ -173,7 +171,7 @@ class Cluster(Hosts):
             excluded=fields.get("ExcNodeList", ""),
         )
 
-    def wait(self, number, condition=lambda job: job.over, seconds=300.0):
+    def wait(self, number, condition=lambda job: job.over, seconds=600.0):
         """Wait until a condition holds for a job, its end by default, and return it."""
         found = []
 
@@ -185,7 +183,7 @@ class Cluster(Hosts):
         return found[-1]
 
     def _configure(self):
-        proctrack = "proctrack/cgroup" if self.cgroup else "proctrack/linuxproc"
+        proctrack = "proctrack/cgroup" if self.freezer else "proctrack/linuxproc"
         lines = [
             _CONFIGURATION.format(login=self.addresses["login"], folder=self.folder, proctrack=proctrack)
         ]

@@ -221,7 +221,7 @@ def test_sweep(node):
         cells.add(Path(words[words.index("--save") + 1]).parent.name)
     assert cells == {f"{p}_{r}_{s}" for p in ("pre", "peri") for r in ("1e-3", "2e-3") for s in (1, 2, 3)}
     flags = shlex.split((node.run / "peri_2e-3_3/jobs/7_11/flags").read_text())
-    assert flags == "--num-layers 4 --norm-placement peri --seed 3 --lr 2e-3 --min-lr 0.0002".split()
+    assert " ".join(flags) == "--num-layers 4 --norm-placement peri --seed 3 --lr 2e-3 --min-lr 0.0002"
     array["SLURM_ARRAY_TASK_ID"] = "12"
     finished, _ = node.start(node.run, "--num-layers", "4", script="sweep.sbatch", **grid, **array)
     assert (finished.returncode, "sbatch --array=0-11" in finished.stderr) == (1, True)

@@ -1,7 +1,7 @@
 """Makes training slow enough to be disturbed: on PYTHONPATH, Python imports this by itself.
 
-SLOW_STEP is what a step takes longer, SLOW_SAVE what a checkpoint does, in seconds, until the job is
-requeued. UNFENCED takes the fence from checkpoint folders.
+SLOW_STEP is what a step takes longer, SLOW_SAVE what a checkpoint does, in seconds, in the first
+SLOW_STARTS starts of a job, 1 by default. UNFENCED takes the fence from checkpoint folders.
 """
 
 import os
@@ -46,5 +46,6 @@ class Finder(MetaPathFinder):
         return spec
 
 
-if "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+if "RANK" in os.environ and int(os.environ.get("SLOW_STARTS", "1")) > START:
     sys.meta_path.insert(0, Finder())
