@@ -86,10 +86,7 @@ def test_cancelled_with_a_slow_checkpoint(cluster, trainer, undisturbed):
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", "143:0", 0)
     assert run.saved >= 6
     assert cluster.wait(after).state == "COMPLETED"
-    assert run.starts == [
-        0,
-        max(step[0] for step in run.steps if step[0] < LAST and step[0] <= run.starts[1]),
-    ]
+    assert len(run.steps) == LAST, "a step was repeated, so the last one was not saved"
     assert_same(run, undisturbed("", 2))
 
 
@@ -107,8 +104,7 @@ def test_srun_and_asynchronous_saves(cluster, trainer, undisturbed):
     cluster.login("scancel", "--batch", "--signal=USR1", number)
     job = cluster.wait(number)
     assert (job.state, job.restarts) == ("COMPLETED", 1)
-    stopped = [step[0] for step in run.steps]
-    assert len(stopped) == LAST, "a step was repeated, so the last one was not saved"
+    assert len(run.steps) == LAST, "a step was repeated, so the last one was not saved"
     assert_same(run, undisturbed("", 2))
 
 
