@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_periln.checkpoints import metadata_file
+
 __all__ = ["apply"]
 
 _applied = False
@@ -199,3 +201,4 @@ def apply() -> None:
     keep_adam_steps_apart()
     save_every_bucket_of_adam_state()
     reshard_over_expert_parallelism()
+    metadata_file.restrict()

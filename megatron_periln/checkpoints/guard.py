@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_periln.checkpoints import upstream
+from megatron_periln.checkpoints import sums, upstream
+from megatron_periln.checkpoints.choice import iteration_of
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
 from megatron_periln.errors import UsageError
 from megatron_periln.files import sync
 
-__all__ = ["SaveGuard", "install"]
+__all__ = ["SaveGuard", "install", "tidy"]
+
+_REPLACED = "replaced-"
 
 
 def install(args: Namespace) -> None:
@@ -21,47 +26,101 @@ def install(args: Namespace) -> None:
     Parameters
     ----------
     args
-        Megatron's, parsed, of a run whose ``--save`` folder exists.
+        Megatron's and ours, parsed, of a run whose ``--save`` folder exists.
 
     Raises
     ------
     UsageError
-        On rank 0, if another run has the folder.
+        On rank 0, if another run has the folder, or it can't be written.
     """
     if args.save is None or args.enable_msc:
         return
     fence = None
     if args.rank == 0:
         fence = Fence.take(Path(args.save), Incarnation.from_environment())
-    upstream.guard(SaveGuard(fence))
+        tidy(Path(args.save))
+    if args.checkpoint_verify == "full":
+        sums.sum_what_is_written()
+    upstream.guard(SaveGuard(fence, args.checkpoint_verify))
+
+
+def tidy(folder: Path) -> None:
+    """Remove what saves that were cut off left in a folder, and undo their replacing.
+
+    A distributed checkpoint without metadata.json, which is written last, counts for no one.
+    """
+    for replaced in sorted(folder.glob(f"{_REPLACED}iter_*")):
+        original = folder / replaced.name.removeprefix(_REPLACED)
+        if (original / MANIFEST).exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            continue
+        shutil.rmtree(original, ignore_errors=True)
+        replaced.replace(original)
+    for path in folder.glob("iter_*"):
+        if path.is_symlink() or not path.is_dir() or iteration_of(path) is None:
+            continue
+        names = {inner.name for inner in path.iterdir()}
+        unfinished = any(name.endswith(".distcp") for name in names) and "metadata.json" not in names
+        if not names or (unfinished and MANIFEST not in names):
+            print(f"--save {folder}: removing {path.name}, whose saving did not end", flush=True)
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*.tmp"):
+        if path.name.startswith("latest_checkpointed_iteration.txt."):
+            path.unlink(missing_ok=True)
 
 
 class SaveGuard:
-    """Lets the newest incarnation save, and a checkpoint count once it is complete."""
+    """Lets the newest incarnation save, and a checkpoint count once it is complete.
 
-    def __init__(self, fence: Fence | None) -> None:
-        self.fence = fence
+    Parameters
+    ----------
+    fence
+        The folder, taken; None on other ranks than 0.
+    verify
+        ``--checkpoint-verify``.
+    """
 
-    def before_save(self, iteration: int) -> None:
-        """Check that this run may still write."""
+    def __init__(self, fence: Fence | None, verify: str) -> None:
+        self.fence, self.verify = fence, verify
+
+    def before_save(self, folder: Path) -> None:
+        """Check that this run may still write; move a checkpoint that is to be saved anew out of the way."""
         assert self.fence is not None
         self.fence.check()
+        if folder.is_dir() and not folder.is_symlink() and any(folder.iterdir()):
+            replaced = _replaced(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.replace(replaced)
 
     def publish(self, tracker: Path, text: str) -> None:
-        """Replace the tracker, whole, if this run may still write."""
+        """Write the manifest, and replace the tracker, whole, if this run may still write."""
         assert self.fence is not None
+        folder = tracker.parent / (text if text == "release" else f"iter_{int(text):07d}")
         temporary = tracker.with_name(f"{tracker.name}.{os.getpid()}.tmp")
         try:
+            self.fence.check()
+            if self.verify != "off":
+                Manifest.of(folder, sums=self.verify == "full").write(folder)
             temporary.write_text(text)
             sync(temporary)
             # After a file was made in the folder: NFS then lists it anew.
             self.fence.check()
             temporary.replace(tracker)
             sync(tracker.parent)
+        except BrokenCheckpointError as error:
+            raise UsageError(
+                f"{folder}: the disk holds something else than was saved: {error}; the checkpoint does not "
+                f"count, and {tracker.name} still names the one before"
+            ) from error
         except OSError as error:
             raise UsageError(
-                f"{tracker}: cannot be written: {error.strerror or error}; checkpoint {text} is complete "
-                f"but does not count until {tracker.name} names it"
+                f"{folder}: cannot be written: {error.strerror or error}; the checkpoint does not count, and "
+                f"{tracker.name} still names the one before"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"{_REPLACED}{folder.name}")

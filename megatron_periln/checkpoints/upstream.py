@@ -1,9 +1,10 @@
 """The one place where this package stands in Megatron's saving of checkpoints.
 
 ``megatron.training.training`` finds ``save_checkpoint`` by name, and megatron/training/checkpointing.py
-finds ``schedule_async_save`` and ``maybe_msc`` by name; the latter opens every file of its own. Functions
-around the first two see a save begin and end on all ranks; one around ``maybe_msc.open`` sees rank 0
-write latest_checkpointed_iteration.txt, with which a checkpoint counts.
+finds ``maybe_msc`` by name, which opens every file of its own. A function around the first sees a save
+begin on all ranks; one around ``maybe_msc.open`` sees rank 0 write latest_checkpointed_iteration.txt,
+with which a checkpoint counts, after a synchronous save and an asynchronous one alike. Megatron truncates
+that file before it writes it: a run killed in between could not go on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.training import checkpointing, training
+from megatron.training import checkpointing, get_args, training
 
 from megatron_periln.errors import UsageError
 
@@ -26,8 +27,8 @@ _TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
 class Guard(Protocol):
     """Watches over the saving of checkpoints; each method is called on rank 0, and may raise `UsageError`."""
 
-    def before_save(self, iteration: int) -> None:
-        """See a save begin, before anything is written."""
+    def before_save(self, folder: Path) -> None:
+        """See a save to ``folder`` begin, before anything is written."""
 
     def publish(self, tracker: Path, text: str) -> None:
         """Write the tracker, which names a checkpoint that is complete."""
@@ -35,42 +36,33 @@ class Guard(Protocol):
 
 def guard(guard: Guard) -> None:
     """Let ``guard`` watch over every checkpoint that this process saves."""
-    save, schedule, storage = (
-        training.save_checkpoint,
-        checkpointing.schedule_async_save,
-        checkpointing.maybe_msc,
-    )
+    save = training.save_checkpoint
 
-    def guarded_save(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        _together(lambda: guard.before_save(iteration) if _is_first() else None)
-        return _together(lambda: save(iteration, *args, **kwargs))
-
-    def guarded_schedule(request: Any) -> Any:
-        finalize = list(request.finalize_fns)
-        request.finalize_fns[:] = [lambda: _together(lambda: [function() for function in finalize])]
-        return schedule(request)
+    def guarded_save(
+        iteration: int, *args: Any, non_persistent_ckpt: bool = False, release: bool = False, **kwargs: Any
+    ) -> Any:
+        if not non_persistent_ckpt:
+            name = checkpointing.get_checkpoint_name(
+                get_args().save, iteration, release=release, return_base_dir=True
+            )
+            _first(lambda: guard.before_save(Path(name)))
+        return save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, release=release, **kwargs)
 
     training.save_checkpoint = guarded_save
-    checkpointing.schedule_async_save = guarded_schedule
-    checkpointing.maybe_msc = _Storage(storage, guard)
+    checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)
 
 
-def _is_first() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def _together(call: Callable[[], Any]) -> Any:
-    """Call on all ranks; what is wrong on rank 0 ends them all with one error."""
+def _first(call: Callable[[], None]) -> None:
+    """Call on rank 0, while the others wait; what is wrong there ends them all."""
     error: list[str | None] = [None]
-    result = None
-    try:
-        result = call()
-    except UsageError as mistake:
-        error = [str(mistake)]
+    if torch.distributed.get_rank() == 0:
+        try:
+            call()
+        except UsageError as mistake:
+            error = [str(mistake)]
     torch.distributed.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise UsageError(error[0])
-    return result
 
 
 class _Storage:

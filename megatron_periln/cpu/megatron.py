@@ -25,19 +25,46 @@ def _compile_nothing() -> None:
 
 
 def _write_checkpoints_from_a_fork() -> None:
-    """Start the checkpoint writer's manager with ``fork``.
+    """Start the checkpoint writer's processes with ``fork``.
 
-    megatron/core/dist_checkpointing/strategies/filesystem_async.py uses ``spawn``, because of
-    CUDA, which imports torch and the main module again: seconds and hundreds of MB a rank.
+    megatron/core/dist_checkpointing/strategies/filesystem_async.py and async_utils.py use ``spawn`` and
+    ``forkserver``, because of CUDA, which imports torch and the main module again: seconds and hundreds
+    of MB a rank; and there the GPU would be missing.
     """
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 
     results_queue = filesystem_async.get_write_results_queue
+    caller = async_utils.PersistentAsyncCaller
+    get_process = caller._get_process
 
     def from_a_fork(mp_mode: str = "fork") -> Any:
         return results_queue("fork")
 
+    def process_from_a_fork(cls: Any, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+        return get_process(rank, "fork", *args, **kwargs)
+
     filesystem_async.get_write_results_queue = from_a_fork
+    caller._get_process = classmethod(process_from_a_fork)
+
+
+def _save_asynchronously_from_copies() -> None:
+    """Copy tensors that are shared with the process that writes them, before training goes on.
+
+    ``FileSystemWriterAsync.preload_tensors`` (megatron/core/dist_checkpointing/strategies/
+    filesystem_async.py) relies on the way from the GPU to make a copy.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(_copies)
+
+
+def _copies(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """Stand in for ``preload_tensors``; of this module, for it is pickled by its name."""
+    return [
+        (path, key, (data, [(item, t.clone() if t.is_shared() else t) for item, t in tensors]))
+        for path, key, (data, tensors) in buckets
+    ]
 
 
 def _expect_the_cpu_generator_to_move() -> None:
@@ -113,6 +140,7 @@ def install_before_import() -> None:
 def install_after_import() -> None:
     """Install what changes modules of megatron."""
     _write_checkpoints_from_a_fork()
+    _save_asynchronously_from_copies()
     _expect_the_cpu_generator_to_move()
     _split_sizes_are_on_the_cpu()
     _restore_recomputed_outputs_by_copying()

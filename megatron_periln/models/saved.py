@@ -76,7 +76,7 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         state = dist_checkpointing.load_common_state_dict(str(path))
     elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
-        state = torch.load(ranks[0], map_location="cpu", mmap=True, weights_only=False)
+        state = torch.load(ranks[0], map_location="cpu", mmap=True)
     return state.get("args")
 
 

@@ -12,6 +12,9 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_periln import cpu
+from megatron_periln.checkpoints.arguments import GROUP as CHECKPOINTS
+from megatron_periln.checkpoints.arguments import add_checkpoint_arguments
+from megatron_periln.checkpoints.choice import choose_intact_checkpoint
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
@@ -75,6 +78,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "the fastest that the device can run",
     )
     add_monitor_arguments(parser)
+    add_checkpoint_arguments(parser)
     group = parser.add_argument_group(title="device")
     group.add_argument(
         "--device",
@@ -95,7 +99,7 @@ def _raise_usage_error(message: str) -> NoReturn:
 
 
 def _short_help(parser: ArgumentParser) -> str:
-    own = ("norm placement", GROUP, "device")
+    own = ("norm placement", GROUP, CHECKPOINTS, "device")
     groups = [group for group in parser._action_groups if group._group_actions and group.title is not None]
     formatter = parser._get_formatter()
     formatter.add_usage(parser.usage, [], [])
@@ -146,6 +150,7 @@ def parse() -> Namespace:
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     args = parse_args(add_arguments)
     check_flags(args)
+    choose_intact_checkpoint(args)
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError(

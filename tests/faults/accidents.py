@@ -1,6 +1,11 @@
 """Accidents, each called by every rank of a job before it starts."""
 
-from pathlib import Path
+import os
+import resource
+import signal
+from threading import Timer
+
+from megatron.training import training
 
 from megatron_periln.checkpoints import guard
 from megatron_periln.checkpoints.fence import Fence
@@ -13,10 +18,10 @@ def superseded_before_saving():
     """SLURM requeues the job after its second save; its ranks live on."""
     before_save = guard.SaveGuard.before_save
 
-    def late(self, iteration):
-        if iteration == 6:
-            Fence.take(Path(self.fence.folder), SUCCESSOR)
-        before_save(self, iteration)
+    def late(self, folder):
+        if folder.name == "iter_0000006":
+            Fence.take(self.fence.folder, SUCCESSOR)
+        before_save(self, folder)
 
     guard.SaveGuard.before_save = late
 
@@ -27,7 +32,37 @@ def superseded_while_saving():
 
     def late(self, tracker, text):
         if text == "4":
-            Fence.take(Path(self.fence.folder), SUCCESSOR)
+            Fence.take(self.fence.folder, SUCCESSOR)
         publish(self, tracker, text)
 
     guard.SaveGuard.publish = late
+
+
+def killed():
+    """Kill a rank, as ``KILL`` says: which, in a step or in a save, of which iteration, how much later."""
+    victim, moment, iteration, delay = os.environ["KILL"].split()
+    if os.environ["RANK"] != victim:
+        return
+    function = {"step": "train_step", "save": "save_checkpoint"}[moment]
+    original = getattr(training, function)
+
+    def fatal(*args, **kwargs):
+        now = kwargs["iteration"] + 1 if moment == "step" else args[0]
+        if now == int(iteration):
+            Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return original(*args, **kwargs)
+
+    setattr(training, function, fatal)
+
+
+def disk_full():
+    """Let no file of this process grow past what its second checkpoint needs."""
+    before_save = guard.SaveGuard.before_save
+
+    def late(self, folder):
+        before_save(self, folder)
+        if folder.name == "iter_0000004":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    guard.SaveGuard.before_save = late

@@ -6,6 +6,7 @@ Importing torch and Megatron costs seconds a process; a fork costs nothing, and 
 nothing speaks against it.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing.util
@@ -42,6 +43,7 @@ def free_port():
 def run_rank(job, rank, port):
     """Be rank ``rank`` of ``job`` until it ends; never returns."""
     status = 1
+    os.setpgid(0, 0)
     try:
         size = str(job["ranks"])
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -78,7 +80,7 @@ def run_job(job):
         if pid == 0:
             run_rank(job, rank, port)
         ranks[pid] = rank
-    codes = {}
+    codes, groups = {}, list(ranks)
     deadline = time.monotonic() + job["timeout"]
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -93,6 +95,9 @@ def run_job(job):
             time.sleep(0.01)
         if any(codes.values()):  # ranks that wait for a failed one would wait for minutes
             deadline = min(deadline, time.monotonic() + 5)
+    for group in groups:  # what a rank that was killed leaves
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     return [codes[rank] for rank in sorted(codes)]
 
 

@@ -1,0 +1,157 @@
+"""What belongs to a checkpoint: ``manifest.json`` in its folder, every file with its size and checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_periln.checkpoints.sums import SIDECAR, read_sidecar, sum_file
+from megatron_periln.files import sync
+
+__all__ = ["MANIFEST", "BrokenCheckpointError", "Entry", "Manifest"]
+
+MANIFEST = "manifest.json"
+
+_VERSION = 1
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint is not what was saved: the message names the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a checkpoint.
+
+    Attributes
+    ----------
+    name
+        Its path within the checkpoint's folder.
+    size
+        In bytes.
+    crc32
+        In hex; None where it was not to be computed.
+    """
+
+    name: str
+    size: int
+    crc32: str | None
+
+    def check_size(self, folder: Path) -> None:
+        """Raise `BrokenCheckpointError` if the file is missing or has another size."""
+        try:
+            size = (folder / self.name).stat().st_size
+        except FileNotFoundError:
+            raise BrokenCheckpointError(f"{self.name} is missing") from None
+        except OSError as error:
+            raise BrokenCheckpointError(f"{self.name} can't be read: {error.strerror}") from error
+        if size != self.size:
+            raise BrokenCheckpointError(f"{self.name} has {size:,} bytes instead of {self.size:,}")
+
+    def check_sum(self, folder: Path) -> None:
+        """Raise `BrokenCheckpointError` if the file's bytes are others."""
+        if self.crc32 is None:
+            return
+        try:
+            crc = sum_file(folder / self.name)
+        except OSError as error:
+            raise BrokenCheckpointError(f"{self.name} can't be read: {error.strerror}") from error
+        if crc != self.crc32:
+            raise BrokenCheckpointError(f"{self.name} has checksum {crc} instead of {self.crc32}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint, sorted by name."""
+
+    files: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, folder: Path, *, sums: bool) -> Manifest:
+        """Describe a checkpoint that was just written, and bring to the disk what the writer did not.
+
+        Files whose writer left no sidecar are read for their checksum: Megatron's small ones, and those
+        of other formats than torch_dist.
+
+        Raises
+        ------
+        BrokenCheckpointError
+            If a file has another size than was written to it.
+        OSError
+            If the folder can't be read.
+        """
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            entries = threads.map(
+                lambda path: _describe(folder, path, sums), (path for path in paths if path.suffix != SIDECAR)
+            )
+            return cls(tuple(entries))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Return a checkpoint's manifest, None if it has none.
+
+        Raises
+        ------
+        BrokenCheckpointError
+            If it is cut off.
+        """
+        try:
+            entries = json.loads((folder / MANIFEST).read_text())["files"]
+            return cls(tuple(Entry(**entry) for entry in entries))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenCheckpointError(f"{MANIFEST} can't be read: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Put the manifest in its place, whole, and remove the sidecars."""
+        temporary = folder / f"{MANIFEST}.{os.getpid()}.tmp"
+        content = {"version": _VERSION, "files": [asdict(entry) for entry in self.files]}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        sync(temporary)
+        temporary.replace(folder / MANIFEST)
+        sync(folder)
+        for path in folder.rglob(f"*{SIDECAR}"):
+            path.unlink()
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes."""
+        return sum(entry.size for entry in self.files)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether every file has a checksum."""
+        return all(entry.crc32 is not None for entry in self.files)
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise `BrokenCheckpointError` for the first file that is missing, or has another size."""
+        _each(self.files, lambda entry: entry.check_size(folder))
+
+    def check_sums(self, folder: Path, part: int = 0, parts: int = 1) -> None:
+        """Raise `BrokenCheckpointError` for the first file with another checksum, of one part of them all."""
+        by_size = sorted(self.files, key=lambda entry: -entry.size)
+        _each(by_size[part::parts], lambda entry: entry.check_sum(folder))
+
+
+def _describe(folder: Path, path: Path, sums: bool) -> Entry:
+    name, size = str(path.relative_to(folder)), path.stat().st_size
+    written = read_sidecar(path)
+    if written is None:
+        sync(path)
+        return Entry(name, size, sum_file(path) if sums else None)
+    if written[0] != size:
+        raise BrokenCheckpointError(f"{name} has {size:,} bytes instead of {written[0]:,}")
+    return Entry(name, size, written[1] if sums else None)
+
+
+def _each(entries: Iterable[Entry], check: object) -> None:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(check, entries):  # type: ignore[arg-type]
+            pass

@@ -1,0 +1,68 @@
+"""Words between the ranks of a job before Megatron sets up its process groups."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+__all__ = ["Ranks"]
+
+_PATIENCE = timedelta(hours=2)
+
+_store: Any = None
+
+
+class Ranks:
+    """Passes JSON through the store that the job's rendezvous has, at the address Megatron will use.
+
+    Parameters
+    ----------
+    args
+        Megatron's, parsed: ``rank`` and ``world_size``.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.rank, self.size = args.rank, args.world_size
+        self._count = 0
+        if self.size > 1:
+            self._store = torch.distributed.PrefixStore("megatron_periln", _rendezvous(self.rank, self.size))
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        key = self._key()
+        if self.rank == 0:
+            self._store.set(key, json.dumps(value))
+            return value
+        return self._wait(key)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value on rank 0, nothing elsewhere."""
+        if self.size == 1:
+            return [value]
+        key = self._key()
+        if self.rank:
+            self._store.set(f"{key}/{self.rank}", json.dumps(value))
+            return []
+        return [value, *(self._wait(f"{key}/{rank}") for rank in range(1, self.size))]
+
+    def _key(self) -> str:
+        self._count += 1
+        return str(self._count)
+
+    def _wait(self, key: str) -> Any:
+        self._store.wait([key], _PATIENCE)
+        return json.loads(self._store.get(key))
+
+
+def _rendezvous(rank: int, size: int) -> Any:
+    """Return the job's store; it lives as long as the process, for Megatron's connections go there too."""
+    global _store
+    if _store is None:
+        _store = next(torch.distributed.rendezvous("env://", rank, size))[0]
+    return _store
