@@ -5,7 +5,7 @@
 # Ranks that hang after another failed are killed, also if they listen to SIGTERM.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-10}
 
-trap 'kill -TERM $(cat "/proc/$torchrun/task/"*/children)' TERM
+trap 'kill -TERM $(cat "/proc/$torchrun/task/"*/children) 2>/dev/null' TERM # none are left, or not yet
 (
     trap '' TERM
     exec "$@"

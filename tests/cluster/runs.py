@@ -17,7 +17,8 @@ SLURM = ROOT / "examples" / "slurm"
 LAST = 24
 MODEL = f"{COMMON} {ARCHITECTURES['dense']} --norm-placement peri --use-distributed-optimizer"
 MODEL += f" --dist-ckpt-optim-fully-reshardable --eval-iters 0 --train-iters {LAST}"
-_STEP = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)")
+_INSIDE = str(Path(__file__).with_name("inside"))
+_STEP = re.compile(r"step (\d+): (\S+) (\S+)\n")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Run:
 
     @property
     def steps(self):
-        """For each step that was logged, again after a restart, its (iteration, loss, gradient norm)."""
+        """For each step, again after a restart, its (iteration, loss, gradient norm), in hexadecimal."""
         return [(int(match[1]), match[2], match[3]) for match in _STEP.finditer(self.log)]
 
     @property
@@ -80,7 +81,7 @@ class Trainer:
             "HOME": os.environ.get("HOME", "/root"),
             "PYTHON": sys.executable,
             "DOCTOR": "0",
-            "PYTHONPATH": str(Path(__file__).with_name("slowly")),
+            "PYTHONPATH": _INSIDE,
             "SLOW_STEP": str(slow),
         }
         given |= environment
@@ -101,7 +102,7 @@ class Trainer:
         run = Run(self.folder / name)
         logs = run.folder / "jobs" / "none" / "once"
         logs.mkdir(parents=True)
-        arguments = f"{MODEL} {self.data} {flags} --save {run.folder}/checkpoints"
+        arguments = f"{MODEL} {self.data} {flags} --save-interval 1000 --save {run.folder}/checkpoints"
         torchrun = [
             sys.executable,
             "-m",
@@ -112,7 +113,7 @@ class Trainer:
         with (logs / "node.log").open("w") as log:
             subprocess.run(
                 [*torchrun, "-m", "megatron_periln.pretrain", *shlex.split(arguments)],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": f"{_INSIDE}:{ROOT}", "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,
                 check=True,
