@@ -59,7 +59,7 @@ def test_without_the_trap(cluster, trainer, tmp_path):
 def test_killed_rank_and_crashed_node(cluster, trainer, undisturbed):
     """The node check leaves out the node that crashed."""
     number, run = trainer.submit(
-        "faults", "--save-interval 4", "--nodes=2", slow=1, SLOW_STARTS="2", DOCTOR="1"
+        "faults", "--save-interval 4", "--nodes=2", slow=0.7, SLOW_STARTS="2", DOCTOR="1"
     )
     run.wait_for(6)
     cluster.on("node2", "pkill", "-KILL", "-f", RANK)
