@@ -36,7 +36,7 @@ snapshot() { # code, flags, environment: whole, or not there
     cp -r "$REPO/megatron_periln" "$new/code/" || die "$REPO is not the repository: submit from it, or set REPO"
     cp -r "$REPO/examples/slurm" "$new/code/examples/"
     cp "$SITE" "$new/site.sh"
-    PYTHONPATH=$new/code "${srun[@]}" --nodes=1 --ntasks=1 "$PYTHON" -c '
+    PYTHONPATH=$new/code "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "$PYTHON" -c '
 import shlex, sys
 from megatron_periln import errors, flag_files
 try:
@@ -112,8 +112,8 @@ check_nodes() { # one step for each, so that a dead node spoils no other's
     local i nodes checks=() bad=()
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for i in "${nodes[@]}"; do
-        timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$i" \
-            --output="$folder/doctor_$i.log" "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
+        timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+            --cpus-per-task="$cpus" --nodelist="$i" --output="$folder/doctor_$i.log" "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
         checks+=($!)
     done
     for i in "${!nodes[@]}"; do
