@@ -19,8 +19,8 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-faults test-gpu test-docker test-llama-cpp gpu-check gpu-wheels
-.PHONY: parallelism pictures lint install constraints clean
+.PHONY: quickstart test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
+.PHONY: gpu-wheels parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -42,6 +42,9 @@ test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image a
 
 test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
 	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
+
+test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
+	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
 
 gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
 	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS))

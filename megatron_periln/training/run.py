@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 from megatron.core.enums import ModelType
@@ -92,3 +93,7 @@ def run(program_start: float) -> None:
             "give --override-opt-param-scheduler to follow the flags, "
             "or --use-checkpoint-opt-param-scheduler to follow the checkpoint"
         ) from error
+    finally:
+        if args.exit_signal_handler:
+            # Python would restore the default while it ends, and a late signal make a saved run fail.
+            signal.signal(args.exit_signal, signal.SIG_IGN)

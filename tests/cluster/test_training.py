@@ -1,0 +1,147 @@
+"""examples/slurm on a real SLURM: whatever happens to a run, it ends as one that nothing disturbed."""
+
+import shutil
+
+import torch
+
+from tests.cluster.hosts import until
+from tests.cluster.runs import LAST, ROOT
+
+RANK = "python[0-9.]* -u -m megatron_periln.pretrain"
+
+
+def assert_same(run, reference):
+    """Every step of both, also those that a restart repeated, and every weight: bit for bit."""
+    curve = {step[0]: step for step in reference.steps}
+    assert sorted(curve) == list(range(1, LAST + 1))
+    assert [step for step in run.steps if step != curve[step[0]]] == []
+    assert {step[0] for step in run.steps} == set(curve)
+    assert run.saved == LAST
+    ours, theirs = run.weights, reference.weights
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_time_limit(cluster, trainer, undisturbed):
+    """Two nodes with two ranks each, warned by SLURM: saved, requeued, and the same as on a single node."""
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    number, run = trainer.submit(
+        "limit",
+        f"{layout} --save-interval 1000",
+        "--nodes=2",
+        "--time=4",
+        "--signal=B:USR1@160",
+        slow=6,
+        RANKS_PER_NODE="2",
+    )
+    job = cluster.wait(number)
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0")
+    assert job.restarts == len(run.starts) - 1 > 0
+    assert all(iteration > 0 for iteration in run.starts[1:])
+    assert_same(run, undisturbed(layout, 4))
+
+
+def test_without_the_trap(cluster, trainer, tmp_path):
+    """What the warning does to a script that doesn't listen to it: nothing is saved."""
+    for name in ("megatron_periln", "examples/slurm"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    script = tmp_path / "examples/slurm/job.sh"
+    deaf = "".join(line for line in script.open() if not line.startswith("trap "))
+    script.write_text(deaf)
+    number, run = trainer.submit("deaf", "--save-interval 1000", slow=4, REPO=str(tmp_path))
+    run.wait_for(2)
+    cluster.login("scancel", "--batch", "--signal=USR1", number)
+    job = cluster.wait(number)
+    assert job.state == "FAILED"
+    assert run.saved == 0
+
+
+def test_killed_rank_and_crashed_node(cluster, trainer, undisturbed):
+    """The node check leaves out the node that crashed."""
+    number, run = trainer.submit(
+        "faults", "--save-interval 4", "--nodes=2", slow=0.7, SLOW_STARTS="2", DOCTOR="1"
+    )
+    run.wait_for(6)
+    cluster.on("node2", "pkill", "-KILL", "-f", RANK)
+    run.wait_for(13, start=1)
+    cluster.power_off("node2")
+    job = cluster.wait(number)
+    cluster.start("node2")
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0")
+    assert "node2" not in job.nodes
+    assert 0 < run.starts[1] < run.starts[2]
+    assert_same(run, undisturbed("", 2))
+    cluster.wait_for_nodes()
+
+
+def test_cancelled_with_a_slow_checkpoint(cluster, trainer, undisturbed):
+    """Its save takes longer than torchrun and SLURM wait; a job that depends on it goes on."""
+    number, run = trainer.submit("cancelled", "--save-interval 1000", "--nodes=2", slow=1, SLOW_SAVE="45")
+    after, _ = trainer.submit(
+        "cancelled", "--save-interval 1000", "--nodes=2", f"--dependency=afternotok:{number}"
+    )
+    run.wait_for(6)
+    cluster.login("scancel", "--batch", "--signal=TERM", number)
+    job = cluster.wait(number)
+    assert (job.state, job.exit_code, job.restarts) == ("FAILED", "143:0", 0)
+    assert run.saved >= 6
+    assert cluster.wait(after).state == "COMPLETED"
+    assert len(run.steps) == LAST, "a step was repeated, so the last one was not saved"
+    assert_same(run, undisturbed("", 2))
+
+
+def test_srun_and_asynchronous_saves(cluster, trainer, undisturbed):
+    """A rank a task; the save that the warning asks for is whole before the ranks end."""
+    number, run = trainer.submit(
+        "srun",
+        "--save-interval 2 --async-save",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        script="pretrain_srun.sbatch",
+        slow=0.5,
+    )
+    run.wait_for(5)
+    cluster.login("scancel", "--batch", "--signal=USR1", number)
+    job = cluster.wait(number)
+    assert (job.state, job.restarts) == ("COMPLETED", 1)
+    assert len(run.steps) == LAST, "a step was repeated, so the last one was not saved"
+    assert_same(run, undisturbed("", 2))
+
+
+def test_split_brain(cluster, trainer, undisturbed):
+    """A cable is pulled: the old ranks live on while the job runs elsewhere, and write nothing more."""
+    number, run = trainer.submit("split", "--save-interval 2", "--nodes=1", slow=6, RANKS_PER_NODE="2")
+    run.wait_for(3)
+    old = cluster.job(number).batch_host
+    cluster.unplug(old)
+    until(lambda: len(run.starts) == 2, "the job to start elsewhere", 120)
+    old_log = run.folder / "jobs" / number / "restart_0" / f"{old}.log"
+    until(lambda: "taken over by a newer run" in old_log.read_text(), "the fence", 120)
+    cluster.plug(old)
+    job = cluster.wait(number)
+    assert (job.state, job.restarts) == ("COMPLETED", 1)
+    assert job.batch_host != old
+    assert_same(run, undisturbed("", 2))
+    cluster.wait_for_nodes()
+
+
+def test_sweep(cluster, trainer):
+    """An array: one of its tasks is requeued alone, and what depends on the array waits for it."""
+    array, _ = trainer.submit(
+        "sweep",
+        "--save-interval 1000",
+        "--array=0-1",
+        "--nodes=1",
+        script="sweep.sbatch",
+        slow=1,
+        PLACEMENTS="pre peri",
+    )
+    after = cluster.submit(f"--dependency=afterok:{array}", "--output=/dev/null", "--wrap=true")
+    pre, peri = (trainer.named(f"sweep/{name}_1e-3_1") for name in ("pre", "peri"))
+    peri.wait_for(5)
+    cluster.login("scancel", "--batch", "--signal=USR1", f"{array}_1")  # has the array's number
+    jobs = [cluster.wait(f"{array}_{task}") for task in (0, 1)]
+    assert [(job.state, job.restarts) for job in jobs] == [("COMPLETED", 0), ("COMPLETED", 1)]
+    assert (pre.saved, peri.saved) == (LAST, LAST)
+    assert (len(pre.starts), len(peri.starts)) == (1, 2)
+    assert cluster.wait(after).state == "COMPLETED"
