@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["new_folder", "sync"]
+__all__ = ["new_folder", "sync", "write_whole"]
 
 
 def sync(path: Path) -> None:
@@ -58,3 +58,17 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole under its name, in place of an old one; its folder must be there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
