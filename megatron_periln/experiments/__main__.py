@@ -116,7 +116,10 @@ def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:
             bar.set_postfix(counts)
 
         bar.set_description(study.name)
-        Launcher(study, jobs, provenance()).run(left, on_end)
+        try:
+            Launcher(study, jobs, provenance()).run(left, on_end)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on") from None
     return failed
 
 

@@ -117,9 +117,8 @@ def validation_loss(log: Path) -> float | None:
 
 
 def is_finite(folder: Path) -> bool:
-    """Tell whether all losses and gradient norms of the run in ``folder`` are finite."""
-    steps = read_run(folder / FILE_NAME).steps
-    return bool(np.isfinite(steps.loss).all() and np.isfinite(steps.grad_norm).all())
+    """Tell whether all training losses of the run in ``folder`` are finite."""
+    return bool(np.isfinite(read_run(folder / FILE_NAME).steps.loss).all())
 
 
 def depth_profiles(folder: Path) -> dict[str, Any]:

@@ -130,6 +130,9 @@ class Launcher:
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
+            for _, of_another in self._running.values():
+                os.close(of_another)
+            os.set_inheritable(lock, True)  # held as long as the run lives, should this process be killed
             _be_run(self.study, folder)
         self._running[pid] = (folder, lock)
         return True
@@ -170,7 +173,8 @@ def _be_run(study: Study, folder: CellFolder) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        multiprocessing.util._exit_function()  # ends the checkpoint writer's processes
+        # Ends the checkpoint writer's processes.
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -89,7 +89,7 @@ class CellFolder:
     def _outcome(self, exit_code: int, diverged_above: float | None) -> tuple[str, str | None]:
         try:
             if not is_finite(self.path):
-                return "diverged", "a loss or gradient norm is not finite"
+                return "diverged", "a loss is not finite"
         except UsageError as error:
             return "failed", self._last_words() if exit_code else str(error)
         if exit_code:
@@ -105,11 +105,12 @@ class CellFolder:
     def _last_words(self) -> str:
         """Return the line of the log that says why the run failed."""
         try:
-            lines = [line for line in (self.path / LOG_NAME).read_text(errors="replace").splitlines() if line]
+            log = (self.path / LOG_NAME).read_text(errors="replace")
         except OSError:
-            lines = []
+            log = ""
+        lines = [line for line in log.splitlines() if line.strip()] or ["it left no log"]
         errors = [line for line in lines if line.startswith("error:")]
-        return [*lines[-1:], *errors, "it left no log"][-1 if not lines else -2].removeprefix("error: ")
+        return (errors or lines)[-1].removeprefix("error: ")
 
     def _write(self, state: dict[str, Any]) -> None:
         write_whole(self.path / "cell.json", json.dumps(state, indent=1) + "\n")
