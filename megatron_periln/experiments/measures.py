@@ -29,11 +29,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One number of a run; ``of`` gives NaN where the run has none."""
+    """One number of a run, and how tables show it; ``of`` gives NaN where the run has none."""
 
     title: str
     of: Callable[[Run], float]
-    digits: int = 3
+    form: str = ".3g"
 
 
 def layer_gradients(run: Run) -> Floats:
@@ -71,21 +71,22 @@ def _training_loss(run: Run) -> float:
 
 # In the order of the tables; validation_loss, from the log, comes before them.
 MEASURES: dict[str, Measure] = {
-    "training_loss": Measure(title="training loss, last tenth", of=_training_loss),
-    "loss_spikes": Measure(title="loss spikes", of=_alerts("loss-spike"), digits=1),
-    "gradient_spikes": Measure(title="gradient spikes", of=_alerts("gradient-spike"), digits=1),
+    "training_loss": Measure(title="training loss, last tenth", of=_training_loss, form=".3f"),
+    "loss_spikes": Measure(title="loss spikes", of=_alerts("loss-spike"), form=".1f"),
+    "gradient_spikes": Measure(title="gradient spikes", of=_alerts("gradient-spike"), form=".1f"),
     "gradient_norm": Measure(
-        title="gradient norm, median", of=lambda run: float(np.median(run.steps.grad_norm)), digits=2
+        title="gradient norm, median", of=lambda run: float(np.median(run.steps.grad_norm))
     ),
-    "gradient_spread": Measure(title="gradient norms of layers, max/min", of=_spread, digits=1),
-    "largest_activation": Measure(title="max |x|", of=_largest, digits=1),
+    "gradient_spread": Measure(title="gradient norms of layers, max/min", of=_spread),
+    "largest_activation": Measure(title="max |x|", of=_largest),
     "variance_at_start": Measure(title="variance of the last layer, first", of=_last_variance(0)),
-    "variance_at_end": Measure(title="variance of the last layer, last", of=_last_variance(-1), digits=2),
+    "variance_at_end": Measure(title="variance of the last layer, last", of=_last_variance(-1)),
     "angular_distance": Measure(
         title="angular distance",
         of=lambda run: float(run.layers.values["angular_distance"][-1][_inner(run)].mean()),
+        form=".3f",
     ),
-    "seconds": Measure(title="seconds", of=lambda run: float(run.steps.seconds.sum()), digits=0),
+    "seconds": Measure(title="seconds", of=lambda run: float(run.steps.seconds.sum())),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,30 +28,38 @@ def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[s
     Returns
     -------
     dict
-        ``study``, ``about``, ``command``; ``runs``, one entry a run, with its status, measures, flags,
-        commit and versions; ``summary``, one entry a combination; ``profiles``, statistics by depth of
-        the runs of the first seed.
+        ``study``, ``about``, ``command``, ``flags`` of every run; ``made``, the commits and versions that
+        occur; ``summary``, one entry a combination; ``runs``, one entry a run, with its status, measures,
+        own flags, and the index of its ``made``; ``profiles``, statistics by depth of each run.
     """
-    runs = [_run(folder) for folder in folders]
-    first = [folder for folder in folders if folder.cell.seed == study.seeds[0]]
-    done = [folder for folder in first if folder.read()["status"] == "finished"]
+    made: list[dict[str, Any]] = []
+    runs = [_run(folder, len(study.flags), made) for folder in folders]
+    done = [folder for folder, run in zip(folders, runs, strict=True) if run["status"] in DONE]
     return {
         "study": study.name,
         "about": study.about,
         "command": command,
+        "flags": shlex.join(study.flags),
+        "made": made,
         "summary": summarize(runs),
         "runs": runs,
         "profiles": [
-            {"choices": f.cell.choices, "seed": f.cell.seed, **depth_profiles(f.path)} for f in done
+            {"choices": each.cell.choices, "seed": each.cell.seed, **depth_profiles(each.path)}
+            for each in done
         ],
     }
 
 
-def _run(folder: CellFolder) -> dict[str, Any]:
+def _run(folder: CellFolder, shared: int, made: list[dict[str, Any]]) -> dict[str, Any]:
     state = folder.read()
-    kept = ("status", "reason", "measures", "flags", "attempts", "commit", "versions", "machine")
-    about = {"choices": folder.cell.choices, "seed": folder.cell.seed}
-    return about | {key: state[key] for key in kept if state.get(key) is not None}
+    run = {"choices": folder.cell.choices, "seed": folder.cell.seed, "flags": folder.cell.flags[shared:]}
+    run |= {key: state[key] for key in ("status", "reason", "attempts", "measures") if state.get(key)}
+    if state["status"] == "pending":
+        return run
+    about = {key: state.get(key) for key in ("commit", "versions", "machine")}
+    if about not in made:
+        made.append(about)
+    return run | {"made": made.index(about)}
 
 
 def summarize(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -91,21 +100,20 @@ def markdown(results: dict[str, Any]) -> str:
     rows = results["summary"]
     axes = list(rows[0]["choices"]) if rows else []
     titles = {"validation_loss": "validation loss"} | {name: each.title for name, each in MEASURES.items()}
-    digits = {"validation_loss": 3} | {name: each.digits for name, each in MEASURES.items()}
+    forms = {"validation_loss": ".3f"} | {name: each.form for name, each in MEASURES.items()}
     head = [*axes, "seeds", "diverged", *(titles[name] for name in _IN_MARKDOWN)]
     lines = [f"# {results['study']}", "", results["about"], "", _line(head), _line(["---"] * len(head))]
     for row in rows:
         seeds = f"{row['seeds'] - row['missing']}" + (f" of {row['seeds']}" if row["missing"] else "")
-        cells = [_cell(row["measures"][name], digits[name]) for name in _IN_MARKDOWN]
+        cells = [_cell(row["measures"][name], forms[name]) for name in _IN_MARKDOWN]
         lines.append(_line([*row["choices"].values(), seeds, str(row["diverged"]), *cells]))
     return "\n".join([*lines, "", f"    {results['command']}", ""])
 
 
-def _cell(value: dict[str, Any], digits: int) -> str:
+def _cell(value: dict[str, Any], form: str) -> str:
     if value["mean"] is None:
         return "-"
-    spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
+    return f"{value['mean']:{form}}" + ("" if value["std"] is None else f" ± {value['std']:{form}}")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -126,10 +134,21 @@ def _csv(results: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+def _json(results: dict[str, Any]) -> str:
+    """Return JSON with a line for each key, and for each entry of a list."""
+
+    def value(item: Any) -> str:
+        if isinstance(item, list) and item:
+            return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in item) + "\n ]"
+        return json.dumps(item)
+
+    return "{\n" + ",\n".join(f' "{key}": {value(item)}' for key, item in results.items()) + "\n}\n"
+
+
 def write_results(results: dict[str, Any], folder: Path) -> Path:
     """Write ``results.json``, ``results.csv`` and ``results.md``; return the last one's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_whole(folder / "results.json", _json(results))
     write_whole(folder / "results.csv", _csv(results))
     write_whole(folder / "results.md", markdown(results))
     return folder / "results.md"

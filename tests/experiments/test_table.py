@@ -143,12 +143,14 @@ def test_results_say_what_is_missing_and_what_diverged(tmp_path):
     assert [row["status"] for row in rows] == ["finished", "diverged"] + ["pending"] * 4
     assert (rows[1]["validation_loss"], rows[2]["validation_loss"]) == ("7.0", "")
     results = json.loads((tmp_path / "results.json").read_text())
-    [profile] = results["profiles"]
+    profile, _ = results["profiles"]
     run = read_run(first.record)
     assert profile["choices"] == {"norm-placement": "pre"}
     assert profile["variance"][1] == pytest.approx(run.layers.values["stream_variance"][-1, :5], rel=1e-3)
     assert profile["angular_distance"][0][0] is None
-    assert results["runs"][0]["commit"] == "abc"
+    assert results["made"] == [{"commit": "abc", "versions": {}, "machine": None}]
+    assert [run.get("made") for run in results["runs"]] == [0, 0] + [None] * 4
+    assert results["runs"][0]["flags"] == ["--norm-placement", "pre", "--seed", "1"]
 
 
 def test_markdown_rounds_and_shows_the_deviation():
