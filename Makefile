@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PLACEMENTS ?= pre post peri
+STUDY ?= learning_rate
+JOBS ?= 1
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
@@ -14,10 +16,14 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-gpu gpu-check gpu-wheels parallelism pictures lint install constraints clean
+.PHONY: quickstart study test test-all test-gpu gpu-check gpu-wheels parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
+
+study: install  ## Run one of examples/paper/studies on the CPU, half an hour on a core: STUDY, JOBS
+	$(PY) examples/quickstart/corpus.py runs/studies/data
+	$(PY) -m megatron_periln.experiments examples/paper/studies/$(STUDY).yaml --jobs $(JOBS)
 
 test: lint  ## Lint, types and all tests that need no GPU
 	$(PY) -m pytest

@@ -65,6 +65,12 @@ def _largest(run: Run) -> float:
     return float(run.layers.values["stream_max_abs"][:, stream].max())
 
 
+def _later_gradients(run: Run) -> Floats:
+    """Return the gradient norms after the first quarter of the run, over their median."""
+    norms = run.steps.grad_norm[len(run.steps.grad_norm) // 4 :]
+    return np.asarray(norms / np.nanmedian(norms))
+
+
 def _training_loss(run: Run) -> float:
     return float(run.steps.loss[-max(1, len(run.steps.loss) // 10) :].mean())
 
@@ -76,6 +82,14 @@ MEASURES: dict[str, Measure] = {
     "gradient_spikes": Measure(title="gradient spikes", of=_alerts("gradient-spike"), form=".1f"),
     "gradient_norm": Measure(
         title="gradient norm, median", of=lambda run: float(np.median(run.steps.grad_norm))
+    ),
+    "gradient_peak": Measure(
+        title="gradient norm, largest / median", of=lambda run: float(np.nanmax(_later_gradients(run)))
+    ),
+    "gradient_outliers": Measure(
+        title="steps above 5 medians",
+        of=lambda run: float((_later_gradients(run) > 5).sum()),
+        form=".1f",
     ),
     "gradient_spread": Measure(title="gradient norms of layers, max/min", of=_spread),
     "largest_activation": Measure(title="max |x|", of=_largest),

@@ -83,7 +83,7 @@ class CellFolder:
         state = self.read()
         status, reason = self._outcome(exit_code, diverged_above)
         done = {"status": status, "reason": reason, "exit_code": exit_code, "ended": time.time()}
-        self._write({**state, **done, "measures": measure(self.path) if status in DONE else None})
+        self._write({**state, **done})
         return status
 
     def _outcome(self, exit_code: int, diverged_above: float | None) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_periln.experiments.measures import MEASURES, depth_profiles
+from megatron_periln.experiments.measures import MEASURES, depth_profiles, measure
 from megatron_periln.experiments.state import DONE, CellFolder
 from megatron_periln.experiments.study import Study
 from megatron_periln.files import write_whole
@@ -53,7 +53,9 @@ def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[s
 def _run(folder: CellFolder, shared: int, made: list[dict[str, Any]]) -> dict[str, Any]:
     state = folder.read()
     run = {"choices": folder.cell.choices, "seed": folder.cell.seed, "flags": folder.cell.flags[shared:]}
-    run |= {key: state[key] for key in ("status", "reason", "attempts", "measures") if state.get(key)}
+    run |= {key: state[key] for key in ("status", "reason", "attempts") if state.get(key)}
+    if state["status"] in DONE:
+        run["measures"] = measure(folder.path)
     if state["status"] == "pending":
         return run
     about = {key: state.get(key) for key in ("commit", "versions", "machine")}

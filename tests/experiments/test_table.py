@@ -49,7 +49,7 @@ def test_a_run_finishes_diverges_or_fails(tmp_path):
     first, *_ = folders(tmp_path)
     assert first.read() == {"status": "pending"}
     assert ran(first, "3.25E+00", seed=0) == "finished"
-    assert first.read()["measures"]["validation_loss"] == 3.25
+    assert measure(first.path)["validation_loss"] == 3.25
     for loss, run, reason in (
         ("3.0", {"nan_from": 30}, "not finite"),
         ("NAN", {"seed": 0}, "not finite"),
@@ -95,6 +95,9 @@ def test_measures_are_those_of_the_record(tmp_path):
     assert measures["largest_activation"] == pytest.approx(layers["stream_max_abs"][:, :5].max(), rel=1e-5)
     assert measures["variance_at_start"] == pytest.approx(layers["stream_variance"][0, 4], rel=1e-5)
     assert measures["variance_at_end"] == pytest.approx(layers["stream_variance"][-1, 4], rel=1e-5)
+    later = run.steps.grad_norm[15:] / np.median(run.steps.grad_norm[15:])
+    assert measures["gradient_peak"] == pytest.approx(later.max(), rel=1e-5)
+    assert measures["gradient_outliers"] == sum(later > 5)
     norms = np.hypot(layers["attention_gradient_norm"], layers["mlp_gradient_norm"])[-1, 1:5]
     assert measures["gradient_spread"] == pytest.approx(norms.max() / norms.min(), rel=1e-5)
     assert measures["angular_distance"] == pytest.approx(layers["angular_distance"][-1, 1:5].mean(), rel=1e-5)
