@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_periln.monitor.reading import Run, read_run
 from megatron_periln.monitor.schema import FILE_NAME
 
-__all__ = ["LOG_NAME", "MEASURES", "Measure", "depth_profiles", "is_finite", "measure", "validation_loss"]
+__all__ = ["LOG_NAME", "MEASURES", "Measure", "broken_off", "depth_profiles", "measure", "validation_loss"]
 
 LOG_NAME = "log.txt"
 
@@ -131,9 +131,20 @@ def validation_loss(log: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def is_finite(folder: Path) -> bool:
-    """Tell whether all training losses of the run in ``folder`` are finite."""
-    return bool(np.isfinite(read_run(folder / FILE_NAME).steps.loss).all())
+def broken_off(folder: Path) -> tuple[str | None, str | None]:
+    """Return what the record of the run in ``folder`` says against it.
+
+    Returns
+    -------
+    tuple
+        The first NaN or Inf of its loss, gradient norm or layers, and where it ended if that was before
+        ``--train-iters``; None for what is not so.
+    """
+    run = read_run(folder / FILE_NAME)
+    messages = [f"{alert['message']}, iteration {alert['iteration']}" for alert in run.alerts]
+    broken = [text for text, alert in zip(messages, run.alerts, strict=True) if alert["alert"] == "nan"]
+    last, due = int(run.steps.iteration.max(initial=0)), run.header["flags"].get("train_iters") or 0
+    return next(iter(broken), None), f"it ended at iteration {last} of {due}" if last < due else None
 
 
 def depth_profiles(folder: Path) -> dict[str, Any]:

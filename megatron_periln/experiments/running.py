@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing.util
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from megatron_periln.errors import UsageError
 from megatron_periln.experiments.measures import LOG_NAME
-from megatron_periln.experiments.state import CellFolder
+from megatron_periln.experiments.state import DONE, CellFolder
 from megatron_periln.experiments.study import Study
 
 __all__ = ["Launcher", "check_flags", "command_line", "is_forked", "prepare"]
@@ -104,7 +105,8 @@ class Launcher:
     def run(self, folders: Sequence[CellFolder], on_end: Callable[[CellFolder, str], None]) -> None:
         """Run all of ``folders``; ``on_end`` is told the status of each as it ends.
 
-        A folder that another process has is told as ``elsewhere``. When this function is left by an
+        A folder that another process has is told as ``elsewhere``, one that it finished meanwhile with its
+        status. When this function is left by an
         exception, such as Ctrl-C, the runs are ended; they start again next time.
         """
         waiting = list(reversed(folders))
@@ -112,8 +114,8 @@ class Launcher:
             while waiting or self._running:
                 while waiting and len(self._running) < self.jobs:
                     folder = waiting.pop()
-                    if not self._start(folder):
-                        on_end(folder, "elsewhere")
+                    if (status := self._start(folder)) is not None:
+                        on_end(folder, status)
                 if self._running:
                     on_end(*self._wait())
         finally:
@@ -122,10 +124,16 @@ class Launcher:
             for pid in self._running:
                 os.waitpid(pid, 0)
 
-    def _start(self, folder: CellFolder) -> bool:
-        lock = folder.begin(self.about)
+    def _start(self, folder: CellFolder) -> str | None:
+        """Start a run, or return why not."""
+        lock = folder.lock()
         if lock is None:
-            return False
+            return "elsewhere"
+        status: str = folder.read()["status"]
+        if status in DONE:
+            os.close(lock)
+            return status
+        folder.begin(self.about)
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -135,7 +143,7 @@ class Launcher:
             os.set_inheritable(lock, True)  # held as long as the run lives, should this process be killed
             _be_run(self.study, folder)
         self._running[pid] = (folder, lock)
-        return True
+        return None
 
     def _wait(self) -> tuple[CellFolder, str]:
         pid, status = os.waitpid(-1, 0)
@@ -156,16 +164,18 @@ def _be_run(study: Study, folder: CellFolder) -> NoReturn:
         log = os.open(folder.path / LOG_NAME, os.O_WRONLY | os.O_CREAT | mode)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        flags = command_line(study, folder)
+        # In a file: torchrun takes some of Megatron's flags, such as --monitor, for short forms of its own.
+        flags = folder.path / "run.flags"
+        flags.write_text("\n".join(shlex.quote(flag) for flag in command_line(study, folder)) + "\n")
         if not is_forked(study):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += ["--nproc-per-node", str(study.ranks), "-m", "megatron_periln.pretrain"]
-            os.execv(sys.executable, [*torchrun, *flags])
+            os.execv(sys.executable, [*torchrun, f"@{flags}"])
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         from megatron_periln import pretrain
 
-        sys.argv = ["pretrain", *flags]
+        sys.argv = ["pretrain", f"@{flags}"]
         pretrain.main()
         status = 0
     except SystemExit as end:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.errors import UsageError
-from megatron_periln.experiments.measures import LOG_NAME, is_finite, measure
+from megatron_periln.experiments.measures import LOG_NAME, broken_off, measure
 from megatron_periln.experiments.study import Cell
 from megatron_periln.files import write_whole
 from megatron_periln.monitor.schema import FILE_NAME
@@ -55,8 +55,8 @@ class CellFolder:
             )
         return state
 
-    def begin(self, about: dict[str, Any]) -> int | None:
-        """Take the folder for a run: return the descriptor that locks it, None if another process has it."""
+    def lock(self) -> int | None:
+        """Take the folder: return the descriptor that locks it while open, None if another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
@@ -64,6 +64,10 @@ class CellFolder:
         except BlockingIOError:
             os.close(lock)
             return None
+        return lock
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Write that the run is running, and ``about`` it; the folder must be locked."""
         state = self.read()
         self._write(
             {
@@ -76,7 +80,6 @@ class CellFolder:
                 **about,
             }
         )
-        return lock
 
     def end(self, exit_code: int, diverged_above: float | None) -> str:
         """Write what became of the run, and return its status."""
@@ -88,12 +91,13 @@ class CellFolder:
 
     def _outcome(self, exit_code: int, diverged_above: float | None) -> tuple[str, str | None]:
         try:
-            if not is_finite(self.path):
-                return "diverged", "a loss is not finite"
+            not_finite, early = broken_off(self.path)
         except UsageError as error:
             return "failed", self._last_words() if exit_code else str(error)
-        if exit_code:
-            return "failed", self._last_words()
+        if not_finite is not None:
+            return "diverged", not_finite
+        if exit_code or early is not None:
+            return "failed", self._last_words() if exit_code else early
         values = measure(self.path)
         loss = values["training_loss"] if values["validation_loss"] is None else values["validation_loss"]
         if loss is None or not math.isfinite(loss):

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_periln import flag_files
+from megatron_periln.monitor.reading import read_run
 from tests.parallel.conftest import indexed_bytes  # noqa: F401
 from tests.training.model import MODEL
 
@@ -21,12 +24,14 @@ flags: |
   --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3
   --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 256
   --split 90,10,0 --log-interval 1 --eval-iters 1 --eval-interval 1000 --num-workers 0 {MODEL}
+  --save-interval 3
 grid:
   variant:
     peri: --norm-placement peri
     hot: --norm-placement pre --lr 1e30
     impossible: --norm-placement peri --hidden-size 33
 seeds: [1, 2]
+save: true
 """
 
 
@@ -101,8 +106,27 @@ def test_every_run_keeps_what_it_was_made_of(study):
         assert state["flags"][-2:] == ["--seed", name[-1]]
         assert "commit" in state
         assert (folder / "runs" / name / "log.txt").exists()
-    lines = (folder / "runs" / "peri,seed=2" / "monitor.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines if '"step"' in line] == list(range(1, 7))
+        assert (
+            flag_files.expand([f"@{folder / 'runs' / name / 'run.flags'}"])[: len(state["flags"])]
+            == (state["flags"])
+        )
+
+
+def test_the_run_that_was_cut_off_resumes_from_its_checkpoint(study):
+    *_, folder = study
+    run = read_run(folder / "runs" / "peri,seed=2" / "monitor.jsonl")
+    assert run.resumed_from == [3]
+    assert run.steps.iteration.tolist() == list(range(1, 7))
+
+
+def test_a_run_that_diverges_ends_there(study):
+    *_, after, folder = study
+    steps = read_run(folder / "runs" / "hot,seed=1" / "monitor.jsonl").steps
+    finite = np.isfinite(steps.loss) & np.isfinite(steps.grad_norm)
+    assert finite[:-1].all()
+    assert not finite[-1]
+    assert len(finite) < 6
+    assert f"is nan, iteration {len(finite)}" in after["hot,seed=1"]["reason"]
 
 
 def test_the_table_has_both_seeds_and_hides_nothing(study):

@@ -31,8 +31,9 @@ def log_of(loss, *, of="on validation set "):
 
 def ran(folder, loss, *, exit_code=0, log=None, **run):
     """Put a synthetic run into ``folder``, end it, and return its status."""
-    lock = folder.begin({"commit": "abc", "versions": {}})
+    lock = folder.lock()
     assert lock is not None
+    folder.begin({"commit": "abc", "versions": {}})
     if run:
         write_run(folder.path, folder.cell.choices["norm-placement"], steps=60, num_layers=4, **run)
     (folder.path / "log.txt").write_text(log_of(loss) if log is None else log)
@@ -51,13 +52,16 @@ def test_a_run_finishes_diverges_or_fails(tmp_path):
     assert ran(first, "3.25E+00", seed=0) == "finished"
     assert measure(first.path)["validation_loss"] == 3.25
     for loss, run, reason in (
-        ("3.0", {"nan_from": 30}, "not finite"),
+        ("3.0", {"nan_from": 30}, "loss is nan, iteration 30"),
         ("NAN", {"seed": 0}, "not finite"),
         ("5.01", {"seed": 0}, "5.010, above 5.0"),
     ):
         other = CellFolder(tmp_path / loss, first.cell)
         assert ran(other, loss.lower(), **run) == "diverged"
         assert reason in other.read()["reason"]
+    early = CellFolder(tmp_path / "early", first.cell)
+    assert ran(early, "3.0", seed=0, train_iters=61) == "failed"
+    assert early.read()["reason"] == "it ended at iteration 60 of 61"
     broken = CellFolder(tmp_path / "broken", first.cell)
     assert ran(broken, "3.0", exit_code=1, log="error: no data\nmore\n") == "failed"
     assert broken.read()["reason"] == "no data"
@@ -80,10 +84,10 @@ def test_a_folder_of_other_flags_is_refused(tmp_path):
 
 def test_a_folder_is_one_process_s(tmp_path):
     first, *_ = folders(tmp_path)
-    lock = first.begin({})
-    assert first.begin({}) is None
+    lock = first.lock()
+    assert first.lock() is None
     os.close(lock)
-    assert first.begin({}) is not None
+    assert first.lock() is not None
 
 
 def test_measures_are_those_of_the_record(tmp_path):
