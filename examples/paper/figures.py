@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_periln.report.colors import PLACEMENT_COLORS
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"peri": "Peri-LN", "pre": "Pre-LN", "post": "Post-LN", "output": "Output-only"}
 FP16_LARGEST = 65504.0
+RATE = "1.6e-2"  # of the ablations
 Results = dict[str, Any]
 
 
@@ -62,14 +63,20 @@ def by_depth(results: Results, statistic: str, time: int, of: dict[str, str], **
     return Panel(x="layer", lines=lines, **panel)
 
 
-def variants(results: Results) -> str:
-    """Draw the loss of each variant of the ablations with its deviation over seeds."""
-    rows = [row for row in results["summary"] if row["measures"]["validation_loss"]["mean"] is not None]
+def variants(sweep: Results, studies: Sequence[Results]) -> str:
+    """Draw the loss of each variant with its deviation over seeds, beside the sweep's at the same rate."""
+    whole = [
+        {**row, "choices": {"variant": row["choices"]["norm-placement"]}}
+        for row in sweep["summary"]
+        if row["choices"]["lr"] == RATE
+    ]
+    rows = [row for each in studies for row in each["summary"]] + whole
+    rows = [row for row in rows if row["finished"]]
     rows.sort(key=lambda row: row["measures"]["validation_loss"]["mean"])
     means = [row["measures"]["validation_loss"] for row in rows]
     low = min(m["mean"] - (m["std"] or 0) for m in means)
     high = max(m["mean"] + (m["std"] or 0) for m in means)
-    left, width, step = 190, 620, 22
+    left, width, step = 230, 660, 22
     height = step * len(rows) + 52
 
     def x(value: float) -> float:
@@ -87,6 +94,7 @@ def variants(results: Results) -> str:
     for index, (row, value) in enumerate(zip(rows, means, strict=True)):
         name, y = row["choices"]["variant"], 20 + index * step
         tint, spread = color(name.partition(",")[0]), value["std"] or 0.0
+        name += "" if row["finished"] == row["seeds"] else f" ({row['finished']} of {row['seeds']} seeds)"
         out.append(f'<text x="{left}" y="{y + 4}" text-anchor="end">{name}</text>')
         first, last = (x(value["mean"] + sign * spread) for sign in (-1, 1))
         out.append(f'<path d="M{first:.1f} {y}H{last:.1f}" stroke="{tint}"/>')
@@ -99,7 +107,7 @@ def figures(results: Callable[[str], Results]) -> dict[str, str]:
     """Return the figures by name."""
     sweep, longer = results("learning_rate"), results("longer")
     times = ((0, "at initialization"), (-1, "after training"))
-    deep, rate = {"log_y": True}, {"lr": "1.6e-2"}
+    deep, rate = {"log_y": True}, {"lr": RATE}
     return {
         "learning-rate": draw(
             [
@@ -128,7 +136,7 @@ def figures(results: Callable[[str], Results]) -> dict[str, str]:
                 for time, when in times
             ]
         ),
-        "ablations": variants(results("ablations")),
+        "ablations": variants(sweep, [results("ablations"), results("surroundings")]),
     }  # fmt: skip
 
 

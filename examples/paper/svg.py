@@ -54,10 +54,13 @@ class Axis:
         return self.start + (value - low) / ((high - low) or 1) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return about five round values, powers of ten on a logarithmic axis."""
+        """Return about five round values, powers of ten on a long logarithmic axis."""
         if self.log:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**power for power in range(first, last + 1, max(1, (last - first + 4) // 5))]
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            factors = (1, 2, 5) if last - first < 3 else (1,)
+            powers = range(first, last + 1, max(1, (last - first + 3) // 5))
+            ticks = [factor * 10.0**power for power in powers for factor in factors]
+            return [tick for tick in ticks if self.low <= tick <= self.high]
         rough = (self.high - self.low) / 5 or 1
         unit = 10 ** math.floor(math.log10(rough))
         step = min((factor * unit for factor in (1, 2, 5, 10)), key=lambda s: abs(s - rough))

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from megatron_periln import flag_files
 from megatron_periln.experiments.running import check_flags
 from megatron_periln.experiments.study import read_study
+from megatron_periln.experiments.table import markdown, summarize
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import PLACEMENTS
 from megatron_periln.training.arguments import add_arguments, placement_from_args
@@ -122,3 +125,33 @@ def test_tokenizer_is_tiktoken_s_with_the_same_ids(tmp_path):
     assert tokenizer.encode(text, add_special_tokens=False) == expected
     assert tokenizer.decode(expected) == text
     assert (tokenizer.eos_token_id, len(tokenizer)) == (263, 271)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The committed results by study."""
+    return {path.stem: json.loads(path.read_text()) for path in (PAPER / "results").glob("*.json")}
+
+
+def test_tables_are_those_of_the_results(results):
+    assert results.keys() == {"learning_rate", "longer", "ablations", "surroundings"}
+    for name, of_study in results.items():
+        assert of_study["summary"] == summarize(of_study["runs"])
+        assert (PAPER / "results" / f"{name}.md").read_text() == markdown(of_study)
+
+
+def test_results_are_of_the_studies_that_are_shipped(results):
+    for name, of_study in results.items():
+        study = read_study(PAPER / "studies" / f"{name}.yaml")
+        assert of_study["flags"] == shlex.join(study.flags)
+        assert [tuple(run["flags"]) for run in of_study["runs"]] == [
+            cell.flags[len(study.flags) :] for cell in study.cells()
+        ]
+
+
+def test_figures_are_drawn_from_the_results(results, monkeypatch):
+    monkeypatch.syspath_prepend(str(PAPER))
+    drawn = importlib.import_module("figures").figures(results.__getitem__)
+    for name, text in drawn.items():
+        assert (ROOT / f"docs/images/reproduction-{name}.svg").read_text() == text
+        assert f"images/reproduction-{name}.svg" in (ROOT / "docs/reproduction.md").read_text()
