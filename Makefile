@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PLACEMENTS ?= pre post peri
 SEED ?= $(shell date +%s)
+STUDY ?= learning_rate
+JOBS ?= 1
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
@@ -19,11 +21,15 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
+.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
 .PHONY: gpu-wheels parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
+
+study: install  ## Run one of examples/paper/studies on the CPU, half an hour on a core: STUDY, JOBS
+	$(PY) examples/quickstart/corpus.py runs/studies/data
+	$(PY) -m megatron_periln.experiments examples/paper/studies/$(STUDY).yaml --jobs $(JOBS)
 
 test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
 	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_periln import flag_files
 
 __all__ = ["SIZES", "Size", "Trainer", "causal_flops"]
 
@@ -24,12 +27,15 @@ class Size:
     vocab_size: int = 100352  # cl100k_base, padded
 
 
-# The paper gives its sizes in parameters without embeddings, not their shapes; these have as many.
-SIZES = {
-    "400M": Size(24, 1024, 4096, 8),
-    "1.5B": Size(28, 2048, 6144, 16),
-    "3.2B": Size(28, 3072, 8192, 24),
-    "tiny": Size(2, 64, 128, 4, 256),
+def _paper_size(name: str) -> Size:
+    """Return the shape that a flag file of examples/paper describes."""
+    words = flag_files.expand([f"@{Path(__file__).parents[1] / 'examples/paper' / name}.flags"])
+    flags = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads")
+    return Size(*(int(words[words.index(flag) + 1]) for flag in flags))
+
+
+SIZES = {name: _paper_size(name.lower()) for name in ("400M", "1.5B", "3.2B")} | {
+    "tiny": Size(2, 64, 128, 4, 256)
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["new_folder", "sync"]
+__all__ = ["new_folder", "sync", "write_whole"]
 
 
 def sync(path: Path) -> None:
@@ -91,3 +91,17 @@ def _remove_abandoned(path: Path) -> None:
             with _held(folder) as abandoned:
                 if abandoned:
                     shutil.rmtree(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole under its name, in place of an old one; its folder must be there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
