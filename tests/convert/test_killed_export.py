@@ -109,13 +109,15 @@ def ended_by(child):
 
 
 def export_killed(checkpoint, folder, moment, options=SHARDED):
-    """Start an export that is killed at a moment."""
+    """Export in a process that is killed at a moment, and return its id."""
 
     def run():
         moment(pytest.MonkeyPatch())
         export(checkpoint, folder / "model", options, say=quietly)
 
-    assert ended_by(start(run)) == signal.SIGKILL
+    child = start(run)
+    assert ended_by(child) == signal.SIGKILL
+    return child
 
 
 def check_next_export(checkpoint, exported, folder):
@@ -147,15 +149,10 @@ def test_a_kill_after_the_rename_leaves_a_whole_model(checkpoint, exported, tmp_
     assert_whole(tmp_path, exported)
 
 
-def test_kills_at_any_time_while_shards_are_written(checkpoint, exported, tmp_path):
-    for shards in (1, 5, 12):
-        child = start(lambda: export(checkpoint, tmp_path / "model", SHARDED, say=quietly))
-        while len(list(tmp_path.glob("model.*.tmp/*.part"))) < shards:
-            assert not (tmp_path / "model").exists()
-        os.kill(child, signal.SIGKILL)
-        assert ended_by(child) == signal.SIGKILL
-        (left,) = tmp_path.iterdir()  # the one before was removed
-        assert left.name == f"model.{child}.tmp"
+def test_exports_killed_one_after_the_other_leave_one_folder(checkpoint, exported, tmp_path):
+    for moment in (before_any_tensor, between_shards, within_a_shard):
+        child = export_killed(checkpoint, tmp_path, moment)
+        assert [path.name for path in tmp_path.iterdir()] == [f"model.{child}.tmp"]
     check_next_export(checkpoint, exported, tmp_path)
 
 
