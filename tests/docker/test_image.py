@@ -96,7 +96,8 @@ def test_a_home_for_any_user(docker, image):
 TRAINING = """--device cpu --norm-placement peri --num-layers 2 --hidden-size 32 --num-attention-heads 2
     --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 1 --lr 1e-3
     --train-iters 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --eval-iters 0
-    --eval-interval 100 --log-interval 1 --save-interval 2 --num-workers 0 --save /tmp/save --load /tmp/save"""
+    --eval-interval 100 --log-interval 1 --save-interval 2 --num-workers 0
+    --save /tmp/save --load /tmp/save"""
 
 
 def test_with_this_machine_s_torch(docker, image):
