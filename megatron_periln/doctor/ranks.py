@@ -49,7 +49,7 @@ def find_ranks(all_reduce: bool) -> Ranks:
                 "one task a rank, and MASTER_ADDR and MASTER_PORT"
             )
         environment.update({theirs: environment[ours] for ours, theirs in names.items()})
-    if "RANK" not in environment:  # WORLD_SIZE alone may be what a job's script exports
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):  # one may be a job script's own
         return Ranks(0, 1, 0)
     return Ranks(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
