@@ -30,8 +30,8 @@ STATES = ("nothing", ".pyc", ".pyc and indices")
 """What is there from an earlier run."""
 
 PHASES = {
-    "torch": "import of torch, and the CPU in place of the GPU",
-    "Megatron": "import of Megatron and of this package",
+    "torch": "import of torch and megatron.core, the CPU in place of the GPU",
+    "Megatron": "import of megatron.training and of this package",
     "flags": "flags parsed and checked, datasets checked",
     "initialize": "process groups and seeds",
     "model": "model and optimizer built",

@@ -49,8 +49,9 @@ def find_ranks(all_reduce: bool) -> Ranks:
                 "one task a rank, and MASTER_ADDR and MASTER_PORT"
             )
         environment.update({theirs: environment[ours] for ours, theirs in names.items()})
-    size = int(environment.get("WORLD_SIZE", "1"))
-    return Ranks(int(environment.get("RANK", "0")), size, int(environment.get("LOCAL_RANK", "0")))
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):  # one may be a job script's own
+        return Ranks(0, 1, 0)
+    return Ranks(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def connect(ranks: Ranks, seconds: float) -> Iterator[Row]:

@@ -34,7 +34,7 @@ def docker(tmp_path_factory) -> Iterator[Docker]:
     if shutil.which("docker") is None:
         pytest.skip("there is no container engine here: docker is not on PATH")
     answers = subprocess.run(["docker", "version"], capture_output=True).returncode == 0
-    folder = Path(os.environ.get(f"{WANTED}_FOLDER") or tmp_path_factory.mktemp("docker"))
+    folder = tmp_path_factory.mktemp("docker")
     server = None if answers else _start_server(folder)
     host = {} if server is None else {"DOCKER_HOST": f"unix://{folder}/socket"}
 
@@ -58,6 +58,9 @@ def docker(tmp_path_factory) -> Iterator[Docker]:
         if server is not None:
             server.terminate()
             server.wait()
+            for mounted in (folder / "exec" / "netns").glob("*"):
+                subprocess.run(["umount", "--lazy", mounted])
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_server(folder: Path) -> subprocess.Popen:
@@ -107,8 +110,8 @@ def bases(docker: Docker, tmp_path_factory) -> Iterator[Callable[..., str]]:
         return f"stand-in:{tag}"
 
     yield make
-    images = docker("images", "--quiet", "stand-in").stdout.split()
-    docker("image", "rm", "--force", *set(images))
+    images = docker("images", "--format", "{{.Repository}}:{{.Tag}}", "stand-in").stdout.split()
+    docker("image", "rm", *images)
 
 
 @pytest.fixture(scope="session")

@@ -96,20 +96,15 @@ def test_a_home_for_any_user(docker, image):
 TRAINING = """--device cpu --norm-placement peri --num-layers 2 --hidden-size 32 --num-attention-heads 2
     --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 1 --lr 1e-3
     --train-iters 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --eval-iters 0
-    --log-interval 1 --save-interval 2 --num-workers 0 --save /tmp/save --load /tmp/save"""
+    --eval-interval 100 --log-interval 1 --save-interval 2 --num-workers 0
+    --save /tmp/save --load /tmp/save"""
 
 
 def test_with_this_machine_s_torch(docker, image):
     """The doctor finds the container fit, and a model is trained and saved, by any user, without network."""
     packages = site.getsitepackages()[0]
-    mounted = [
-        "--volume",
-        f"{packages}:/packages:ro",
-        "--env",
-        "PYTHONPATH=/packages",
-        "--env",
-        "OMP_NUM_THREADS=1",
-    ]
+    environment = ["PYTHONPATH=/packages", "OMP_NUM_THREADS=1", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=29500"]
+    mounted = ["--volume", f"{packages}:/packages:ro", *(f"--env={variable}" for variable in environment)]
     command = f"python -m megatron_periln.doctor {TRAINING} && python -m megatron_periln.pretrain {TRAINING}"
     without = f"FROM {image}\nRUN python -m pip uninstall --yes torch transformer-engine apex\n"
     docker("build", "--network", "none", "--tag", "stand-in:without", "-", input=without)

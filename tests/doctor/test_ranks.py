@@ -73,6 +73,7 @@ def test_a_rank_that_never_comes(together):
 
 
 def test_ranks_of_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     assert find_ranks(False) == Ranks(0, 1, 0)
     for name, value in {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1}.items():
         monkeypatch.setenv(name, str(value))
