@@ -36,7 +36,8 @@ def check_flags(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        For another kind of training, a count that is not positive, or sizes that don't divide.
+        For another kind of training, a count that is not positive, sizes that don't divide, an interval
+        that is missing; or if this is no rank of a launcher's.
     """
     for name, flag in _OTHER_TRAINING.items():
         if getattr(args, name, None):
@@ -47,6 +48,12 @@ def check_flags(args: Namespace) -> None:
             raise UsageError(f"{flag} must be positive, not {count}")
     if args.fuse_pre_mlp_norm:
         _check_fused_norm(args)
+    if args.save and args.save_interval is None:
+        raise UsageError("--save needs --save-interval, the iterations between checkpoints")
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+        raise UsageError(
+            "give --eval-interval, the iterations between evaluations; with --eval-iters 0 there are none"
+        )
     hidden, heads = args.hidden_size, args.num_attention_heads
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     divisions = [
@@ -68,6 +75,12 @@ def check_flags(args: Namespace) -> None:
                 f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
                 "change one of them"
             )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} not set: start with "
+            "torchrun --nproc-per-node N -m megatron_periln.pretrain"
+        )
 
 
 def _check_fused_norm(args: Namespace) -> None:

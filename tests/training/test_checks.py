@@ -1,0 +1,47 @@
+"""What Megatron would end with a traceback, with flags that a job of the other tests can't leave out."""
+
+import sys
+
+import pytest
+from megatron.training.arguments import parse_args
+
+from megatron_periln.errors import UsageError
+from megatron_periln.training.arguments import add_arguments
+from megatron_periln.training.checks import check_flags
+
+ENOUGH = "--eval-interval 100 --save checkpoints --save-interval 10"
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Check flags as a rank of torchrun's."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
+        check_flags(parse_args(add_arguments))
+
+    return run
+
+
+def test_enough_is_enough(check):
+    check(ENOUGH)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--eval-interval 100 --save checkpoints", "--save needs --save-interval"),
+        ("--eval-iters 0", "give --eval-interval"),
+    ],
+)
+def test_an_interval_is_missing(check, flags, error):
+    with pytest.raises(UsageError, match=error):
+        check(flags)
+
+
+def test_a_launcher_is_missing(check, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(UsageError, match="MASTER_PORT not set: start with torchrun"):
+        check(ENOUGH)
