@@ -12,7 +12,7 @@ from megatron_periln.checkpoints.guard import tidy
 from megatron_periln.checkpoints.manifest import MANIFEST
 from megatron_periln.errors import UsageError
 from tests.checkpoints.test_manifest import flip_a_bit
-from tests.faults.test_fencing import ASYNC
+from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 
 FLAGS = f"{MODEL} --save-interval 2"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 
-ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 JOB = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0"}
 
 
