@@ -94,7 +94,7 @@ def iteration_of(path: Path) -> int | None:
 
 def _is_complete(path: Path) -> bool:
     """Tell whether a checkpoint was saved to its end, if not whether it still is what was saved."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or (path / ".metadata").exists():
         return True
     try:
         return dist_checkpointing.check_is_distributed_checkpoint(str(path)) or any(path.glob("mp_rank_*"))

@@ -149,9 +149,12 @@ def test_what_a_cut_off_save_left_is_removed(checkpoints, capsys):
         (unfinished / name).unlink()
     stock = checkpoints / "iter_0000002"
     (stock / MANIFEST).unlink()
+    other_format = shutil.copytree(stock, checkpoints / "iter_0000001")  # as --ckpt-format fsdp_dtensor
+    (other_format / "metadata.json").unlink()
     tidy(checkpoints)
     assert not unfinished.exists()
     assert stock.exists()
+    assert other_format.exists()
     assert "removing iter_0000006, whose saving did not end" in capsys.readouterr().out
     assert choose(checkpoints) is None
 
