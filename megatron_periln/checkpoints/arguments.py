@@ -16,8 +16,6 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
         "--checkpoint-verify",
         choices=("full", "size", "off"),
         default="full",
-        help="save checksums with a checkpoint and check them before loading; size: only check that every "
-        "file is there and as long as it was; off: neither. A broken checkpoint is passed over for the one "
-        "before. default: full, because sums cost little beside writing, and all ranks share the reading; "
-        "size is for checkpoints so large that reading them twice delays the start",
+        help="save checksums, or sizes alone, and pass over a broken checkpoint for the one before; default: "
+        "full, for sums cost little beside writing; size: for checkpoints too large to be read twice",
     )

@@ -94,7 +94,7 @@ def iteration_of(path: Path) -> int | None:
 
 def _is_complete(path: Path) -> bool:
     """Tell whether a checkpoint was saved to its end, if not whether it still is what was saved."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or (path / ".metadata").exists():
         return True
     try:
         return dist_checkpointing.check_is_distributed_checkpoint(str(path)) or any(path.glob("mp_rank_*"))
@@ -105,21 +105,13 @@ def _is_complete(path: Path) -> bool:
 def _verify(path: Path, full: bool, ranks: Ranks) -> str | None:
     """Return what is wrong with a checkpoint, None if nothing is; the same on every rank."""
     started = time.perf_counter()
-    manifest, reason = None, None
-    try:
-        manifest = Manifest.read(path)
-        if ranks.rank == 0:
-            if not path.is_dir():
-                raise BrokenCheckpointError("the folder is missing")
-            if manifest is None and not _is_complete(path):
-                raise BrokenCheckpointError("its saving did not end")
-            if manifest is not None:
-                manifest.check_sizes(path)
-    except BrokenCheckpointError as error:
-        reason = str(error)
-    reason = ranks.broadcast(reason)
-    if reason is None and manifest is not None and full:
+    manifest, reason = _look(path) if ranks.rank == 0 else (None, None)
+    reason, listed = ranks.broadcast([reason, manifest is not None])
+    if reason is None and listed and full:
         try:
+            manifest = manifest or Manifest.read(path)
+            if manifest is None:
+                raise BrokenCheckpointError(f"{MANIFEST} is not there on rank {ranks.rank}")
             manifest.check_sums(path, ranks.rank, ranks.size)
         except BrokenCheckpointError as error:
             reason = str(error)
@@ -127,6 +119,21 @@ def _verify(path: Path, full: bool, ranks: Ranks) -> str | None:
     if reason is None and ranks.rank == 0:
         print(f"checkpoint {path}: {_verdict(manifest, full, time.perf_counter() - started)}", flush=True)
     return reason
+
+
+def _look(path: Path) -> tuple[Manifest | None, str | None]:
+    """Return a checkpoint's manifest, if it has one, and what a look at the names and sizes finds wrong."""
+    try:
+        if not path.is_dir():
+            raise BrokenCheckpointError("the folder is missing")
+        manifest = Manifest.read(path)
+        if manifest is None and not _is_complete(path):
+            raise BrokenCheckpointError("its saving did not end")
+        if manifest is not None:
+            manifest.check_sizes(path)
+        return manifest, None
+    except BrokenCheckpointError as error:
+        return None, str(error)
 
 
 def _verdict(manifest: Manifest | None, full: bool, seconds: float) -> str:

@@ -62,7 +62,7 @@ def failure(args: Namespace, error: CheckpointException) -> UsageError:
 def tidy(folder: Path) -> None:
     """Remove what saves that were cut off left in a folder, and undo their replacing.
 
-    A distributed checkpoint without metadata.json, which is written last, counts for no one.
+    A distributed checkpoint without .metadata, which is written after all data, can't be loaded by anyone.
     """
     for replaced in sorted(folder.glob(f"{_REPLACED}iter_*")):
         original = folder / replaced.name.removeprefix(_REPLACED)
@@ -75,7 +75,7 @@ def tidy(folder: Path) -> None:
         if path.is_symlink() or not path.is_dir() or iteration_of(path) is None:
             continue
         names = {inner.name for inner in path.iterdir()}
-        unfinished = any(name.endswith(".distcp") for name in names) and "metadata.json" not in names
+        unfinished = any(name.endswith(".distcp") for name in names) and ".metadata" not in names
         if not names or (unfinished and MANIFEST not in names):
             print(f"--save {folder}: removing {path.name}, whose saving did not end", flush=True)
             shutil.rmtree(path, ignore_errors=True)

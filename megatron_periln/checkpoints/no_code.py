@@ -48,6 +48,8 @@ _ALLOWED = {
     },
 }
 
+_restricted = False
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -63,7 +65,11 @@ def _load(file: IO[bytes], **options: Any) -> Any:
 
 
 def restrict() -> None:
-    """Restrict what is unpickled from distributed checkpoints to what holds no code."""
+    """Restrict what is unpickled from distributed checkpoints to what holds no code; once."""
+    global _restricted
+    if _restricted:
+        return
+    _restricted = True
     module: Any = filesystem
     module.pickle = SimpleNamespace(load=_load, dump=pickle.dump)
     load_bytes = DefaultLoadPlanner.load_bytes

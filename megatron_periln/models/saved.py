@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_periln import fixes
+from megatron_periln.checkpoints import no_code
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 
@@ -75,7 +75,7 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     path = checkpoint_path(args, load_arg)
     if path is None:
         return None
-    fixes.apply()
+    no_code.restrict()
     state: dict[str, Any] = {}
     try:
         if dist_checkpointing.check_is_distributed_checkpoint(str(path)):

@@ -15,6 +15,17 @@ from megatron_periln.checkpoints.incarnation import Incarnation
 SUCCESSOR = Incarnation("job 17, restart 1", job="17", restart=1, host="node7", process="")
 
 
+def one_save_at_a_time():
+    """Wait for an asynchronous save before the next begins, however slow the machine is."""
+    save = training.save_checkpoint_and_time
+
+    def patient(*args, **kwargs):
+        training.maybe_finalize_async_save(blocking=True)
+        return save(*args, **kwargs)
+
+    training.save_checkpoint_and_time = patient
+
+
 def superseded_before_saving():
     """SLURM requeues the job after its second save; its ranks live on."""
     before_save = guard.SaveGuard.before_save

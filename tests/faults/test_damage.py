@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from megatron_periln.checkpoints.guard import tidy
 from megatron_periln.checkpoints.manifest import MANIFEST
 from megatron_periln.errors import UsageError
 from tests.checkpoints.test_manifest import flip_a_bit
-from tests.faults.test_fencing import ASYNC
+from tests.faults.test_fencing import ONE_BY_ONE
+from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 
 FLAGS = f"{MODEL} --save-interval 2"
@@ -102,6 +104,23 @@ def test_without_a_manifest_it_is_unverified(checkpoints, capsys):
     assert "iter_0000006: unverified, for it has no manifest.json" in capsys.readouterr().out
 
 
+def test_stock_megatron_takes_no_notice_of_what_is_beside(checkpoints, tmp_path):
+    from megatron.training import checkpointing
+
+    bare = shutil.copytree(checkpoints, tmp_path / "bare")
+    for path in (*bare.glob("incarnation-*.json"), *bare.glob(f"iter_*/{MANIFEST}")):
+        path.unlink()
+    found = []
+    for folder in (checkpoints, bare):
+        iteration = checkpointing.read_metadata(checkpointing.get_checkpoint_tracker_filename(folder))
+        name = checkpointing.find_checkpoint_rank_0(folder, *iteration)
+        args = vars(checkpointing.dist_checkpointing.load_common_state_dict(name)["args"])
+        kind = checkpointing._get_checkpoint_format(name, Namespace())
+        found.append((iteration, Path(name).name, args, kind))
+    assert found[0] == found[1]
+    assert (found[0][0], found[0][3]) == ((6, False), "torch_dist")
+
+
 def test_without_a_checkpoint_there_is_nothing_to_choose(tmp_path):
     assert choose(tmp_path) is None
     assert choose(tmp_path / "missing") is None
@@ -130,9 +149,12 @@ def test_what_a_cut_off_save_left_is_removed(checkpoints, capsys):
         (unfinished / name).unlink()
     stock = checkpoints / "iter_0000002"
     (stock / MANIFEST).unlink()
+    other_format = shutil.copytree(stock, checkpoints / "iter_0000001")  # as --ckpt-format fsdp_dtensor
+    (other_format / "metadata.json").unlink()
     tidy(checkpoints)
     assert not unfinished.exists()
     assert stock.exists()
+    assert other_format.exists()
     assert "removing iter_0000006, whose saving did not end" in capsys.readouterr().out
     assert choose(checkpoints) is None
 
@@ -155,7 +177,9 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(checkpoints, published
 @pytest.mark.parametrize("saving", ["", ASYNC], ids=["", "async"])
 def test_a_full_disk_leaves_the_checkpoint_before(jobs, saving):
     name = f"full{'-async' if saving else ''}"
-    job = jobs.run(name, f"{FLAGS} {saving}", 1, changes=["tests.faults.accidents.disk_full"], succeeds=False)
+    job = jobs.run(
+        name, f"{FLAGS} {saving}", 1, changes=[ONE_BY_ONE, "tests.faults.accidents.disk_full"], succeeds=False
+    )
     checkpoints = job.folder / "checkpoints"
     assert job.exit_codes == [1], job.log
     (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 
-ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+ONE_BY_ONE = "tests.faults.accidents.one_save_at_a_time"
 JOB = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0"}
 
 
@@ -18,7 +19,7 @@ def test_the_old_ranks_stop_with_one_error(jobs, accident, last, folders, saving
         f"{accident}{'-async' if saving else ''}",
         f"{MODEL} --save-interval 2 {saving}",
         2,
-        changes=[f"tests.faults.accidents.{accident}"],
+        changes=[ONE_BY_ONE, f"tests.faults.accidents.{accident}"],
         environment=JOB,
         succeeds=False,
     )

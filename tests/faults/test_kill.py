@@ -8,7 +8,7 @@ import random
 import shutil
 
 from megatron_periln.checkpoints.manifest import Manifest
-from tests.faults.test_fencing import ASYNC
+from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 
 ROUNDS = int(os.environ.get("MEGATRON_PERILN_FAULT_ROUNDS", "4"))

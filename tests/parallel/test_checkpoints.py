@@ -5,6 +5,7 @@ from tests.parallel.compare import tensors_apart
 from tests.parallel.conftest import FIRST, LAST
 
 DISTRIBUTED = "distributed optimizer"
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 
 
 def convert(jobs, source, case):
@@ -61,7 +62,7 @@ def test_a_checkpoint_moves_to_another_layout_unchanged(run, jobs, saved, loaded
 
 
 @pytest.mark.parametrize("variant", ["", DISTRIBUTED])
-@pytest.mark.parametrize("saving", ["", "--async-save"])
+@pytest.mark.parametrize("saving", ["", ASYNC], ids=["", "async"])
 def test_resuming_is_never_having_stopped(run, jobs, variant, saving):
     case = Case("peri", variant=variant)
     straight = run(case)
@@ -72,10 +73,11 @@ def test_resuming_is_never_having_stopped(run, jobs, variant, saving):
             f"{case.model} {saving} --save-interval 12 --exit-interval 12",
         )
         load = stopped.folder / "checkpoints"
+        assert "scheduled an async checkpoint save at iteration      12" in stopped.log
     arguments = (
         f"{case.model} --load {load} --ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng {saving}"
     )
-    resumed = jobs.run(f"resume-{variant}{saving}".replace(" ", "-"), arguments)
+    resumed = jobs.run(f"resume-{variant}{'-async' if saving else ''}".replace(" ", "-"), arguments)
     assert resumed.curve == straight.curve[FIRST - 1 :]
     assert max(tensors_apart(resumed.weights(LAST), straight.weights(LAST), relative=False).values()) == 0
 
