@@ -113,7 +113,8 @@ check_nodes() { # one step for each, so that a dead node spoils no other's
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for i in "${nodes[@]}"; do
         timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-            --cpus-per-task="$cpus" --nodelist="$i" --output="$folder/doctor_$i.log" "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
+            --cpus-per-task="$cpus" --nodelist="$i" --output="$folder/doctor_$i.log" \
+            "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
         checks+=($!)
     done
     for i in "${!nodes[@]}"; do
