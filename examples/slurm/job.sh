@@ -150,7 +150,7 @@ export PYTHONPATH=$job_folder/code${PYTHONPATH:+:$PYTHONPATH}
 
 stop='' asker=''
 trap 'ask_to_stop "time limit"' USR1
-trap 'ask_to_stop cancelled' TERM
+trap 'ask_to_stop SIGTERM' TERM
 trap '[ -z "$asker" ] || kill "$asker"' EXIT
 
 began=$(iteration)
@@ -175,9 +175,9 @@ if [ "$status" = 0 ]; then
         say "done at iteration $(iteration)"
         exit 0
     fi
-    stop=${stop:-cancelled}
+    stop=${stop:-SIGTERM}
 fi
-if [ "$stop" = cancelled ]; then
+if [ "$stop" = SIGTERM ]; then
     say "stopped; the last checkpoint is of iteration $(iteration)"
     exit 143
 fi
