@@ -82,7 +82,7 @@ def parts(folder: Path, log: Path, number: str, start: int) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preemptions", type=int, default=5)
+    parser.add_argument("--preemptions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="before each preemption")
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
