@@ -3,10 +3,17 @@
 
 PYTHON ?= python3
 PLACEMENTS ?= pre post peri
+SEED ?= $(shell date +%s)
+STUDY ?= learning_rate
+JOBS ?= 1
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
+OTHER := $(VENV)-transformers-4
+LLAMA := $(OTHER)/llama-cpp-python
 export OMP_NUM_THREADS ?= 1
+# A folder of tests at a time in each process.
+PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 # For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
 WHEELS ?=
@@ -14,19 +21,33 @@ DEVICE ?= cuda
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart test test-all test-gpu test-cluster gpu-check gpu-wheels parallelism pictures lint install constraints clean
+.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
+.PHONY: gpu-wheels parallelism pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
-test: lint  ## Lint, types and all tests that need no GPU
-	$(PY) -m pytest
+study: install  ## Run one of examples/paper/studies on the CPU, half an hour on a core: STUDY, JOBS
+	$(PY) examples/quickstart/corpus.py runs/studies/data
+	$(PY) -m megatron_periln.experiments examples/paper/studies/$(STUDY).yaml --jobs $(JOBS)
+
+test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
+	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
-	MEGATRON_PERILN_TEST_ALL=1 $(PY) -m pytest
+	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)
+
+test-faults: install  ## Kill training ranks at random 30 times, and damage checkpoints: SEED
+	MEGATRON_PERILN_FAULT_ROUNDS=30 MEGATRON_PERILN_FAULT_SEED=$(SEED) $(PY) -m pytest tests/faults tests/checkpoints
 
 test-gpu: install  ## The tests that need a GPU
 	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+
+test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image and try it: minutes, and an engine
+	MEGATRON_PERILN_TEST_DOCKER=1 $(PY) -m pytest tests/docker
+
+test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
+	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
 
 test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
 	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
@@ -56,6 +77,23 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(UV)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
 	touch $@
 
+$(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the same cache
+	$(UV) venv --quiet --allow-existing $(OTHER)
+	$(UV) pip install --quiet --python $(OTHER)/bin/python transformers==4.57.6 sentencepiece \
+		$$(grep -E '^(torch|numpy)==' constraints.txt)
+	touch $@
+
+# The source has llama.cpp's, with the converter; of that only the library is built.
+$(LLAMA)/llama_cpp/lib: $(OTHER)/installed
+	$(UV) pip install --quiet --python $(OTHER)/bin/python cmake diskcache pip
+	$(OTHER)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(OTHER) llama-cpp-python==0.3.36
+	mkdir -p $(LLAMA)
+	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components 1
+	$(OTHER)/bin/cmake -S $(LLAMA)/vendor/llama.cpp -B $(OTHER)/build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF \
+		$(foreach part,COMMON TOOLS TESTS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
+	$(OTHER)/bin/cmake --build $(OTHER)/build --target llama --parallel
+	cp -r $(OTHER)/build/bin $@
+
 $(VENV)-tools/bin/uv:
 	$(PYTHON) -m venv $(VENV)-tools
 	$(VENV)-tools/bin/pip install --quiet uv
@@ -65,4 +103,4 @@ constraints: | $(UV)  ## Pin the newest versions that fit
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-tools .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tools $(OTHER) .mypy_cache .pytest_cache .ruff_cache

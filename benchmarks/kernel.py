@@ -2,8 +2,9 @@
 
 GB/s counts the bytes that the operation can't do without: forward, branch and residual are read
 and the result is written; backward, the gradient and the branch are read and the branch's
-gradient is written. The share is that of a copy's bandwidth, measured in the same run. In each
-round the contestants take turns.
+gradient is written. With the next norm, its result is written too, and backward its gradient and
+the sum are read and the residual's gradient is written. The share is that of a copy's bandwidth,
+measured in the same run. In each round the contestants take turns.
 
     python benchmarks/kernel.py --output results.json
     python benchmarks/kernel.py --sweep                         # other launches of our backward kernel
@@ -53,8 +54,10 @@ def time_both_ways(join: Any, leaves: list[Tensor], grad: Tensor, device: str) -
     """Return the milliseconds of the forward and of the backward pass."""
     forward = milliseconds(lambda: join(*leaves), device)
     out = join(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    grads = [grad] * len(outs)
     backward = milliseconds(
-        lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True), device
+        lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True, allow_unused=True), device
     )
     return forward, backward
 
@@ -97,7 +100,7 @@ def rows(
     kind: str, times: dict[str, list[tuple[float, float]]], hidden_size: int, tokens: int, copy: float
 ) -> list[dict[str, Any]]:
     """Return a row a contestant; ``copy`` is the copy's bandwidth in GB/s."""
-    gigabytes = 3 * tokens * hidden_size * 2 / 1e9
+    passes = {"forward": 4, "backward": 6} if kind == "norm_add_norm" else {"forward": 3, "backward": 3}
     table = []
     for name, taken in times.items():
         row: dict[str, Any] = {
@@ -108,7 +111,7 @@ def rows(
         }
         for index, way in enumerate(("forward", "backward")):
             median = statistics.median(pair[index] for pair in taken)
-            speed = gigabytes / (median / 1e3)
+            speed = passes[way] * tokens * hidden_size * 2 / 1e9 / (median / 1e3)
             row |= {f"{way}_ms": median, f"{way}_gb_s": speed, f"{way}_share": speed / copy}
         table.append(row)
         print(
@@ -136,7 +139,11 @@ def main() -> None:
         from megatron_periln import cpu
 
         cpu.activate()
-    from kernel_contestants import add_norm_contestants, norm_add_contestants
+    from kernel_contestants import (
+        add_norm_contestants,
+        norm_add_contestants,
+        norm_add_norm_contestants,
+    )
 
     from megatron_periln.norms.kernels import fused
 
@@ -151,7 +158,11 @@ def main() -> None:
         copied = statistics.median(milliseconds(copy, device) for _ in range(5))
         copies[hidden_size] = 2 * grad.nbytes / 1e9 / (copied / 1e3)
         print(f"{hidden_size:>7}  {'copy':<34}{copied:>10.4f}{copies[hidden_size]:>7.0f}")
-        kinds = {"norm_add": norm_add_contestants, "add_norm": add_norm_contestants}
+        kinds = {
+            "norm_add": norm_add_contestants,
+            "norm_add_norm": norm_add_norm_contestants,
+            "add_norm": add_norm_contestants,
+        }
         groups = {kind: contestants(device, hidden_size) for kind, contestants in kinds.items()}
         for kind, contestants in (
             {"launches": other_launches(hidden_size)} if options.sweep else groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from megatron_periln.norms import kernels
 
-__all__ = ["EPS", "Join", "add_norm_contestants", "norm_add_contestants"]
+__all__ = ["EPS", "Join", "add_norm_contestants", "norm_add_contestants", "norm_add_norm_contestants"]
 
 EPS = 1e-5
 
-Join = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From branch and residual ``[rows, hidden]`` and the gain ``[hidden]`` to the result."""
+Join = Callable[[Tensor, Tensor, Tensor], Any]
+"""From branch and residual ``[rows, hidden]`` and the gain ``[hidden]`` to the result, or the two results."""
 
 
 def _has(module: str) -> bool:
@@ -74,6 +75,36 @@ def norm_add_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
     contestants["F.rms_norm, then add"] = _after(
         lambda branch, gain: F.rms_norm(branch, gain.shape, gain, EPS)
     )
+    return contestants
+
+
+def norm_add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
+    """Return who computes ``residual + norm(branch)`` and the norm of that."""
+    if hidden_size > kernels.MAX_JOINED_HIDDEN_SIZE:
+        return {}
+
+    def joined(name: str) -> Join:
+        backend = kernels.choose_backend(name, device_type, hidden_size).backend
+        return lambda branch, residual, gain: backend.norm_add_norm(
+            branch, None, residual, gain, None, EPS, False, 0.0, True, gain, None, EPS, branch.dtype
+        )
+
+    contestants = {f"norm_add_norm, {name}": joined(name) for name in ("triton", "compile", "torch")}
+    if device_type == "cuda" and _has("transformer_engine"):
+        norm, add = _transformer_engine_norm(hidden_size), _residual_add()
+        fused = _ours("triton", "norm_add", device_type, hidden_size)
+
+        def then_norm(join: Join) -> Join:
+            def both(branch: Tensor, residual: Tensor, gain: Tensor) -> Any:
+                out = join(branch, residual, gain)
+                return out, norm(out, gain)
+
+            return both
+
+        contestants["norm_add, then Transformer Engine"] = then_norm(fused)
+        contestants["Pre-LN: add, then Transformer Engine"] = then_norm(
+            lambda branch, residual, _: add((branch, None), residual, 0.0)
+        )
     return contestants
 
 

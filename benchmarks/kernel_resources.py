@@ -25,7 +25,7 @@ from machine import command, machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_periln.norms.kernels import fused, launches
+from megatron_periln.norms.kernels import backends, fused, launches
 
 HIDDEN_SIZES = (64, 1024, 2048, 2560, 3072, 4096, 5120, 8192, 12288, 16384)
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -42,10 +42,17 @@ class Variant:
     layer_norm: bool = False
     bias: bool = False
     dropout: bool = False
+    joined: bool = False
 
     def launch(self, hidden_size: int) -> launches.Launch:
         """Return how its rows are cut up."""
+        if self.joined:
+            return launches.joined_launch(hidden_size)
         return launches.launch(hidden_size, not (self.layer_norm or self.bias or self.dropout))
+
+    def takes(self, hidden_size: int) -> bool:
+        """Tell whether there are kernels for rows of this length."""
+        return not self.joined or hidden_size <= backends.MAX_JOINED_HIDDEN_SIZE
 
 
 VARIANTS = (
@@ -54,6 +61,9 @@ VARIANTS = (
     Variant("RMSNorm, fp32", branch="*fp32", residual="*fp32"),
     Variant("LayerNorm, bias, dropout", layer_norm=True, bias=True, dropout=True),
     Variant("the same in fp32", "*fp32", "*fp32", layer_norm=True, bias=True, dropout=True),
+    Variant("RMSNorm, and the next", joined=True),
+    Variant("all, and the next", layer_norm=True, bias=True, dropout=True, joined=True),
+    Variant("all and next in fp32", "*fp32", "*fp32", True, True, True, joined=True),
 )
 
 
@@ -75,7 +85,7 @@ class Resources:
 def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]:
     """Return the types of a kernel's arguments, and the values of those that are compiled in."""
     shape = variant.launch(hidden_size)
-    forward = "out" in kernel.arg_names
+    forward = "eps" in kernel.arg_names
     shift = variant.branch if variant.layer_norm else None
     types: dict[str, Any] = {
         "branch": variant.branch,
@@ -102,7 +112,16 @@ def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]
         types |= {"grad_out": variant.residual, "grad_branch": variant.branch, "grad_stride": "i32"}
         types |= {"gain_partials": "*fp32", "shift_partials": shift and "*fp32"}
         types |= {"bias_partials": "*fp32" if variant.bias else None}
-    return {name: types[name] for name in kernel.arg_names}
+    if variant.joined:
+        mean = types["mean"]
+        types |= {"next_gain": variant.branch, "next_mean": mean, "next_rstd": "*fp32"}
+        if forward:
+            types |= {"next_shift": shift, "next_eps": "fp32", "normed": variant.branch}
+        else:
+            types |= {"grad_normed": variant.branch, "out": variant.residual, "normed_stride": "i32"}
+            types |= {"grad_residual": variant.residual, "next_gain_partials": "*fp32"}
+            types |= {"next_shift_partials": shift and "*fp32"}
+    return {name: types.get(name) for name in kernel.arg_names}
 
 
 def compile_kernel(kernel: Any, types: dict[str, Any], num_warps: int) -> Any:
@@ -165,7 +184,7 @@ def main() -> None:
         f"{'kernel':<24}{'variant':<28}{'hidden':>7}{'warps':>6}{'regs':>6}{'spills':>7}{'atomics':>8}{'load':>6}{'/SM':>5}"
     )
     for variant in VARIANTS:
-        for hidden_size in options.hidden_sizes:
+        for hidden_size in filter(variant.takes, options.hidden_sizes):
             shape = variant.launch(hidden_size)
             for kernel in (
                 launches.forward_kernel(shape, hidden_size),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_periln import flag_files
 
 __all__ = ["SIZES", "Size", "Trainer", "causal_flops"]
 
@@ -24,12 +27,15 @@ class Size:
     vocab_size: int = 100352  # cl100k_base, padded
 
 
-# The paper gives its sizes in parameters without embeddings, not their shapes; these have as many.
-SIZES = {
-    "400M": Size(24, 1024, 4096, 8),
-    "1.5B": Size(28, 2048, 6144, 16),
-    "3.2B": Size(28, 3072, 8192, 24),
-    "tiny": Size(2, 64, 128, 4, 256),
+def _paper_size(name: str) -> Size:
+    """Return the shape that a flag file of examples/paper describes."""
+    words = flag_files.expand([f"@{Path(__file__).parents[1] / 'examples/paper' / name}.flags"])
+    flags = ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads")
+    return Size(*(int(words[words.index(flag) + 1]) for flag in flags))
+
+
+SIZES = {name: _paper_size(name.lower()) for name in ("400M", "1.5B", "3.2B")} | {
+    "tiny": Size(2, 64, 128, 4, 256)
 }
 
 
@@ -80,6 +86,32 @@ def _unfused_norm(slot: Any, transformer_engine: bool) -> nn.Module:
     return norm
 
 
+def _joined(layer: Any, transformer_engine: bool) -> tuple[nn.Module, nn.Module]:
+    """Return the norm before a layer's MLP, and its first linear, apart; they share the parameters."""
+    from megatron_periln.norms import JoinedNorm
+
+    first, norm = layer.mlp.linear_fc1, JoinedNorm(layer.config)
+    if not transformer_engine:
+        norm.weight = layer.pre_mlp_layernorm.weight
+        return norm, first
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    norm.weight = first.layer_norm_weight
+    linear = TEColumnParallelLinear(
+        layer.config.hidden_size,
+        first.weight.shape[0],
+        config=layer.config,
+        init_method=layer.config.init_method,
+        gather_output=False,
+        bias=False,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_comm_buffer_name="fc1",
+    )
+    linear.weight = first.weight
+    return norm, linear
+
+
 class Trainer:
     """Training steps of one model whose residual slots can be exchanged between steps.
 
@@ -106,6 +138,9 @@ class Trainer:
             "peri": [slot for *_, slot in self.slots],
             "unfused": [_NormThenAdd(_unfused_norm(slot, engine)) for *_, slot in self.slots],
         }
+        self.ways["joined"] = self.ways["peri"]
+        self.apart = [(layer.pre_mlp_layernorm, layer.mlp.linear_fc1) for layer in self.gpt.decoder.layers]
+        self.joined = [_joined(layer, engine) for layer in self.gpt.decoder.layers]
 
     def _build(self) -> tuple[Any, Any, Any]:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -163,13 +198,18 @@ class Trainer:
         return model, get_megatron_optimizer(adam, [model]), gpt
 
     def take(self, variant: str) -> None:
-        """Make the model ``pre``, ``peri`` (``peri:BACKEND`` for another than auto) or ``unfused``."""
+        """Make the model ``pre``, ``peri``, ``joined`` or ``unfused``; ``peri:BACKEND`` if not auto."""
         from megatron_periln.norms import kernels
 
         way, _, backend = variant.partition(":")
         kernels.use_backend(backend or "auto")
         for (layer, name, _), slot in zip(self.slots, self.ways[way], strict=True):
             setattr(layer, name, slot)
+        joined = way == "joined"
+        for layer, parts in zip(self.gpt.decoder.layers, self.joined if joined else self.apart, strict=True):
+            layer.pre_mlp_layernorm, layer.mlp.linear_fc1 = parts
+            if way in ("peri", "joined"):
+                layer.self_attn_bda.following = (parts[0],) if joined else None
         self.gpt.embedding.norm.bypassed = way == "pre"
 
     def step(self) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["new_folder", "sync"]
+__all__ = ["new_folder", "sync", "write_whole"]
 
 
 def sync(path: Path) -> None:
@@ -27,7 +29,8 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``, which gets that name when the block ends.
 
     Every file in it is brought to the disk before it is renamed. A block that fails, or is
-    interrupted, leaves nothing.
+    interrupted, leaves nothing; what a killed process left is removed when ``path`` is to be
+    written again.
 
     Parameters
     ----------
@@ -46,15 +49,59 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         temporary.mkdir()
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
     try:
-        yield temporary
-        for inner in sorted(temporary.rglob("*"), reverse=True):
-            sync(inner)
-        sync(temporary)
-        temporary.replace(path)
+        with _held(temporary):
+            yield temporary
+            for inner in sorted(temporary.rglob("*"), reverse=True):
+                sync(inner)
+            sync(temporary)
+            temporary.replace(path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder, as long as the process lives at most.
+
+    Yields False if another process has locked it, or the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of ``path`` that no process holds."""
+    temporary = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
+    for folder in path.parent.iterdir():
+        if temporary.fullmatch(folder.name) and folder.is_dir():
+            with _held(folder) as abandoned:
+                if abandoned:
+                    shutil.rmtree(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole under its name, in place of an old one; its folder must be there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_periln.checkpoints import metadata_file
+from megatron_periln.checkpoints import no_code
 
 __all__ = ["apply"]
 
@@ -201,4 +201,4 @@ def apply() -> None:
     keep_adam_steps_apart()
     save_every_bucket_of_adam_state()
     reshard_over_expert_parallelism()
-    metadata_file.restrict()
+    no_code.restrict()

@@ -93,3 +93,7 @@ def _train_tokenizer(text: Path, prefix: Path) -> None:
         minloglevel=2,
     )
     print(f"   {VOCABULARY} tokens: {prefix}.model")
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))

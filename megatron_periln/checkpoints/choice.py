@@ -77,8 +77,10 @@ def _candidates(args: Namespace, folder: Path, substitutes: bool) -> Iterator[Pa
     if step is None:
         return
     newest = folder / f"iter_{step:07d}"
-    older = [path for path in folder.glob("iter_*") if (iteration_of(path) or step) < step]
-    older = sorted(filter(_is_complete, older), key=iteration_of) if substitutes else []
+    numbered = {iteration_of(path) or step: path for path in folder.glob("iter_*")} if substitutes else {}
+    older = [
+        numbered[number] for number in sorted(numbered) if number < step and _is_complete(numbered[number])
+    ]
     if newest.is_dir() or older:
         yield newest
         yield from reversed(older)

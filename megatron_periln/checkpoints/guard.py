@@ -7,6 +7,8 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_periln.checkpoints import sums, upstream
 from megatron_periln.checkpoints.choice import iteration_of
 from megatron_periln.checkpoints.fence import Fence
@@ -15,7 +17,7 @@ from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError
 from megatron_periln.errors import UsageError
 from megatron_periln.files import sync
 
-__all__ = ["SaveGuard", "install", "tidy"]
+__all__ = ["SaveGuard", "failure", "install", "tidy"]
 
 _REPLACED = "replaced-"
 
@@ -42,6 +44,19 @@ def install(args: Namespace) -> None:
     if args.checkpoint_verify == "full":
         sums.sum_what_is_written()
     upstream.guard(SaveGuard(fence, args.checkpoint_verify))
+
+
+def failure(args: Namespace, error: CheckpointException) -> UsageError:
+    """Return what to tell of a checkpoint that torch failed to write or read, on whichever rank."""
+    rank, (reason, _) = next(iter(error.failures.items()))
+    text = f"a checkpoint could not be saved or loaded: rank {rank}: {' '.join(str(reason).split())}"
+    if args.save is None or not Path(args.save).is_dir():
+        return UsageError(text)
+    free = shutil.disk_usage(args.save).free / 1e9
+    return UsageError(
+        f"{text}; the log says more above; --save {args.save} has {free:.1f} GB free, and its "
+        "latest_checkpointed_iteration.txt names a checkpoint that is complete"
+    )
 
 
 def tidy(folder: Path) -> None:

@@ -68,7 +68,7 @@ def _write(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 
 
 def _open(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-    return _SummedFile(path) if mode == "wb" else open(path, mode, *args, **kwargs)  # noqa: PTH123, SIM115
+    return _SummedFile(path) if mode == "wb" else open(path, mode, *args, **kwargs)  # noqa: PTH123
 
 
 class _SummedFile(io.BufferedWriter):

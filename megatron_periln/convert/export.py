@@ -128,7 +128,7 @@ def _prove(
         say(f"Proof: largest difference of the logits in fp32: {written}")
         proof.refuse_other_logits(written)
         return
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as exact:
+    with tempfile.TemporaryDirectory(dir=folder) as exact:
         _write(Path(exact), checkpoint, architecture, target, tokens, torch.float32, 1 << 32)
         difference = proof.compare(proof.exported_logits(Path(exact), sample), expected)
         say(f"Proof: largest difference of the logits in fp32: {difference}")

@@ -205,7 +205,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="exaone4",
             architecture="Exaone4ForCausalLM",
-            runs_in="transformers, vLLM, SGLang and llama.cpp",
+            runs_in="transformers, vLLM, SGLang and, if its heads are of the hidden size together, llama.cpp",
             placement="output",
             qk_norm=True,
             names={

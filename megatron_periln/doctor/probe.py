@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["STEPS", "checkpoint_bytes_per_parameter", "count_parameters"]
+__all__ = ["ON_A_GPU", "STEPS", "checkpoint_bytes_per_parameter", "count_parameters"]
 
 
 def _torch(_: list[str]) -> dict[str, Any]:
@@ -58,6 +57,13 @@ def _module(name: str) -> Callable[[list[str]], dict[str, Any]]:
         return {"version": version or importlib.metadata.version(name.split(".")[0].replace("_", "-"))}
 
     return load
+
+
+def _cpu(_: list[str]) -> dict[str, Any]:
+    from megatron_periln import cpu
+
+    cpu.activate(hide_gpu=True)
+    return {"version": "stands in for the GPU: --device cpu"}
 
 
 def _parameters(flags: list[str]) -> dict[str, Any]:
@@ -124,10 +130,12 @@ STEPS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "GPUs": _gpus_compute,
     "Transformer Engine": _module("transformer_engine.pytorch"),
     "Apex": _module("apex"),
+    "CPU": _cpu,
     "megatron-core": _module("megatron.core"),
     "parameters": _parameters,
 }
-_ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", "Apex")
+ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", "Apex")
+"""The steps that ``--device cpu`` leaves out; "CPU" is left out otherwise."""
 
 
 def _main(device: str, flags: list[str]) -> None:
@@ -135,7 +143,7 @@ def _main(device: str, flags: list[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the packages print
     broken: set[str] = set()
     for name, step in STEPS.items():
-        if device == "cpu" and name in _ON_A_GPU:
+        if name in (ON_A_GPU if device == "cpu" else ("CPU",)):
             continue
         if {"torch", "CUDA"} & broken and (name == "GPUs" or "torch" in broken):
             continue
@@ -148,11 +156,6 @@ def _main(device: str, flags: list[str]) -> None:
             missing = isinstance(error, ModuleNotFoundError) and "torch" not in broken
             answer = {"error": f"{type(error).__name__}: {message}", "missing": missing}
         print(json.dumps({"name": name, **answer}), file=answers, flush=True)
-        if name == "torch" and device == "cpu" and "error" not in answer:
-            with contextlib.suppress(RuntimeError):  # a GPU is there, and stays unused
-                from megatron_periln import cpu
-
-                cpu.activate(hide_gpu=True)
 
 
 if __name__ == "__main__":

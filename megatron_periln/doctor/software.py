@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_periln.doctor.probe import ON_A_GPU
 from megatron_periln.doctor.rows import Row
 
 __all__ = ["Answers", "check_python", "check_requirements", "checkpoint_bytes", "package_rows", "probe"]
@@ -27,6 +28,7 @@ _ADVICE = {
     "GPUs": "drain the node, and run nvidia-smi",
     "Transformer Engine": "install it, or give --transformer-impl local and the flags beside it in README.md",
     "Apex": "mend or remove it",
+    "CPU": "see the other rows",
     "megatron-core": "pip install -e .",
 }
 _OPTIONAL = {"Transformer Engine": "warning", "Apex": "ok"}
@@ -72,18 +74,17 @@ def _how_it_ended(returncode: int) -> str:
 def package_rows(options: Namespace, answers: Answers) -> Iterator[Row]:
     """Yield a row for each package, GPU computation included."""
     for name, advice in _ADVICE.items():
+        if name in (ON_A_GPU if options.device == "cpu" else ("CPU",)):
+            continue
         answer = answers.get(name)
         if answer is None:
-            if options.device == "cuda":
-                yield Row(name, "failed", "not looked at: what it needs is broken", "see the rows above")
+            yield Row(name, "failed", "not looked at: what it needs is broken", "see the other rows")
         elif "error" not in answer:
             yield Row(name, "ok", answer["version"])
         elif answer["missing"] and name in _OPTIONAL:
             yield Row(name, _OPTIONAL[name], "not installed", advice)  # type: ignore[arg-type]
         else:
             yield Row(name, "failed", answer["error"], advice)
-    if options.device == "cpu":
-        yield Row("GPUs", "ok", "not used: --device cpu")
 
 
 def checkpoint_bytes(options: Namespace, answers: Answers) -> int | str:

@@ -29,7 +29,7 @@ from torch import nn
 from megatron_periln.models.latent_attention import mend_latent_attention
 from megatron_periln.models.local import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
-from megatron_periln.norms import PERI, EmbeddingNorm, NormPlacement, ResidualNorm
+from megatron_periln.norms import PERI, EmbeddingNorm, JoinedNorm, NormPlacement, ResidualNorm
 
 __all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
 
@@ -42,10 +42,13 @@ class GPTModelConfig(upstream.GPTModelConfig):
     ----------
     norm_placement
         Applied to whatever ``transformer_layer_spec`` gives, and to multi-token prediction.
+    fuse_pre_mlp_norm
+        Whether attention's output norm and the MLP's input norm are one kernel (``--fuse-pre-mlp-norm``).
     """
 
     builder: ClassVar[str] = "megatron_periln.models.gpt.GPTModelBuilder"
     norm_placement: NormPlacement = PERI
+    fuse_pre_mlp_norm: bool = False
 
 
 class GPTModelBuilder(upstream.GPTModelBuilder):
@@ -64,7 +67,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
     ) -> GPTModel:
         """Build one pipeline stage, as upstream does, with its norms placed."""
         config: GPTModelConfig = self._model_config
-        with _placed_mtp_spec(config.norm_placement):
+        with _placed_mtp_spec(config):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         finish_model(model, config.norm_placement)
         return model
@@ -93,13 +96,20 @@ def placed_layer_spec(
     if isinstance(base, ModuleSpec):
         layers = [base] * get_num_layers_to_build(config.transformer, vp_stage)
         base = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNormImpl)
+    return _place(base, config)
+
+
+def _place(spec: Any, config: GPTModelConfig) -> Any:
     return place_norms(
-        complete_local_spec(base, config.transformer), config.norm_placement, config.transformer
+        complete_local_spec(spec, config.transformer),
+        config.norm_placement,
+        config.transformer,
+        fuse_pre_mlp_norm=config.fuse_pre_mlp_norm,
     )
 
 
 @contextlib.contextmanager
-def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
+def _placed_mtp_spec(config: GPTModelConfig) -> Iterator[None]:
     """Place norms in multi-token prediction layers while a model is built.
 
     Upstream's builder derives their spec from the configuration anew, not from the layer spec it
@@ -107,11 +117,9 @@ def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
     """
     build_spec = upstream.mtp_block_spec
 
-    def placed(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
-        spec = build_spec(config, *args, **kwargs)
-        if spec is None:
-            return None
-        return place_norms(complete_local_spec(spec, config.transformer), placement, config.transformer)
+    def placed(*args: Any, **kwargs: Any) -> Any:
+        spec = build_spec(*args, **kwargs)
+        return None if spec is None else _place(spec, config)
 
     upstream.mtp_block_spec = placed
     try:
@@ -121,11 +129,18 @@ def _placed_mtp_spec(placement: NormPlacement) -> Iterator[None]:
 
 
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
-    """Do to a built pipeline stage what a layer spec can't say: grad mode, gradients, embedding norm."""
+    """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
     _honour_no_grad(model)
+    _connect_joined_norms(model)
     mend_latent_attention(model)
     if placement.embedding and model.pre_process:
         EmbeddingNorm(model.config).attach(model)
+
+
+def _connect_joined_norms(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and isinstance(layer.pre_mlp_layernorm, JoinedNorm):
+            layer.self_attn_bda.following = (layer.pre_mlp_layernorm,)
 
 
 def _honour_no_grad(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_periln.models.specs import with_submodules
-from megatron_periln.norms import AddNorm, NoNorm, NormPlacement, OutputNormAdd
+from megatron_periln.norms import AddNorm, JoinedNorm, NoNorm, NormPlacement, OutputNormAdd
 
 __all__ = ["place_norms"]
 
@@ -33,7 +33,13 @@ _STREAM_LINEARS: dict[str, type] = {
 }
 
 
-def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerConfig) -> Spec:
+# The key under which a layer's MLP norm is saved, in Transformer Engine's linear or before it.
+_MLP_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def place_norms[Spec](
+    spec: Spec, placement: NormPlacement, config: TransformerConfig, *, fuse_pre_mlp_norm: bool = False
+) -> Spec:
     """Return ``spec`` with its norms placed; ``spec`` itself is left as it was.
 
     Parameters
@@ -46,6 +52,10 @@ def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerC
         Where the norms stand.
     config
         The model's configuration, for the norms' kind, epsilon, dtype and parallelism.
+    fuse_pre_mlp_norm
+        Whether attention's output norm and the MLP's input norm become one kernel: the input norm then
+        stands before the MLP's first linear, not in it. `megatron_periln.models.gpt.finish_model` connects
+        them.
 
     Returns
     -------
@@ -61,14 +71,19 @@ def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerC
     ValueError
         If ``spec`` fuses an input norm where it can't be taken out, and the placement has none: the
         operation fuser, heterogeneous and inference-optimized layers; or if inference would skip
-        the residual slots (``inference_fuse_tp_communication``).
+        the residual slots (``inference_fuse_tp_communication``); or if ``fuse_pre_mlp_norm`` has not both
+        norms to fuse, or recomputes one of them.
     """
     if config.inference_fuse_tp_communication and (placement.output or placement.after_add):
         raise ValueError(
             f"inference_fuse_tp_communication adds the residual without norm placement {placement.name!r}'s "
             "norm; turn it off or choose pre"
         )
-    place: Callable[[Any], Any] = functools.partial(place_norms, placement=placement, config=config)
+    if fuse_pre_mlp_norm:
+        _check_fusible(placement, config)
+    place: Callable[[Any], Any] = functools.partial(
+        place_norms, placement=placement, config=config, fuse_pre_mlp_norm=fuse_pre_mlp_norm
+    )
     if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
         changes: dict[str, Any] = {"layer_specs": [place(layer) for layer in spec.layer_specs or []]}
         if isinstance(spec, TransformerBlockSubmodules) and not placement.final:
@@ -80,7 +95,8 @@ def place_norms[Spec](spec: Spec, placement: NormPlacement, config: TransformerC
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, TransformerLayerSubmodules):
-        return replace(spec, **_residual_slots(spec, placement, config), **_input_norms(spec, placement))
+        placed = replace(spec, **_residual_slots(spec, placement, config), **_input_norms(spec, placement))
+        return _with_joined_norm(placed) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
         return with_submodules(spec, place(spec.submodules))
     raise TypeError(f"place_norms takes a layer or block spec of Megatron's, not {spec!r}")
@@ -102,20 +118,43 @@ def _residual_slots(
 def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
     if placement.input:
         return {}
+    why = f"norm placement {placement.name!r} has no input norm; choose pre or peri"
     return {
         "input_layernorm": NoNorm,
         "pre_mlp_layernorm": NoNorm,
-        "self_attention": _unfuse_input_norm(layer.self_attention, placement),
-        "mlp": _unfuse_input_norm(layer.mlp, placement),
+        "self_attention": _unfuse_input_norm(layer.self_attention, why),
+        "mlp": _unfuse_input_norm(layer.mlp, why),
     }
 
 
-def _unfuse_input_norm(sublayer: Any, placement: NormPlacement) -> Any:
+def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
+    if not (placement.input and placement.output):
+        raise ValueError(
+            f"fuse_pre_mlp_norm fuses an output norm with the next input norm, and norm placement "
+            f"{placement.name!r} has not both; choose peri, or do without"
+        )
+    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or []):
+        raise ValueError(
+            "fuse_pre_mlp_norm computes a norm that recompute_modules layernorm recomputes alone; choose one"
+        )
+
+
+def _with_joined_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    if IdentityFuncOp in (layer.self_attn_bda, layer.mlp_bda):  # a hybrid model's: half a layer
+        raise ValueError("fuse_pre_mlp_norm needs layers of attention and MLP; hybrid models have none")
+    unfused = _unfuse_input_norm(layer.mlp, "fuse_pre_mlp_norm computes that norm; do without one of the two")
+    keys = layer.sharded_state_dict_keys_map
+    if unfused is not layer.mlp:
+        keys = {**keys, **_MLP_NORM_KEY}
+    return replace(layer, pre_mlp_layernorm=JoinedNorm, mlp=unfused, sharded_state_dict_keys_map=keys)
+
+
+def _unfuse_input_norm(sublayer: Any, why: str) -> Any:
     """Swap the Transformer Engine linears that normalize the residual stream for plain ones."""
     if _fuses_whole_mlp(sublayer):
         raise ValueError(
-            f"--use-transformer-engine-op-fuser builds the MLP around its input norm, and norm placement "
-            f"{placement.name!r} has none; drop the flag or choose pre or peri"
+            f"--use-transformer-engine-op-fuser builds the MLP around its input norm, and {why}, or drop the "
+            "flag"
         )
     try:
         submodules = get_submodules(sublayer)
@@ -125,10 +164,7 @@ def _unfuse_input_norm(sublayer: Any, placement: NormPlacement) -> Any:
     for linear in (sublayer, *linears.values()):
         name = getattr(getattr(linear, "module", linear), "__name__", "")
         if "LayerNorm" in name and linear is not te.TELayerNormColumnParallelLinear:
-            raise ValueError(
-                f"{name} normalizes its input, and norm placement {placement.name!r} has no input norm; "
-                "choose pre or peri, or another --transformer-impl"
-            )
+            raise ValueError(f"{name} normalizes its input, and {why}, or another --transformer-impl")
     fused = [name for name, linear in linears.items() if linear is te.TELayerNormColumnParallelLinear]
     if not fused:
         return sublayer

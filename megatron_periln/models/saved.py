@@ -6,6 +6,7 @@ from stock Megatron, which is Pre-LN.
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_periln import fixes
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 
@@ -67,16 +70,23 @@ def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
 def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:
     """Return the arguments saved with the checkpoint that ``args`` would load, None if there is none.
 
-    Parameters and errors are those of `checkpoint_path`.
+    Parameters are those of `checkpoint_path`, and errors, and one if the checkpoint can't be read.
     """
     path = checkpoint_path(args, load_arg)
     if path is None:
         return None
+    fixes.apply()
     state: dict[str, Any] = {}
-    if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        state = dist_checkpointing.load_common_state_dict(str(path))
-    elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
-        state = torch.load(ranks[0], map_location="cpu", mmap=True)
+    try:
+        if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+            state = dist_checkpointing.load_common_state_dict(str(path))
+        elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
+            state = torch.load(ranks[0], map_location="cpu", mmap=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()), (error,))[0]
+        raise UsageError(f"{path} can't be read: {reason}") from error
+    except (pickle.UnpicklingError, OSError, RuntimeError) as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
     return state.get("args")
 
 

@@ -1,7 +1,7 @@
 """Norm placement: where norms stand, and the modules that stand there."""
 
 from megatron_periln.norms.embedding import EmbeddingNorm
-from megatron_periln.norms.norm import InputNorm, NoNorm, Norm
+from megatron_periln.norms.norm import InputNorm, JoinedNorm, NoNorm, Norm
 from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement
 from megatron_periln.norms.residual import AddNorm, OutputNormAdd, ResidualNorm
 
@@ -14,6 +14,7 @@ __all__ = [
     "AddNorm",
     "EmbeddingNorm",
     "InputNorm",
+    "JoinedNorm",
     "NoNorm",
     "Norm",
     "NormPlacement",

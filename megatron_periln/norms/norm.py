@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
 
-__all__ = ["InputNorm", "NoNorm", "Norm"]
+__all__ = ["InputNorm", "JoinedNorm", "NoNorm", "Norm"]
 
 
 class Norm(nn.Module):
@@ -93,6 +95,27 @@ class InputNorm(Norm):
         """Normalize ``x``, ``[..., hidden_size]``, into the dtype of the parameters."""
         weight = self.weight
         return kernels.norm(x, weight, self.bias, self.eps, self.zero_centered_gamma, weight.dtype)
+
+
+class JoinedNorm(InputNorm):
+    """An input norm that the residual slot before it computes along with its sum, in one kernel.
+
+    The slot calls it with what the sum is of, and gets the sum; the layer then calls it with that very
+    sum, as it does every norm, and gets what is already there. Called with another tensor, it is an
+    `InputNorm`. It is called both times, so that Megatron's hooks gather its parameters before they are
+    read (``--overlap-param-gather``).
+    """
+
+    _ready: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, sum_of: tuple[Any, ...] | None = None) -> Tensor:
+        """Normalize ``x``; or return `kernels.norm_add` of ``sum_of``, and keep the norm of that."""
+        if sum_of is None:
+            ready, self._ready = self._ready, None
+            return ready[1] if ready is not None and ready[0] is x else super().forward(x)
+        parameters = (self.weight, self.bias, self.eps, self.weight.dtype)
+        self._ready = kernels.norm_add_norm(*sum_of, *parameters)
+        return self._ready[0]
 
 
 class NoNorm(IdentityOp):

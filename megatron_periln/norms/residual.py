@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
-from megatron_periln.norms.norm import Norm
+from megatron_periln.norms.norm import JoinedNorm, Norm
 from megatron_periln.norms.placement import NormPlacement
 
 __all__ = ["AddNorm", "OutputNormAdd", "ResidualNorm"]
@@ -52,7 +52,14 @@ class ResidualNorm(nn.Module):
 
 
 class OutputNormAdd(ResidualNorm):
-    """``residual + dropout(norm(branch + bias))``: the output norm of Peri-LN and output-only."""
+    """``residual + dropout(norm(branch + bias))``: the output norm of Peri-LN and output-only.
+
+    Attributes
+    ----------
+    following
+        The norm of the sum that follows in the same layer, to be computed along with it; none by default.
+        It is a module of the layer's, not of this one.
+    """
 
     def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
         # A hybrid model counts each sublayer as a layer.
@@ -65,6 +72,7 @@ class OutputNormAdd(ResidualNorm):
                 trainable=not placement.freeze_output_norm,
             )
         )
+        self.following: tuple[JoinedNorm] | None = None
 
     def join(
         self, branch_with_bias: BranchWithBias, residual: Tensor, dropout: float, *, training: bool
@@ -72,7 +80,7 @@ class OutputNormAdd(ResidualNorm):
         """Normalize the branch, bias included, then add it to the residual stream."""
         branch, bias = branch_with_bias
         norm = self.norm
-        return kernels.norm_add(
+        arguments = (
             branch,
             bias,
             residual,
@@ -83,6 +91,9 @@ class OutputNormAdd(ResidualNorm):
             dropout,
             training,
         )
+        if self.following is None:
+            return kernels.norm_add(*arguments)
+        return self.following[0](branch, sum_of=arguments)
 
 
 class AddNorm(ResidualNorm):

@@ -21,7 +21,7 @@ from megatron_periln.errors import UsageError
 from megatron_periln.models.saved import placement_of
 from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
-from megatron_periln.norms.kernels import BACKENDS
+from megatron_periln.norms.kernels import BACKENDS, MAX_JOINED_HIDDEN_SIZE
 from megatron_periln.training.checks import check_flags
 from megatron_periln.training.norm_backend import choose_norm_backend
 from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
@@ -76,6 +76,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         default="auto",
         help="what computes these norms: fused Triton kernels, torch.compile or plain torch; default: auto, "
         "the fastest that the device can run",
+    )
+    group.add_argument(
+        "--fuse-pre-mlp-norm",
+        action="store_true",
+        help="peri: attention's output norm and the MLP's input norm as one kernel, up to hidden size "
+        f"{MAX_JOINED_HIDDEN_SIZE}; the MLP's then stands before Transformer Engine's linear, not in it",
     )
     add_monitor_arguments(parser)
     add_checkpoint_arguments(parser)

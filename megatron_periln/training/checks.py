@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
+from megatron_periln.norms.kernels import MAX_JOINED_HIDDEN_SIZE
 
 __all__ = ["check_flags", "check_save_folder"]
 
@@ -44,6 +45,8 @@ def check_flags(args: Namespace) -> None:
         count = getattr(args, name)
         if count is not None and count < 1:
             raise UsageError(f"{flag} must be positive, not {count}")
+    if args.fuse_pre_mlp_norm:
+        _check_fused_norm(args)
     hidden, heads = args.hidden_size, args.num_attention_heads
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     divisions = [
@@ -65,6 +68,22 @@ def check_flags(args: Namespace) -> None:
                 f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
                 "change one of them"
             )
+
+
+def _check_fused_norm(args: Namespace) -> None:
+    """Check that there are an output norm and an input norm to fuse, and kernels for it."""
+    obstacles = {
+        f"--norm-placement {args.norm_placement} has not both norms": args.norm_placement != "peri",
+        "--hybrid-layer-pattern has no layers of attention and MLP": args.hybrid_layer_pattern,
+        "--recompute-modules layernorm recomputes that norm alone": "layernorm"
+        in (args.recompute_modules or []),
+        f"--hidden-size {args.hidden_size} is beyond the {MAX_JOINED_HIDDEN_SIZE} of its kernel": (
+            args.hidden_size and args.hidden_size > MAX_JOINED_HIDDEN_SIZE
+        ),
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UsageError(f"--fuse-pre-mlp-norm: {obstacle}; drop one of them")
 
 
 def check_save_folder(args: Namespace) -> None:

@@ -14,6 +14,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import core_transformer_config_from_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln import fixes
 from megatron_periln.checkpoints import guard
@@ -65,6 +66,7 @@ def run(program_start: float) -> None:
     guard.install(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
+        model_config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_from_args(args)
@@ -81,6 +83,8 @@ def run(program_start: float) -> None:
             store=store,
             get_embedding_ranks=embedding_ranks,
         )
+    except CheckpointException as error:
+        raise guard.failure(args, error) from error
     except AssertionError as error:
         if not str(error).startswith("OptimizerParamScheduler"):
             raise

@@ -57,6 +57,9 @@ CASES = {
         "exaone4",
         tied=True,
     ),
+    "output, heads of the hidden size together": Case(
+        COMMON.replace("--kv-channels 24", "") + "--norm-placement output --qk-layernorm", "exaone4"
+    ),
     "post": Case(COMMON + UNTIED + "--norm-placement post --embedding-norm", "minimax"),
     "post, tied, scales, interleaved": Case(
         COMMON + MUP + "--norm-placement post --embedding-norm --rotary-interleaved", "minimax", tied=True

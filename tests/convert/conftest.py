@@ -2,6 +2,7 @@ import functools
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_periln.convert.export import ExportOptions, export
 from tests.convert import checkpoints
@@ -32,6 +33,22 @@ def exported(saved, tmp_path_factory):
         return folder, said
 
     return of
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+    """A byte-level BPE tokenizer, with the special tokens that llama.cpp's converter of GLM-4 asks for."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: checkpoints.VOCABULARY - 10]
+    vocabulary = {byte: number for number, byte in enumerate(sorted({*alphabet, "Ċ", "Ġ"}))}
+    tokenizer = Tokenizer(models.BPE(vocabulary | {"ab": len(vocabulary)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|user|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture

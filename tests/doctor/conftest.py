@@ -24,6 +24,7 @@ FOUND = {
     "GPUs": {"version": "2 multiply rightly"},
     "Transformer Engine": {"version": "2.17.1"},
     "Apex": {"error": "ModuleNotFoundError: No module named 'apex'", "missing": True},
+    "CPU": {"version": "stands in for the GPU: --device cpu"},
     "megatron-core": {"version": "0.19.2"},
     "parameters": {"parameters": 1_000_000, "bytes_each": 14},
 }

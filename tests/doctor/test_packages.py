@@ -82,6 +82,23 @@ def test_a_broken_transformer_engine(doctor, found):
     assert doctor()[1]["Transformer Engine"] == [("failed", "OSError: undefined symbol: nvte_rmsnorm_fwd")]
 
 
+def test_a_broken_megatron(tmp_path, monkeypatch):
+    """It breaks while the CPU takes the GPU's place, after torch was found."""
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").write_text("raise ImportError('of another torch')")
+    code, rows, _ = run(sys.executable, path=[tmp_path])
+    assert code == 1
+    assert rows["torch"][0] == "ok"
+    assert rows["CPU"] == rows["megatron-core"] == ("failed", "ImportError: of another torch")
+
+
+@pytest.mark.parametrize("name", ["torch", "CPU", "megatron-core"])
+def test_what_was_not_answered(doctor, found, name):
+    """Nothing is fit for want of an answer."""
+    del found[name]
+    assert doctor("--device", "cpu")[1][name][0][0] == "failed"
+
+
 def test_other_versions(doctor, monkeypatch):
     version = software.importlib.metadata.version
     monkeypatch.setattr(

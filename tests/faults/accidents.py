@@ -5,6 +5,7 @@ import resource
 import signal
 from threading import Timer
 
+import psutil
 from megatron.training import training
 
 from megatron_periln.checkpoints import guard
@@ -56,13 +57,15 @@ def killed():
 
 
 def disk_full():
-    """Let no file of this process grow past what its second checkpoint needs."""
+    """Let no file grow past what its second checkpoint needs, whichever process writes it."""
     before_save = guard.SaveGuard.before_save
 
     def late(self, folder):
         before_save(self, folder)
         if folder.name == "iter_0000004":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            rank = psutil.Process()
+            for process in (rank, *rank.children(recursive=True)):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     guard.SaveGuard.before_save = late

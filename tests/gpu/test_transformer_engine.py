@@ -50,3 +50,20 @@ def test_every_gain_gets_a_gradient(placement):
     slots = [module for module in model.modules() if isinstance(module, ResidualNorm)]
     assert len(slots) == 2 * small.LAYERS
     assert all(slot.norm.weight.grad.abs().max() > 0 for slot in slots)
+
+
+def test_the_joined_norm_agrees_with_transformer_engine_s():
+    def losses(fuse):
+        transformer = small.transformer_config(**small.SWIGLU, transformer_impl="transformer_engine")
+        model = small.build("peri", transformer, fuse_pre_mlp_norm=fuse).cuda()
+        ids = small.tokens()[0].cuda()
+        positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
+        out = model(ids, positions, None, labels=ids)
+        out.mean().backward()
+        return out.detach(), [parameter.grad for parameter in model.parameters()]
+
+    (mine, gradients), (theirs, expected) = losses(True), losses(False)
+    assert small.relative_error(mine, theirs) < 1e-3
+    assert sorted(g.norm().item() for g in gradients) == pytest.approx(
+        sorted(g.norm().item() for g in expected), rel=1e-2
+    )

@@ -19,12 +19,6 @@ KINDS = {
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture
-def restored_backend():
-    yield
-    kernels.use_backend("auto")
-
-
 def results(backend, placement, **options):
     """Return the losses and every gradient of one model."""
     kernels.use_backend(backend)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.mlp import MLP
@@ -24,14 +23,6 @@ WITHOUT_INPUT_NORM = ("post", "output")
 FUSED, PLAIN = te.TELayerNormColumnParallelLinear, te.TEColumnParallelLinear
 
 each_placement = pytest.mark.parametrize("placement", small.PLACEMENTS)
-
-
-@pytest.fixture
-def te_specs(monkeypatch):
-    """Let Megatron write Transformer Engine specs, also where only placeholders stand for its modules."""
-    monkeypatch.setattr(specs, "TESpecProvider", TESpecProvider)
-    monkeypatch.setattr(specs, "TENorm", te.TENorm)
-    return specs.get_gpt_layer_with_transformer_engine_spec
 
 
 def moe_config():

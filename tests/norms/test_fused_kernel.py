@@ -80,8 +80,8 @@ def test_long_rows_are_read_in_parts():
 def test_a_lost_partial_sum_would_show(cut_up, monkeypatch):
     case = Case((37,), 96)
     inputs, grad = case.tensors()
-    whole = fused._sum
-    monkeypatch.setattr(fused, "_sum", lambda partials, dtype: whole(partials[:, 1:].contiguous(), dtype))
+    whole = fused.sum_partials
+    monkeypatch.setattr(fused, "sum_partials", lambda sums, dtype: whole(sums[:, 1:].contiguous(), dtype))
     errors = cases.errors(join(fused.norm_add, inputs, grad, case), exact(inputs, grad, case))
     assert errors.pop("d gain") > 1e-2
     assert max(errors.values()) < 2e-6

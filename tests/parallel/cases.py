@@ -41,6 +41,8 @@ LAYOUTS = {
 OPTIONS = {
     "": "",
     "overlap": "--overlap-grad-reduce --overlap-param-gather",
+    "joined norms": "--fuse-pre-mlp-norm",
+    "overlap, joined norms": "--overlap-grad-reduce --overlap-param-gather --fuse-pre-mlp-norm",
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective recompute": "--recompute-granularity selective --recompute-modules layernorm core_attn",
 }
@@ -114,6 +116,8 @@ def _cases():
         yield Case(placement, "biased", "TP2xPP2+SP")
         yield Case(placement, "moe", "EP2xTP2+SP", variant=distributed)
         yield Case(placement, "mla", "TP2")
+    yield Case("peri", layout="TP2xPP2+SP", options="joined norms")
+    yield Case("peri", layout="DP2", options="overlap, joined norms", variant=distributed)
     yield Case("peri", "mla", "CP2")
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")

@@ -24,6 +24,7 @@ def warm_up():
     cpu.activate()
     fixes.apply()
     import torch
+    import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
 

@@ -45,6 +45,10 @@ BAD_FLAGS = {
         "--norm-backend compile",
         ["norm backend 'compile'", "torch.compile is off under --device cpu", "choose auto or torch"],
     ),
+    "two norms to fuse": (
+        "--norm-placement output --fuse-pre-mlp-norm",
+        ["--fuse-pre-mlp-norm", "--norm-placement output has not both norms", "drop one of them"],
+    ),
     "fp8 on the CPU": ("--fp8-format hybrid", ["--fp8-format needs a GPU", "--device cpu", "use --bf16"]),
     "checkpoint arguments without checkpoint": (
         "--use-checkpoint-args",

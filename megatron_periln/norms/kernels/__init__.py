@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_periln.norms.kernels.backends import (
     BACKENDS,
+    MAX_JOINED_HIDDEN_SIZE,
     Backend,
     Choice,
     backend_for,
@@ -19,6 +20,7 @@ from megatron_periln.norms.kernels.backends import (
 
 __all__ = [
     "BACKENDS",
+    "MAX_JOINED_HIDDEN_SIZE",
     "Backend",
     "Choice",
     "add_norm",
@@ -26,6 +28,7 @@ __all__ = [
     "choose_backend",
     "norm",
     "norm_add",
+    "norm_add_norm",
     "use_backend",
 ]
 
@@ -38,6 +41,11 @@ def norm(x: Tensor, *arguments: Any) -> Tensor:
 def norm_add(branch: Tensor, *arguments: Any) -> Tensor:
     """Normalize ``branch``, then add it to the residual stream: `reference.norm_add`."""
     return backend_for(branch).norm_add(branch, *arguments)
+
+
+def norm_add_norm(branch: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Normalize ``branch``, add it to the residual stream, normalize the sum: `reference.norm_add_norm`."""
+    return backend_for(branch).norm_add_norm(branch, *arguments)
 
 
 def add_norm(branch: Tensor, *arguments: Any) -> Tensor:

@@ -5,7 +5,7 @@ backend   what runs
 ========  ==================================================================================
 torch     `reference`, plain PyTorch
 compile   ``torch.compile`` of `reference`
-triton    `fused` for the output norm; ``torch.compile`` for the embedding norm and Post-LN
+triton    `fused` for the output norm, `joined` for it and the next; ``torch.compile`` for the others
 auto      triton on a GPU that can run it, else compile; torch on the CPU
 ========  ==================================================================================
 """
@@ -17,15 +17,26 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_periln.norms.kernels import reference
 
-__all__ = ["BACKENDS", "Backend", "Choice", "backend_for", "choose_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "MAX_JOINED_HIDDEN_SIZE",
+    "Backend",
+    "Choice",
+    "backend_for",
+    "choose_backend",
+    "use_backend",
+]
 
 BACKENDS = ("auto", "triton", "compile", "torch")
+
+MAX_JOINED_HIDDEN_SIZE = 4096  # of `joined`: rows that fit the registers twice
 
 _OLDEST_GPU = (8, 0)  # compute capability with bfloat16
 
@@ -40,6 +51,7 @@ class Backend:
     norm: Callable[..., Tensor]
     norm_add: Callable[..., Tensor]
     add_norm: Callable[..., Tensor]
+    norm_add_norm: Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,13 @@ class Choice:
         return f"{self.backend.name} ({self.reason})"
 
 
-_TORCH = Backend("torch", reference.norm, reference.norm_add, reference.add_norm)
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    reference.norm,
+    reference.norm_add,
+    reference.add_norm,
+    reference.norm_add_norm,
+)
+_TORCH = Backend("torch", *_FUNCTIONS)
 
 _requested = "auto"
 
@@ -123,16 +141,16 @@ def _named(name: str) -> Backend:
         return _TORCH
     if name == "compile":
         return _compiled()
-    from megatron_periln.norms.kernels import fused
+    from megatron_periln.norms.kernels import fused, joined
 
     rest = _TORCH if fused.INTERPRETED else _compiled()
-    return replace(rest, name="triton", norm_add=fused.norm_add)
+    return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=joined.norm_add_norm)
 
 
 @functools.cache
 def _compiled() -> Backend:
-    functions = (reference.norm, reference.norm_add, reference.add_norm)
-    return Backend("compile", *(torch.compile(function) for function in functions))
+    functions: list[Any] = [torch.compile(function) for function in _FUNCTIONS]
+    return Backend("compile", *functions)
 
 
 def _has_triton() -> bool:

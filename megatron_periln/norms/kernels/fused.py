@@ -20,13 +20,25 @@ from torch.autograd.function import once_differentiable
 from megatron_periln.norms.kernels import triton_kernels
 from megatron_periln.norms.kernels.launches import (
     MAX_HIDDEN_SIZE,
+    Launch,
     backward_kernel,
     forward_kernel,
     is_whole,
     launch,
 )
 
-__all__ = ["INTERPRETED", "norm_add"]
+__all__ = [
+    "INTERPRETED",
+    "as_rows",
+    "constants",
+    "device_of",
+    "new_seed",
+    "norm_add",
+    "programs",
+    "scale",
+    "sum_partials",
+    "tiles",
+]
 
 # Whether TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, slowly.
 INTERPRETED = not isinstance(triton_kernels.norm_add_forward, triton.JITFunction)
@@ -79,22 +91,20 @@ class _NormAdd(torch.autograd.Function):
         gain_offset: float,
         dropout: float,
     ) -> Tensor:
-        rows, stream = _as_rows(branch), _as_rows(residual)
+        rows, stream = as_rows(branch), as_rows(residual)
         count, hidden = rows.shape
         wide = torch.promote_types(torch.promote_types(branch.dtype, residual.dtype), torch.float32)
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         rstd = torch.empty(count, dtype=wide, device=branch.device)
         mean = None if shift is None else torch.empty_like(rstd)
-        seed = None
-        if dropout > 0:
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=branch.device)
+        seed = new_seed(branch.device) if dropout > 0 else None
         ctx.save_for_backward(branch, bias, gain, seed, mean, rstd)
         ctx.gain_offset, ctx.dropout = gain_offset, dropout
         if not count:
             return out
         shape = launch(hidden, bias is None and shift is None and seed is None)
-        with _device_of(branch):
-            forward_kernel(shape, hidden)[(_tiles(count, shape.tile_rows),)](
+        with device_of(branch):
+            forward_kernel(shape, hidden)[(tiles(count, shape.tile_rows),)](
                 rows,
                 bias,
                 stream,
@@ -109,14 +119,8 @@ class _NormAdd(torch.autograd.Function):
                 stream.stride(0),
                 eps,
                 dropout,
-                _scale(dropout),
-                gain_offset=gain_offset,
-                hidden=hidden,
-                block=shape.block,
-                tile_rows=shape.tile_rows,
-                wide=_TRITON_DTYPE[wide],
-                num_warps=shape.num_warps,
-                enable_fp_fusion=True,
+                scale(dropout),
+                **constants(shape, hidden, gain_offset, wide),
             )
         return out
 
@@ -127,18 +131,17 @@ class _NormAdd(torch.autograd.Function):
         for_branch, for_bias, _, for_gain, for_shift, *_ = ctx.needs_input_grad
         if not (for_branch or for_bias or for_gain or for_shift):
             return None, None, grad_out, None, None, None, None, None
-        rows, grads = _as_rows(branch), _as_rows(grad_out)
+        rows, grads = as_rows(branch), as_rows(grad_out)
         count, hidden = rows.shape
         shape = launch(hidden, bias is None and mean is None and seed is None)
-        most_programs = shape.programs_per_sm * _multiprocessors(branch.device)
-        programs = max(1, min(_tiles(count, shape.tile_rows), most_programs))
+        grid = programs(shape, count, branch.device)
         grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
         wanted = [name for name, wants in zip("gsb", (for_gain, for_shift, for_bias), strict=True) if wants]
         create = torch.empty if is_whole(shape, hidden) else torch.zeros
-        partials = create(len(wanted), programs, hidden, dtype=rstd.dtype, device=branch.device)
+        partials = create(len(wanted), grid, hidden, dtype=rstd.dtype, device=branch.device)
         partial = dict(zip(wanted, partials.unbind(), strict=True))
-        with _device_of(branch):
-            backward_kernel(shape, hidden)[(programs,)](
+        with device_of(branch):
+            backward_kernel(shape, hidden)[(grid,)](
                 grads,
                 rows,
                 bias,
@@ -154,30 +157,26 @@ class _NormAdd(torch.autograd.Function):
                 grads.stride(0),
                 rows.stride(0),
                 ctx.dropout,
-                _scale(ctx.dropout),
-                gain_offset=ctx.gain_offset,
-                hidden=hidden,
-                block=shape.block,
-                tile_rows=shape.tile_rows,
-                wide=_TRITON_DTYPE[rstd.dtype],
+                scale(ctx.dropout),
                 stages=shape.stages,
-                num_warps=shape.num_warps,
-                enable_fp_fusion=True,
+                **constants(shape, hidden, ctx.gain_offset, rstd.dtype),
             )
             same_dtype = bias is None or bias.dtype == gain.dtype
-            sums = dict(zip(wanted, _sum(partials, gain.dtype if same_dtype else rstd.dtype), strict=True))
+            sums = dict(
+                zip(wanted, sum_partials(partials, gain.dtype if same_dtype else rstd.dtype), strict=True)
+            )
         grad_gain, grad_shift = (sums[name].to(gain.dtype) if name in sums else None for name in "gs")
         grad_bias = sums["b"].to(bias.dtype) if for_bias else None
         return grad_branch, grad_bias, grad_out, grad_gain, grad_shift, None, None, None
 
 
-def _sum(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Sum ``[kinds, programs, hidden]`` over programs, in a fixed order."""
     kinds, programs, hidden = partials.shape
     sums = torch.empty(kinds, hidden, dtype=dtype, device=partials.device)
     if kinds:
         tile_rows, tile_columns = _SUM_TILE
-        triton_kernels.sum_partials[(_tiles(hidden, tile_columns), kinds)](
+        triton_kernels.sum_partials[(tiles(hidden, tile_columns), kinds)](
             partials,
             sums,
             programs,
@@ -190,21 +189,47 @@ def _sum(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return sums.unbind()
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """View ``[..., hidden]`` as ``[rows, hidden]`` whose rows are contiguous, copying only where it must."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _tiles(length: int, tile: int) -> int:
-    return -(-length // tile)
+def new_seed(device: torch.device) -> Tensor:
+    """Draw the seed of a call's dropout, ``[1]``, from the device's generator."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _scale(dropout: float) -> float:
+def scale(dropout: float) -> float:
+    """Return what dropout multiplies the elements with that it keeps."""
     return 1 / (1 - dropout) if dropout < 1 else 0.0
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def tiles(length: int, tile: int) -> int:
+    """Return how many tiles cover a length."""
+    return -(-length // tile)
+
+
+def programs(shape: Launch, rows: int, device: torch.device) -> int:
+    """Return the size of the backward grid."""
+    return max(1, min(tiles(rows, shape.tile_rows), shape.programs_per_sm * _multiprocessors(device)))
+
+
+def constants(shape: Launch, hidden: int, gain_offset: float, wide: torch.dtype) -> dict[str, Any]:
+    """Return what is compiled into a kernel, forward and backward."""
+    return {
+        "gain_offset": gain_offset,
+        "hidden": hidden,
+        "block": shape.block,
+        "tile_rows": shape.tile_rows,
+        "wide": _TRITON_DTYPE[wide],
+        "num_warps": shape.num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make a tensor's GPU the one that kernels are launched on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

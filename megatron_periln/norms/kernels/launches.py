@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from megatron_periln.norms.kernels import triton_kernels, triton_long_rows
 
-__all__ = ["MAX_HIDDEN_SIZE", "Launch", "backward_kernel", "forward_kernel", "is_whole", "launch"]
+__all__ = [
+    "MAX_HIDDEN_SIZE",
+    "Launch",
+    "backward_kernel",
+    "forward_kernel",
+    "is_whole",
+    "joined_launch",
+    "launch",
+]
 
 MAX_HIDDEN_SIZE = 16384  # the longest row that the kernels are tested with
 
@@ -56,6 +64,17 @@ def launch(hidden_size: int, plain: bool = True) -> Launch:
     tile_rows = max(1, _TILE // block)
     num_warps = block * tile_rows // (32 * _ELEMENTS_PER_THREAD)
     return Launch(block, tile_rows, num_warps, max(2, _WARPS_PER_SM // num_warps))
+
+
+@functools.cache
+def joined_launch(hidden_size: int) -> Launch:
+    """Return how rows are cut up for the kernels that also do the next norm.
+
+    They hold twice the tiles, so twice the warps share them.
+    """
+    shape = launch(hidden_size)
+    warps = 2 * shape.num_warps
+    return shape._replace(num_warps=warps, programs_per_sm=max(1, _WARPS_PER_SM // warps))
 
 
 def is_whole(shape: Launch, hidden_size: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_norm", "norm", "norm_add"]
+__all__ = ["add_norm", "norm", "norm_add", "norm_add_norm"]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -72,6 +72,29 @@ def norm_add(
     summed = _wide(branch) if bias is None else _wide(branch) + _wide(bias)
     normed = norm(summed, gain, shift, eps, zero_centered_gamma)
     return (_wide(residual) + F.dropout(normed, dropout, training)).to(residual.dtype)
+
+
+def norm_add_norm(
+    branch: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dropout: float,
+    training: bool,
+    next_gain: Tensor,
+    next_shift: Tensor | None,
+    next_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`norm_add`, and the norm of its result that follows: in ``dtype``, with parameters of its own.
+
+    ``next_shift`` is given where ``shift`` is.
+    """
+    out = norm_add(branch, bias, residual, gain, shift, eps, zero_centered_gamma, dropout, training)
+    return out, norm(out, next_gain, next_shift, next_eps, zero_centered_gamma, dtype)
 
 
 def add_norm(

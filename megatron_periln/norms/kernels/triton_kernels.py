@@ -8,6 +8,10 @@ With ``x = branch + bias`` and, for each row, ``m = mean(x)`` (0 for RMSNorm),
     d branch = r (w - n mean(w n) - mean(w))     the last term for LayerNorm only
     d gain = Σ g n,  d shift = Σ g,  d bias = Σ d branch     over all rows
 
+With ``normed``, the sum is also normed by the next norm's parameters, after it is rounded to the dtype of
+``out``. Its gradient passes back likewise, and what comes out of it adds to ``grad_out``: their sum is the
+gradient of the residual, and the ``g`` above.
+
 An argument that is None takes its part out of the kernel: ``bias``, ``shift``, ``seed`` (no dropout),
 ``mean`` (RMSNorm), and the partial sums of parameters that need no gradient. ``wide`` is the dtype of the
 arithmetic. Rows are ``hidden`` long and read through a row stride; results are contiguous.
@@ -20,61 +24,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "is_kept",
-    "load_rows",
-    "load_vector",
-    "norm_add_backward",
-    "norm_add_forward",
-    "store_rows",
-    "sum_partials",
-]
+from megatron_periln.norms.kernels.triton_rows import is_kept, load_rows, load_vector, store_rows
 
-
-@triton.jit
-def load_rows(
-    pointer: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    stride: tl.tensor,
-    mask: tl.tensor,
-    wide: tl.constexpr,
-) -> tl.tensor:
-    """Read ``[rows, columns]`` of a matrix with a row stride; 0 where ``mask`` is False."""
-    offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(wide)
-
-
-@triton.jit
-def store_rows(
-    pointer: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    stride: tl.tensor,
-    mask: tl.tensor,
-    value: tl.tensor,
-) -> None:
-    """Write ``[rows, columns]`` of a matrix with a row stride, in its dtype."""
-    offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_vector(
-    pointer: tl.tensor, columns: tl.tensor, hidden: tl.constexpr, wide: tl.constexpr
-) -> tl.tensor:
-    """Read a parameter as ``[1, columns]``."""
-    return tl.load(pointer + columns, mask=columns < hidden, other=0.0).to(wide)[None, :]
-
-
-@triton.jit
-def is_kept(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, dropout: tl.tensor) -> tl.tensor:
-    """Tell which elements dropout keeps: a function of the seed, the row and the column alone."""
-    zeros = (rows[:, None] * 0 + columns[None, :] * 0).to(tl.uint32)
-    row = zeros + rows[:, None].to(tl.uint32)
-    column = zeros + columns[None, :].to(tl.uint32)
-    random, _, _, _ = tl.philox(tl.load(seed), column, row, zeros, zeros)
-    return tl.uint_to_uniform_float(random) >= dropout
+__all__ = ["norm_add_backward", "norm_add_forward", "sum_partials"]
 
 
 @triton.jit
@@ -99,8 +51,17 @@ def norm_add_forward(
     block: tl.constexpr,
     tile_rows: tl.constexpr,
     wide: tl.constexpr,
+    next_gain: tl.tensor = None,
+    next_shift: tl.tensor = None,
+    next_eps: tl.tensor = None,
+    normed: tl.tensor = None,
+    next_mean: tl.tensor = None,
+    next_rstd: tl.tensor = None,
 ) -> None:
-    """Write ``out`` and each row's ``mean`` and ``rstd``; program ``i`` does the ``i``-th tile of rows."""
+    """Write ``out`` and each row's ``mean`` and ``rstd``; program ``i`` does the ``i``-th tile of rows.
+
+    And ``normed``, if given, with its rows' ``next_mean`` and ``next_rstd``.
+    """
     rows = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     columns = tl.arange(0, block)
     mask = (rows < n_rows)[:, None] & (columns < hidden)[None, :]
@@ -119,7 +80,20 @@ def norm_add_forward(
         y += load_vector(shift, columns, hidden, wide)
     if seed is not None:
         y = tl.where(is_kept(seed, rows, columns, dropout), y * dropout_scale, 0.0)
-    store_rows(out, rows, columns, hidden, mask, stream + y)
+    total = (stream + y).to(out.dtype.element_ty)
+    store_rows(out, rows, columns, hidden, mask, total)
+    if normed is not None:
+        z = total.to(wide)
+        if next_mean is not None:
+            m = tl.sum(z, 1) / hidden
+            tl.store(next_mean + rows, m, mask=rows < n_rows)
+            z = tl.where(mask, z - m[:, None], 0.0)
+        r = tl.rsqrt(tl.sum(z * z, 1) / hidden + next_eps)
+        tl.store(next_rstd + rows, r, mask=rows < n_rows)
+        z = z * r[:, None] * (load_vector(next_gain, columns, hidden, wide) + gain_offset)
+        if next_shift is not None:
+            z += load_vector(next_shift, columns, hidden, wide)
+        store_rows(normed, rows, columns, hidden, mask, z)
 
 
 @triton.jit
@@ -146,23 +120,52 @@ def norm_add_backward(
     tile_rows: tl.constexpr,
     wide: tl.constexpr,
     stages: tl.constexpr,
+    grad_normed: tl.tensor = None,
+    out: tl.tensor = None,
+    next_gain: tl.tensor = None,
+    next_mean: tl.tensor = None,
+    next_rstd: tl.tensor = None,
+    grad_residual: tl.tensor = None,
+    next_gain_partials: tl.tensor = None,
+    next_shift_partials: tl.tensor = None,
+    normed_stride: tl.tensor = None,
 ) -> None:
     """Write ``grad_branch``, and row ``i`` of the partials ``[programs, hidden]`` from program ``i``.
 
     Programs walk over the tiles of rows in strides of the grid, so that each parameter's gradient
-    is summed in an order that depends on the grid alone.
+    is summed in an order that depends on the grid alone. With ``grad_normed``, ``grad_residual`` is
+    written too.
     """
     columns = tl.arange(0, block)
     factor = load_vector(gain, columns, hidden, wide) + gain_offset
     gain_sum = tl.zeros((tile_rows, block), wide)
     shift_sum = tl.zeros((tile_rows, block), wide)
     bias_sum = tl.zeros((tile_rows, block), wide)
+    next_gain_sum = tl.zeros((tile_rows, block), wide)
+    next_shift_sum = tl.zeros((tile_rows, block), wide)
     step = tl.num_programs(0) * tile_rows
     for start in tl.range(tl.program_id(0) * tile_rows, n_rows, step, num_stages=stages):
         rows = start + tl.arange(0, tile_rows)
         mask = (rows < n_rows)[:, None] & (columns < hidden)[None, :]
-        x = load_rows(branch, rows, columns, branch_stride, mask, wide)
         grad = load_rows(grad_out, rows, columns, grad_stride, mask, wide)
+        if grad_normed is not None:
+            above = load_rows(grad_normed, rows, columns, normed_stride, mask, wide)
+            z = load_rows(out, rows, columns, hidden, mask, wide)
+            if next_mean is not None:
+                z -= tl.load(next_mean + rows, mask=rows < n_rows, other=0.0)[:, None]
+            next_r = tl.load(next_rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
+            z *= next_r
+            weighted = above * (load_vector(next_gain, columns, hidden, wide) + gain_offset)
+            grad_z = weighted - z * (tl.sum(weighted * z, 1) / hidden)[:, None]
+            if next_mean is not None:
+                grad_z -= (tl.sum(weighted, 1) / hidden)[:, None]
+            grad = tl.where(mask, grad + grad_z * next_r, 0.0)
+            store_rows(grad_residual, rows, columns, hidden, mask, grad)
+            if next_gain_partials is not None:
+                next_gain_sum += above * z
+            if next_shift_partials is not None:
+                next_shift_sum += above
+        x = load_rows(branch, rows, columns, branch_stride, mask, wide)
         r = tl.load(rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
         if bias is not None:
             x += load_vector(bias, columns, hidden, wide)
@@ -190,6 +193,10 @@ def norm_add_backward(
         tl.store(shift_partials + row + columns, tl.sum(shift_sum, 0), mask=columns < hidden)
     if bias_partials is not None:
         tl.store(bias_partials + row + columns, tl.sum(bias_sum, 0), mask=columns < hidden)
+    if next_gain_partials is not None:
+        tl.store(next_gain_partials + row + columns, tl.sum(next_gain_sum, 0), mask=columns < hidden)
+    if next_shift_partials is not None:
+        tl.store(next_shift_partials + row + columns, tl.sum(next_shift_sum, 0), mask=columns < hidden)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_periln.norms.kernels.triton_kernels import is_kept, load_rows, load_vector, store_rows
+from megatron_periln.norms.kernels.triton_rows import is_kept, load_rows, load_vector, store_rows
 
 __all__ = ["long_norm_add_backward", "long_norm_add_forward"]
 

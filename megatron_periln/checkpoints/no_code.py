@@ -1,19 +1,22 @@
-"""Reading a distributed checkpoint's ``.metadata`` runs no code from it.
+"""Loading a distributed checkpoint runs no code from it.
 
-The file is a pickle, and torch's ``FileSystemReader.read_metadata``
-(torch/distributed/checkpoint/filesystem.py) gives it to ``pickle.load``, which runs whatever it asks
-for. All else in a checkpoint is loaded with ``weights_only=True``. Its test in
-tests/checkpoints/test_no_code.py fails once torch restricts it.
+Megatron loads with ``weights_only=True``, which asks torch for tensors, plain containers and what
+megatron/core/safe_globals.py lists. Two places of torch's distributed checkpoints ask for anything,
+which then runs: ``FileSystemReader.read_metadata`` (torch/distributed/checkpoint/filesystem.py)
+gives ``.metadata`` to ``pickle.load``, and ``DefaultLoadPlanner.load_bytes`` (default_planner.py) loads
+what is no tensor, the arguments among it, with ``weights_only=False``. Their tests in
+tests/checkpoints/test_no_code.py fail once torch restricts them.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 
 __all__ = ["restrict"]
 
@@ -60,5 +63,14 @@ def _load(file: IO[bytes], **options: Any) -> Any:
 
 
 def restrict() -> None:
-    """Restrict what ``FileSystemReader`` unpickles to what describes tensors."""
-    filesystem.pickle = SimpleNamespace(load=_load, dump=pickle.dump)  # type: ignore[attr-defined]
+    """Restrict what is unpickled from distributed checkpoints to what holds no code."""
+    module: Any = filesystem
+    module.pickle = SimpleNamespace(load=_load, dump=pickle.dump)
+    load_bytes = DefaultLoadPlanner.load_bytes
+
+    def checked(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, map_location="cpu", weights_only=True)  # raises if there is more
+        value.seek(0)
+        load_bytes(self, read_item, value)
+
+    DefaultLoadPlanner.load_bytes = checked  # type: ignore[method-assign]

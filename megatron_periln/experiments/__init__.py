@@ -1,0 +1,1 @@
+"""Declared studies: many training runs of one comparison, and one table of what came of them."""

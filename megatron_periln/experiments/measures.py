@@ -1,0 +1,173 @@
+"""What a study takes from a finished run: numbers from its monitor's file and its log."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_periln.monitor.reading import Run, read_run
+from megatron_periln.monitor.schema import FILE_NAME
+
+__all__ = ["LOG_NAME", "MEASURES", "Measure", "broken_off", "depth_profiles", "measure", "validation_loss"]
+
+LOG_NAME = "log.txt"
+
+_VALIDATION = re.compile(
+    r"validation loss at iteration \d+ (?:on validation set )?\| lm loss value: ([\dEe.+-]+|nan|inf)"
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One number of a run, and how tables show it; ``of`` gives NaN where the run has none."""
+
+    title: str
+    of: Callable[[Run], float]
+    form: str = ".3g"
+
+
+def layer_gradients(run: Run) -> Floats:
+    """Return the gradient norm of each layer's attention and MLP together, ``[intervals, layers]``."""
+    values = run.layers.values
+    return np.sqrt(values["attention_gradient_norm"] ** 2 + values["mlp_gradient_norm"] ** 2)
+
+
+def _inner(run: Run) -> NDArray[np.bool_]:
+    """Tell which columns are layers: neither the embedding nor the final norm's output."""
+    return (run.layers.layers > 0) & (run.layers.layers <= run.header["num_layers"])
+
+
+def _last_variance(interval: int) -> Callable[[Run], float]:
+    return lambda run: float(run.layers.values["stream_variance"][interval][_inner(run)][-1])
+
+
+def _spread(run: Run) -> float:
+    last = layer_gradients(run)[-1][_inner(run)]
+    return float(last.max() / last.min())
+
+
+def _alerts(kind: str) -> Callable[[Run], float]:
+    return lambda run: float(sum(alert["alert"] == kind for alert in run.alerts))
+
+
+def _largest(run: Run) -> float:
+    stream = run.layers.layers <= run.header["num_layers"]
+    return float(run.layers.values["stream_max_abs"][:, stream].max())
+
+
+def _later_gradients(run: Run) -> Floats:
+    """Return the gradient norms after the first quarter of the run, over their median."""
+    norms = run.steps.grad_norm[len(run.steps.grad_norm) // 4 :]
+    return np.asarray(norms / np.nanmedian(norms))
+
+
+def _training_loss(run: Run) -> float:
+    return float(run.steps.loss[-max(1, len(run.steps.loss) // 10) :].mean())
+
+
+# In the order of the tables; validation_loss, from the log, comes before them.
+MEASURES: dict[str, Measure] = {
+    "training_loss": Measure(title="training loss, last tenth", of=_training_loss, form=".3f"),
+    "loss_spikes": Measure(title="loss spikes", of=_alerts("loss-spike"), form=".1f"),
+    "gradient_spikes": Measure(title="gradient spikes", of=_alerts("gradient-spike"), form=".1f"),
+    "gradient_norm": Measure(
+        title="gradient norm, median", of=lambda run: float(np.median(run.steps.grad_norm))
+    ),
+    "gradient_peak": Measure(
+        title="gradient norm, largest / median", of=lambda run: float(np.nanmax(_later_gradients(run)))
+    ),
+    "gradient_outliers": Measure(
+        title="steps above 5 medians",
+        of=lambda run: float((_later_gradients(run) > 5).sum()),
+        form=".1f",
+    ),
+    "gradient_spread": Measure(title="gradient norms of layers, max/min", of=_spread),
+    "largest_activation": Measure(title="max |x|", of=_largest),
+    "variance_at_start": Measure(title="variance of the last layer, first", of=_last_variance(0)),
+    "variance_at_end": Measure(title="variance of the last layer, last", of=_last_variance(-1)),
+    "angular_distance": Measure(
+        title="angular distance",
+        of=lambda run: float(run.layers.values["angular_distance"][-1][_inner(run)].mean()),
+        form=".3f",
+    ),
+    "seconds": Measure(title="seconds", of=lambda run: float(run.steps.seconds.sum())),
+}
+
+
+def measure(folder: Path) -> dict[str, float | None]:
+    """Return every measure of the run in ``folder``, None where it has none.
+
+    Raises
+    ------
+    UsageError
+        If it has no monitor's file, or a corrupt one.
+    """
+    run = read_run(folder / FILE_NAME)
+    values: dict[str, float | None] = {"validation_loss": validation_loss(folder / LOG_NAME)}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for name, each in MEASURES.items():
+            try:
+                value = each.of(run)
+            except (KeyError, IndexError, ValueError):
+                value = math.nan
+            values[name] = float(f"{value:.6g}") if math.isfinite(value) else None
+    return values
+
+
+def validation_loss(log: Path) -> float | None:
+    """Return the last validation loss that a log tells, None if it tells none; it may be NaN."""
+    found = _VALIDATION.findall(log.read_text(errors="replace"))
+    return float(found[-1]) if found else None
+
+
+def broken_off(folder: Path) -> tuple[str | None, str | None]:
+    """Return what the record of the run in ``folder`` says against it.
+
+    Returns
+    -------
+    tuple
+        The first NaN or Inf of its loss, gradient norm or layers, and where it ended if that was before
+        ``--train-iters``; None for what is not so.
+    """
+    run = read_run(folder / FILE_NAME)
+    messages = [f"{alert['message']}, iteration {alert['iteration']}" for alert in run.alerts]
+    broken = [text for text, alert in zip(messages, run.alerts, strict=True) if alert["alert"] == "nan"]
+    last, due = int(run.steps.iteration.max(initial=0)), run.header["flags"].get("train_iters") or 0
+    return next(iter(broken), None), f"it ended at iteration {last} of {due}" if last < due else None
+
+
+def depth_profiles(folder: Path) -> dict[str, Any]:
+    """Return statistics by depth, each at the first and at the last interval, with four digits.
+
+    Layers go from 0, the embedding's output, to the last; where a statistic has no meaning, None.
+    """
+    run = read_run(folder / FILE_NAME)
+    kept = run.layers.layers <= run.header["num_layers"]
+    statistics = {
+        "variance": run.layers.values["stream_variance"],
+        "largest": run.layers.values["stream_max_abs"],
+        "angular_distance": run.layers.values["angular_distance"],
+        "gradient_norm": layer_gradients(run),
+    }
+    return {
+        "iterations": run.layers.iteration[[0, -1]].tolist(),
+        **{
+            name: [[_rounded(value) for value in values[interval][kept]] for interval in (0, -1)]
+            for name, values in statistics.items()
+        },
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None

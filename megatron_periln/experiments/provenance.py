@@ -1,0 +1,36 @@
+"""Where and with what a run was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["commit", "provenance"]
+
+_PACKAGES = ("megatron-periln", "megatron-core", "torch", "transformer-engine", "triton", "numpy")
+
+
+def commit() -> str | None:
+    """Return the commit of this package's repository, with ``-dirty`` after changes; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """Return the commit, and the versions of Python and of what training depends on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"commit": commit(), "versions": versions, "machine": platform.machine()}
