@@ -33,7 +33,8 @@ MODEL = """--device cpu --seq-length 256 --max-position-embeddings 256 --normali
     --disable-bias-linear --position-embedding-type rope --norm-placement peri --mock-data
     --micro-batch-size 1 --global-batch-size 2 --train-iters 100000 --lr 1e-4
     --tokenizer-type NullTokenizer --vocab-size 4096
-    --eval-iters 0 --log-interval 1 --save-interval 100000 --num-workers 0 --use-distributed-optimizer"""
+    --eval-iters 0 --eval-interval 100000 --log-interval 1 --save-interval 100000 --num-workers 0
+    --use-distributed-optimizer"""
 _STEP = re.compile(r"\[([\d-]+ [\d:.]+)\] iteration +(\d+)/")
 _DECISION = re.compile(r"^([\d-]+ [\d:]+) job \d+, restart \d+: (time limit: |time limit; )", re.MULTILINE)
 
@@ -52,9 +53,15 @@ def steps(start: Path) -> list[tuple[float, int]]:
 def preempt(cluster: Cluster, number: str, folder: Path, start: int, options: argparse.Namespace) -> None:
     """Warn the job once it has done a few steps of a start, and wait for steps of the next one."""
     job = folder / "jobs" / number
-    until(lambda: len(steps(job / f"restart_{start}")) >= options.steps, "steps", 600)
+
+    def reached(restart: int, count: int) -> bool:
+        if cluster.job(number).over:
+            sys.exit(f"error: the job ended: {(folder.parent / 'batch.log').read_text()}")
+        return len(steps(job / f"restart_{restart}")) >= count
+
+    until(lambda: reached(start, options.steps), "steps", 600)
     cluster.login("scancel", "--batch", "--signal=USR1", number)
-    until(lambda: steps(job / f"restart_{start + 1}"), "steps after the restart", 600)
+    until(lambda: reached(start + 1, 1), "steps after the restart", 600)
 
 
 def parts(folder: Path, log: Path, number: str, start: int) -> dict[str, float]:
@@ -75,7 +82,7 @@ def parts(folder: Path, log: Path, number: str, start: int) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preemptions", type=int, default=5)
+    parser.add_argument("--preemptions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="before each preemption")
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)

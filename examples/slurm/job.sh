@@ -113,7 +113,8 @@ check_nodes() { # one step for each, so that a dead node spoils no other's
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for i in "${nodes[@]}"; do
         timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-            --cpus-per-task="$cpus" --nodelist="$i" --output="$folder/doctor_$i.log" "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
+            --cpus-per-task="$cpus" --nodelist="$i" --output="$folder/doctor_$i.log" \
+            "$PYTHON" -m megatron_periln.doctor "${flags[@]}" &
         checks+=($!)
     done
     for i in "${!nodes[@]}"; do
@@ -149,7 +150,7 @@ export PYTHONPATH=$job_folder/code${PYTHONPATH:+:$PYTHONPATH}
 
 stop='' asker=''
 trap 'ask_to_stop "time limit"' USR1
-trap 'ask_to_stop cancelled' TERM
+trap 'ask_to_stop SIGTERM' TERM
 trap '[ -z "$asker" ] || kill "$asker"' EXIT
 
 began=$(iteration)
@@ -174,9 +175,9 @@ if [ "$status" = 0 ]; then
         say "done at iteration $(iteration)"
         exit 0
     fi
-    stop=${stop:-cancelled}
+    stop=${stop:-SIGTERM}
 fi
-if [ "$stop" = cancelled ]; then
+if [ "$stop" = SIGTERM ]; then
     say "stopped; the last checkpoint is of iteration $(iteration)"
     exit 143
 fi
