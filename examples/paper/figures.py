@@ -87,10 +87,10 @@ def variants(sweep: Results, studies: Sequence[Results]) -> str:
         f'font-family="sans-serif" font-size="12" fill="#1b1f24">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
-    for tick in range(math.ceil(low * 20), math.floor(high * 20) + 1):
-        at = x(tick / 20)
+    for tick in range(math.ceil(low * 10), math.floor(high * 10) + 1):
+        at = x(tick / 10)
         out.append(f'<path d="M{at:.1f} 8V{height - 40}" stroke="#e1e4e8"/>')
-        out.append(f'<text x="{at:.1f}" y="{height - 24}" text-anchor="middle">{tick / 20:.2f}</text>')
+        out.append(f'<text x="{at:.1f}" y="{height - 24}" text-anchor="middle">{tick / 10:.1f}</text>')
     for index, (row, value) in enumerate(zip(rows, means, strict=True)):
         name, y = row["choices"]["variant"], 20 + index * step
         tint, spread = color(name.partition(",")[0]), value["std"] or 0.0

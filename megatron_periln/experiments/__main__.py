@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, more = given[: given.index("--")], given[given.index("--") + 1 :]
     args = build_parser().parse_args(own)
     failed: list[str] = []
-    code = exit_code(lambda: failed.extend(_run(args, more, shlex.join(given))))
+    command = shlex.join(word for word in given if word != "--collect")
+    code = exit_code(lambda: failed.extend(_run(args, more, command)))
     return code or int(bool(failed))
 
 
