@@ -16,6 +16,6 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
         "--checkpoint-verify",
         choices=("full", "size", "off"),
         default="full",
-        help="save checksums, or sizes alone, and pass over a broken checkpoint for the one before; default: "
-        "full, for sums cost little beside writing; size: for checkpoints too large to be read twice",
+        help="check a checkpoint's checksums before loading it, or its files' sizes alone, and pass over a "
+        "broken one for the one before; default: full",
     )

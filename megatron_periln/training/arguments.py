@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--fuse-pre-mlp-norm",
         action="store_true",
         help="peri: attention's output norm and the MLP's input norm as one kernel, up to hidden size "
-        f"{MAX_JOINED_HIDDEN_SIZE}; the MLP's then stands before Transformer Engine's linear, not in it",
+        f"{MAX_JOINED_HIDDEN_SIZE}",
     )
     add_monitor_arguments(parser)
     add_checkpoint_arguments(parser)
