@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a file that --monitor wrote, or the folder that holds its monitor.jsonl",
+        help="a file that --monitor-layers wrote, or the folder that holds its monitor.jsonl",
     )
     parser.add_argument("--output", required=True, type=Path, help="the page to write, such as report.html")
     parser.add_argument("--title", help="title of the page; default: the runs' names")

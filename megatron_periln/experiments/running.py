@@ -75,7 +75,7 @@ def check_flags(study: Study) -> None:
 
 def command_line(study: Study, folder: CellFolder) -> list[str]:
     """Return the flags of a run, with those for its folder."""
-    flags = [*folder.cell.flags, "--monitor", "--monitor-file", str(folder.record)]
+    flags = [*folder.cell.flags, "--monitor-layers", "all", "--monitor-file", str(folder.record)]
     flags += ["--no-check-for-nan-in-loss-and-grad"]  # else the run ends before its record says why
     if study.save:
         checkpoints = str(folder.path / "checkpoints")
@@ -164,7 +164,7 @@ def _be_run(study: Study, folder: CellFolder) -> NoReturn:
         log = os.open(folder.path / LOG_NAME, os.O_WRONLY | os.O_CREAT | mode)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        # In a file: torchrun takes some of Megatron's flags, such as --monitor, for short forms of its own.
+        # In a file: torchrun may take some of Megatron's flags for short forms of its own.
         flags = folder.path / "run.flags"
         flags.write_text("\n".join(shlex.quote(flag) for flag in command_line(study, folder)) + "\n")
         if not is_forked(study):

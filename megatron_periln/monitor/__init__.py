@@ -1,1 +1,1 @@
-"""Statistics of the residual stream and of gradients during training: ``--monitor``."""
+"""Statistics of the residual stream and of gradients during training: ``--monitor-layers``."""

@@ -27,17 +27,17 @@ _BLIND = {
 def add_monitor_arguments(parser: ArgumentParser) -> None:
     """Add the monitor's group of flags."""
     group = parser.add_argument_group(title=GROUP)
+    # Not --monitor: torchrun takes that for a short form of its own --monitor-interval.
     group.add_argument(
-        "--monitor", action="store_true", help="record statistics of every layer while training"
+        "--monitor-layers",
+        default=None,
+        help="record statistics while training of layers all, every:K, or such as 0,1,12; default: off",
     )
     group.add_argument(
         "--monitor-interval",
         type=int,
         default=100,
         help="iterations between records of layers, which the first and the last have too; default: 100",
-    )
-    group.add_argument(
-        "--monitor-layers", default="all", help="all, every:K, or numbers such as 0,1,12; default: all"
     )
     group.add_argument("--monitor-file", default=None, help=f"default: {FILE_NAME} in the folder of --save")
     group.add_argument(
@@ -53,10 +53,12 @@ def check_monitor(args: Namespace) -> None:
     UsageError
         For a flag that is wrong, or one of Megatron's under which the monitor would be blind.
     """
-    if not args.monitor:
+    if not args.monitor_layers:
         for name in ("monitor_file", "monitor_stop_on"):
             if getattr(args, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} does nothing without --monitor; give it too")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} does nothing without --monitor-layers; give it too"
+                )
         return
     if args.monitor_interval < 1:
         raise UsageError(f"--monitor-interval must be positive, not {args.monitor_interval}")
@@ -64,11 +66,11 @@ def check_monitor(args: Namespace) -> None:
         chosen_layers(args.monitor_layers, args.num_layers)
     for name, flag in _BLIND.items():
         if getattr(args, name, False):
-            raise UsageError(f"--monitor does not see layers under {flag}; drop one of them")
+            raise UsageError(f"--monitor-layers does not see layers under {flag}; drop one of them")
     if getattr(args, "cuda_graph_impl", "none") != "none":
-        raise UsageError("--monitor does not see layers in CUDA graphs; drop it or --cuda-graph-impl")
+        raise UsageError("--monitor-layers does not see layers in CUDA graphs; drop it or --cuda-graph-impl")
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
-        raise UsageError("--monitor does not know --gtp-weight-remat-size; drop one of them")
+        raise UsageError("--monitor-layers does not know --gtp-weight-remat-size; drop one of them")
     if args.monitor_stop_on is not None and args.save is None:
         raise UsageError("--monitor-stop-on saves a checkpoint: give --save")
     if args.monitor_stop_on == "nan" and args.check_for_nan_in_loss_and_grad:
@@ -78,7 +80,7 @@ def check_monitor(args: Namespace) -> None:
         )
     if args.monitor_file is None:
         if args.save is None:
-            raise UsageError("--monitor has no file to write to: give --monitor-file or --save")
+            raise UsageError("--monitor-layers has no file to write to: give --monitor-file or --save")
         args.monitor_file = str(Path(args.save) / FILE_NAME)
     _check_file(Path(args.monitor_file))
 

@@ -1,4 +1,4 @@
-"""The monitor of a training run: what ``--monitor`` installs."""
+"""The monitor of a training run: what ``--monitor-layers`` installs."""
 
 from __future__ import annotations
 

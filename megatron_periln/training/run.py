@@ -70,7 +70,7 @@ def run(program_start: float) -> None:
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_from_args(args)
-    if args.monitor:
+    if args.monitor_layers:
         from megatron_periln.monitor.install import install
 
         install(args)

@@ -10,7 +10,7 @@ from megatron_periln.monitor.arguments import add_monitor_arguments, check_monit
 def checked(folder, *flags, **megatron):
     parser = argparse.ArgumentParser()
     add_monitor_arguments(parser)
-    args = parser.parse_args(["--monitor", *flags])
+    args = parser.parse_args(["--monitor-layers", "all", *flags])
     defaults = {"save": str(folder), "num_layers": 4, "check_for_nan_in_loss_and_grad": True}
     vars(args).update({**defaults, **megatron})
     check_monitor(args)
@@ -55,4 +55,4 @@ def test_nothing_is_checked_without_a_monitor(tmp_path):
     args = parser.parse_args([])
     before = dict(vars(args))
     check_monitor(args)
-    assert vars(args) == before and not args.monitor
+    assert vars(args) == before and not args.monitor_layers

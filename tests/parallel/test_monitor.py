@@ -49,8 +49,9 @@ def monitored(jobs, run):
     def cached(case, mistake=None, extra=""):
         load = run(case.one_process).folder / "checkpoints"
         arguments = (
-            f"{case.model} {case.execution} --load {load} --ckpt-step {FIRST - 1} --no-load-rng --monitor "
-            f"--monitor-interval {FIRST} --exit-interval {FIRST} --save-interval 1000 {extra}"
+            f"{case.model} {case.execution} --load {load} --ckpt-step {FIRST - 1} --no-load-rng "
+            f"--monitor-layers all --monitor-interval {FIRST} --exit-interval {FIRST} --save-interval 1000 "
+            f"{extra}"
         )
         name = f"monitored-{case}-{mistake}{extra}".replace(", ", "-").replace(" ", "_").replace("+", "")
         changes = [f"{CHANGES}.{change}" for change in ("keep_counts", mistake) if change]
@@ -153,7 +154,8 @@ def test_monitored_training_is_the_same_training(jobs, run, case):
     load = run(case.one_process).folder / "checkpoints"
     arguments = (
         f"{case.model} {case.execution} --save-wgrads-interval {FIRST} --eval-iters 0 --load {load} "
-        f"--ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng --monitor --monitor-interval 2"
+        f"--ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng "
+        "--monitor-layers all --monitor-interval 2"
     )
     name = f"same-{case}".replace(", ", "-").replace(" ", "_").replace("+", "")
     job = jobs.run(name, arguments, case.ranks)
@@ -174,12 +176,12 @@ def test_the_monitor_is_not_there_unless_asked_for(jobs):
     forbid = [f"{CHANGES}.forbid_the_monitor"]
     flags = f"{Case('peri').model} --exit-interval 1 --save-interval 1000"
     jobs.run("no-monitor", flags, changes=forbid)
-    job = jobs.run("monitor-forbidden", f"{flags} --monitor", changes=forbid, succeeds=False)
+    job = jobs.run("monitor-forbidden", f"{flags} --monitor-layers all", changes=forbid, succeeds=False)
     assert "import of megatron_periln.monitor.install halted" in job.log
 
 
 def test_a_run_resumes_its_record(jobs):
-    model = f"{Case('peri').model} --monitor --monitor-interval 2 --save-interval 3"
+    model = f"{Case('peri').model} --monitor-layers all --monitor-interval 2 --save-interval 3"
     first = jobs.run("record", f"{model} --exit-interval 5")
     checkpoints = first.folder / "checkpoints"
     again = f"--load {checkpoints} --ckpt-step 3 --save {checkpoints} --exit-interval 7"
@@ -194,7 +196,9 @@ def test_the_record_says_whose_it_is(jobs, run):
     case = Case("peri", "moe", "EP2", variant=DISTRIBUTED)
     load = run(case.one_process).folder / "checkpoints"
     arguments = f"{case.model} {case.execution} --load {load} --ckpt-step {FIRST - 1} --no-load-rng"
-    job = jobs.run("header", f"{arguments} --exit-interval {FIRST} --save-interval 1000 --monitor", 2)
+    job = jobs.run(
+        "header", f"{arguments} --exit-interval {FIRST} --save-interval 1000 --monitor-layers all", 2
+    )
     header = records(job)[0]
     assert (header["placement"], header["num_layers"], header["hidden_size"]) == ("peri", 4, 64)
     weights = job.weights(FIRST)
@@ -205,9 +209,7 @@ def test_the_record_says_whose_it_is(jobs, run):
 
 def test_scalars_and_maps_go_to_tensorboard(jobs):
     folder = jobs.folder / "monitor-tensorboard"
-    flags = (
-        f"{Case('peri').model} --tensorboard-dir {folder} --monitor --monitor-interval 2 --monitor-layers 1,2"
-    )
+    flags = f"{Case('peri').model} --tensorboard-dir {folder} --monitor-interval 2 --monitor-layers 1,2"
     job = jobs.run("tensorboard", f"{flags} --exit-interval 4 --save-interval 1000")
     events = EventAccumulator(str(folder)).Reload()
     layers = [line for line in records(job) if line["kind"] == "layers"]
@@ -228,7 +230,9 @@ def test_scalars_and_maps_go_to_tensorboard(jobs):
 @pytest.mark.parametrize("layout", ["1", "PP2"])
 def test_a_run_stops_on_a_spike_with_a_checkpoint(jobs, layout):
     case = Case("peri", layout=layout)
-    arguments = f"{case.model} {case.execution} --save-interval 1000 --monitor --monitor-stop-on spike"
+    arguments = (
+        f"{case.model} {case.execution} --save-interval 1000 --monitor-layers all --monitor-stop-on spike"
+    )
     change = f"{CHANGES}.raise_a_spike_in_iteration_three"
     job = jobs.run(f"spike-{layout}", arguments, case.ranks, changes=[change])
     assert "monitor: iteration 3: a spike made by a test" in job.log
@@ -244,7 +248,7 @@ def test_nan_is_found_where_it_began_and_stops_the_run(jobs, layout):
     case = Case("peri", layout=layout)
     arguments = (
         f"{case.model} {case.execution} --save-interval 1000 --no-check-for-nan-in-loss-and-grad "
-        "--monitor --monitor-interval 1 --monitor-stop-on nan"
+        "--monitor-layers all --monitor-interval 1 --monitor-stop-on nan"
     )
     change = f"{CHANGES}.poison_the_second_layer_in_iteration_three"
     job = jobs.run(f"nan-{layout}", arguments, case.ranks, changes=[change])

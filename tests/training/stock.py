@@ -14,7 +14,6 @@ OURS = (
     "freeze_output_norm",
     "output_norm_epsilon",
     "device",
-    "monitor",
     "monitor_interval",
     "monitor_layers",
     "monitor_file",

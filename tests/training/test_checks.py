@@ -1,9 +1,11 @@
 """What Megatron would end with a traceback, with flags that a job of the other tests can't leave out."""
 
+import argparse
 import sys
 
 import pytest
 from megatron.training.arguments import parse_args
+from torch.distributed.run import get_args_parser
 
 from megatron_periln.errors import UsageError
 from megatron_periln.training.arguments import add_arguments
@@ -45,3 +47,19 @@ def test_a_launcher_is_missing(check, monkeypatch):
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(UsageError, match="MASTER_PORT not set: start with torchrun"):
         check(ENOUGH)
+
+
+def short_forms_of_torchrun_s(flags):
+    """Return the flags that Python before 3.13 makes torchrun refuse, wherever they stand."""
+    theirs = get_args_parser()._option_string_actions
+    return [
+        flag for flag in flags if flag not in theirs and any(option.startswith(flag) for option in theirs)
+    ]
+
+
+def test_torchrun_takes_no_flag_of_ours_for_its_own():
+    parser = add_arguments(argparse.ArgumentParser())
+    own = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    assert "--monitor-layers" in own
+    assert short_forms_of_torchrun_s(own) == []
+    assert short_forms_of_torchrun_s(["--monitor"]) == ["--monitor"]

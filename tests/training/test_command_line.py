@@ -76,10 +76,10 @@ BAD_FLAGS = {
     "split": ("--split 1,a,2", ["--split 1,a,2 is not three shares such as 969,30,1"]),
     "monitor file without monitor": (
         "--monitor-file monitor.jsonl",
-        ["--monitor-file does nothing without --monitor"],
+        ["--monitor-file does nothing without --monitor-layers"],
     ),
     "monitor without a file": (
-        "--monitor --monitor-file /proc",
+        "--monitor-layers all --monitor-file /proc",
         ["--monitor-file /proc is a folder", "give a file in it"],
     ),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
