@@ -34,7 +34,7 @@ def newest(checkpoints):
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(jobs, capsys):
     dice = random.Random(SEED)
-    straight = {point["iteration"]: point for point in jobs.run("straight", FLAGS, RANKS).curve}
+    straight = {point["iteration"]: point for point in jobs.run("undisturbed", FLAGS, RANKS).curve}
     assert list(straight) == list(range(1, LAST + 1))
     checkpoints = jobs.folder / "killed"
     kills = []

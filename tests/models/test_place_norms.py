@@ -184,7 +184,7 @@ def test_an_mlp_fused_with_its_input_norm_is_refused_without_one(placement, name
         monkeypatch.setattr(module, name, fused_mlp)
     spec = te_specs(use_te_op_fuser=True, use_grouped_gemm_for_dense_mlp=name != "TEFusedMLP")
     if placement in WITHOUT_INPUT_NORM:
-        with pytest.raises(ValueError, match=f"transformer-engine-op-fuser.*'{placement}' has none"):
+        with pytest.raises(ValueError, match=f"transformer-engine-op-fuser.*'{placement}' has no input norm"):
             place(spec, placement)
     else:
         (layer,) = layers(place(spec, placement))
