@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_periln.norms.kernels import backends, fused, joined, launches, reference
+from megatron_periln.norms.kernels import backends, fused, launches, reference
 from tests.norms import formulas
 from tests.norms import kernel_cases as cases
 from tests.norms.kernel_cases import DEVICE, Case
@@ -62,7 +62,7 @@ def collect(leaves, results, grads):
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_values_and_gradients_are_those_of_the_formulas(case):
     inputs, grads = tensors(case)
-    mine = join(joined.norm_add_norm, inputs, grads, case)
+    mine = join(fused.norm_add_norm, inputs, grads, case)
     assert mine["out"].dtype == mine["d residual"].dtype == case.residual
     assert mine["normed"].dtype == mine["d next gain"].dtype == case.branch
     assert cases.worst_in_roundings(mine, exact(inputs, grads, case)) < 1.5
@@ -86,22 +86,22 @@ def test_a_mistake_would_show(mistake, monkeypatch):
         inputs[5] = inputs[3]
     else:
         grads = (grads[0], torch.zeros_like(grads[1]))
-    assert cases.worst_in_roundings(join(joined.norm_add_norm, inputs, grads, case), right) > 100
+    assert cases.worst_in_roundings(join(fused.norm_add_norm, inputs, grads, case), right) > 100
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_many_tiles_and_programs_sum_to_the_same_gradients(options, monkeypatch):
-    monkeypatch.setattr(joined, "joined_launch", lambda _: SMALL_TILES)
+    monkeypatch.setattr(fused, "joined_launch", lambda _: SMALL_TILES)
     monkeypatch.setattr(fused, "_multiprocessors", lambda _: 5)
     case = Case((13,), 96, torch.float32, torch.float32, *options)
     inputs, grads = tensors(case)
-    mine = join(joined.norm_add_norm, inputs, grads, case)
+    mine = join(fused.norm_add_norm, inputs, grads, case)
     assert cases.worst_in_roundings(mine, exact(inputs, grads, case)) < 1
 
 
 @pytest.mark.parametrize("options", [(False, False, False), (True, True, True)], ids=str)
 def test_gradients_are_those_of_finite_differences(options, monkeypatch):
-    monkeypatch.setattr(joined, "joined_launch", lambda _: launches.Launch(4, 2, 1, 1))
+    monkeypatch.setattr(fused, "joined_launch", lambda _: launches.Launch(4, 2, 1, 1))
     monkeypatch.setattr(fused, "_multiprocessors", lambda _: 1)
     case = Case((2, 1), 3, torch.float64, torch.float64, *options, eps=0.1)
     inputs, _ = tensors(case)
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_finite_differences(options, monkeypatch):
     def function(*values):
         values = iter(values)
         all_seven = [None if tensor is None else next(values) for tensor in inputs]
-        return joined.norm_add_norm(
+        return fused.norm_add_norm(
             *all_seven[:5], 0.1, case.zero_centered_gamma, 0.0, True, *all_seven[5:], 0.1, torch.float64
         )
 
@@ -121,12 +121,12 @@ def test_dropout_is_that_of_the_output_norm_alone():
     case = Case((40,), 160, bias=True)
     inputs, grads = tensors(case)
     torch.manual_seed(4)
-    both = join(joined.norm_add_norm, inputs, grads, case, dropout=0.4)
+    both = join(fused.norm_add_norm, inputs, grads, case, dropout=0.4)
     torch.manual_seed(4)
     alone = cases.join(fused.norm_add, inputs[:5], grads[0], case, dropout=0.4)
     assert torch.equal(both["out"], alone["out"])
     torch.manual_seed(4)
-    only_out = join(joined.norm_add_norm, inputs, (grads[0], 0 * grads[1]), case, dropout=0.4)
+    only_out = join(fused.norm_add_norm, inputs, (grads[0], 0 * grads[1]), case, dropout=0.4)
     assert cases.errors(only_out, {**only_out, **alone})["d branch"] < 1e-6
 
 
@@ -136,7 +136,7 @@ def test_one_result_alone_has_a_gradient(which):
     inputs, grads = tensors(case)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     options = (case.eps, case.zero_centered_gamma, 0.0, True)
-    results = joined.norm_add_norm(*leaves[:5], *options, *leaves[5:], NEXT_EPS, case.branch)
+    results = fused.norm_add_norm(*leaves[:5], *options, *leaves[5:], NEXT_EPS, case.branch)
     results[which].backward(grads[which])
     kept = [grad if i == which else 0 * grad for i, grad in enumerate(grads)]
     expected = exact(inputs, kept, case)
@@ -152,9 +152,7 @@ def test_a_frozen_gain_gets_no_gradient(frozen):
         t if t is None else t.clone().requires_grad_(name != frozen)
         for name, t in zip(NAMES, inputs, strict=True)
     ]
-    results = joined.norm_add_norm(
-        *leaves[:5], case.eps, False, 0.0, True, *leaves[5:], NEXT_EPS, case.branch
-    )
+    results = fused.norm_add_norm(*leaves[:5], case.eps, False, 0.0, True, *leaves[5:], NEXT_EPS, case.branch)
     torch.autograd.backward(results, grads)
     assert leaves[NAMES.index(frozen)].grad is None
     assert (leaves[0].grad.cpu() - exact(inputs, grads, case)["d branch"]).abs().max() < 1e-5
@@ -163,7 +161,7 @@ def test_a_frozen_gain_gets_no_gradient(frozen):
 def test_no_rows_give_nothing():
     case = Case((0, 2), shift=True, bias=True)
     inputs, grads = tensors(case)
-    mine = join(joined.norm_add_norm, inputs, grads, case)
+    mine = join(fused.norm_add_norm, inputs, grads, case)
     assert mine["normed"].shape == (0, 2, 96)
     assert not any(mine[f"d {name}"].any() for name in ("gain", "next gain", "next shift", "bias"))
 
@@ -171,7 +169,7 @@ def test_no_rows_give_nothing():
 def test_the_same_call_gives_the_same_bits():
     case = Case((200,), 160, torch.bfloat16, torch.bfloat16, shift=True, bias=True)
     inputs, grads = tensors(case)
-    first, second = (join(joined.norm_add_norm, inputs, grads, case) for _ in range(2))
+    first, second = (join(fused.norm_add_norm, inputs, grads, case) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -180,4 +178,4 @@ def test_a_row_that_is_too_long_is_refused():
     branch = torch.zeros(1, longest + 1, device=DEVICE)
     following = (branch[0], None, 1e-5, torch.float32)
     with pytest.raises(ValueError, match=f"hidden size of {longest} at most, not {longest + 1}"):
-        joined.norm_add_norm(branch, None, branch, branch[0], None, 1e-5, False, 0.0, True, *following)
+        fused.norm_add_norm(branch, None, branch, branch[0], None, 1e-5, False, 0.0, True, *following)

@@ -5,7 +5,7 @@ backend   what runs
 ========  ==================================================================================
 torch     `reference`, plain PyTorch
 compile   ``torch.compile`` of `reference`
-triton    `fused` for the output norm, `joined` for it and the next; ``torch.compile`` for the others
+triton    `fused` for the output norm, alone or with the next; ``torch.compile`` for the others
 auto      triton on a GPU that can run it, else compile; torch on the CPU
 ========  ==================================================================================
 """
@@ -36,7 +36,7 @@ __all__ = [
 
 BACKENDS = ("auto", "triton", "compile", "torch")
 
-MAX_JOINED_HIDDEN_SIZE = 4096  # of `joined`: rows that fit the registers twice
+MAX_JOINED_HIDDEN_SIZE = 4096  # with the next norm: rows that fit the registers twice
 
 _OLDEST_GPU = (8, 0)  # compute capability with bfloat16
 
@@ -141,10 +141,10 @@ def _named(name: str) -> Backend:
         return _TORCH
     if name == "compile":
         return _compiled()
-    from megatron_periln.norms.kernels import fused, joined
+    from megatron_periln.norms.kernels import fused
 
     rest = _TORCH if fused.INTERPRETED else _compiled()
-    return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=joined.norm_add_norm)
+    return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
 
 
 @functools.cache

@@ -1,20 +1,30 @@
-"""How the fused kernels cut up rows of a given length, and which of them that takes."""
+"""How the fused kernels cut up rows of a given length, and how they are launched."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
 
 from megatron_periln.norms.kernels import triton_kernels, triton_long_rows
 
 __all__ = [
     "MAX_HIDDEN_SIZE",
     "Launch",
+    "as_rows",
     "backward_kernel",
+    "constants",
+    "device_of",
     "forward_kernel",
     "is_whole",
     "joined_launch",
     "launch",
+    "sum_partials",
+    "tiles",
 ]
 
 MAX_HIDDEN_SIZE = 16384  # the longest row that the kernels are tested with
@@ -23,6 +33,8 @@ _LONGEST_IN_REGISTERS = 8192  # columns of plain RMSNorm; beyond, registers spil
 _PART = 4096  # columns that are read at a time of longer rows
 _TILE = 2048  # elements of a tile, where a row is shorter
 _ELEMENTS_PER_THREAD = 16  # two 16-byte accesses of bf16
+_SUM_TILE = (64, 16)  # partial sums, columns
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _WARPS_PER_SM = 16  # of the backward grid: enough loads in flight to cover the latency of memory
 
 
@@ -94,3 +106,51 @@ def backward_kernel(shape: Launch, hidden_size: int) -> Any:
     if is_whole(shape, hidden_size):
         return triton_kernels.norm_add_backward
     return triton_long_rows.long_norm_add_backward
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """View ``[..., hidden]`` as ``[rows, hidden]`` whose rows are contiguous, copying only where it must."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def tiles(length: int, tile: int) -> int:
+    """Return how many tiles cover a length."""
+    return -(-length // tile)
+
+
+def constants(shape: Launch, hidden: int, gain_offset: float, wide: torch.dtype) -> dict[str, Any]:
+    """Return what is compiled into a kernel, forward and backward."""
+    return {
+        "gain_offset": gain_offset,
+        "hidden": hidden,
+        "block": shape.block,
+        "tile_rows": shape.tile_rows,
+        "wide": _TRITON_DTYPE[wide],
+        "num_warps": shape.num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make a tensor's GPU the one that kernels are launched on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sum ``[kinds, programs, hidden]`` over programs, in a fixed order."""
+    kinds, programs, hidden = partials.shape
+    sums = torch.empty(kinds, hidden, dtype=dtype, device=partials.device)
+    if kinds:
+        tile_rows, tile_columns = _SUM_TILE
+        triton_kernels.sum_partials[(tiles(hidden, tile_columns), kinds)](
+            partials,
+            sums,
+            programs,
+            hidden,
+            tile_rows=tile_rows,
+            tile_columns=tile_columns,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return sums.unbind()
