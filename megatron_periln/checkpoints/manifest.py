@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_periln.checkpoints.sums import SIDECAR, read_sidecar, sum_file
-from megatron_periln.files import sync
+from megatron_periln.files import sync, write_whole
 
 __all__ = ["MANIFEST", "BrokenCheckpointError", "Entry", "Manifest"]
 
@@ -111,11 +111,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put the manifest in its place, whole, and remove the sidecars."""
-        temporary = folder / f"{MANIFEST}.{os.getpid()}.tmp"
         content = {"version": _VERSION, "files": [asdict(entry) for entry in self.files]}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        sync(temporary)
-        temporary.replace(folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
         sync(folder)
         for path in folder.rglob(f"*{SIDECAR}"):
             path.unlink()

@@ -106,8 +106,8 @@ class Launcher:
         """Run all of ``folders``; ``on_end`` is told the status of each as it ends.
 
         A folder that another process has is told as ``elsewhere``, one that it finished meanwhile with its
-        status. When this function is left by an
-        exception, such as Ctrl-C, the runs are ended; they start again next time.
+        status. When this function is left by an exception, such as Ctrl-C, the runs are ended; they start
+        again next time.
         """
         waiting = list(reversed(folders))
         try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_periln.files import write_whole
 from megatron_periln.report.errors import ReportError
 from megatron_periln.report.page import render_page
 from megatron_periln.report.runs import load_runs
@@ -38,18 +38,9 @@ def write_report(paths: Sequence[Path], output: Path, title: str | None = None) 
         raise ReportError(f"--output {output}: is one of the runs")
     runs = load_runs(paths)
     page = render_page(runs, title or ", ".join(run.name for run in runs))
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(page)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(output)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(output, page)
     except OSError as error:
         raise ReportError(f"--output {output}: cannot be written: {error.strerror}") from error
     size = output.stat().st_size / 1e6
