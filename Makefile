@@ -27,7 +27,7 @@ GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
-study: install  ## Run one of examples/paper/studies on the CPU, half an hour on a core: STUDY, JOBS
+study: install  ## Run one of examples/paper/studies on the CPU, up to an hour and a half on a core: STUDY, JOBS
 	$(PY) examples/quickstart/corpus.py runs/studies/data
 	$(PY) -m megatron_periln.experiments examples/paper/studies/$(STUDY).yaml --jobs $(JOBS)
 
