@@ -1,5 +1,6 @@
 """examples/slurm on a real SLURM: whatever happens to a run, it ends as one that nothing disturbed."""
 
+import re
 import shutil
 
 import torch
@@ -41,14 +42,20 @@ def test_time_limit(cluster, trainer, undisturbed):
     assert_same(run, undisturbed(layout, 4))
 
 
+def changed(folder, name, change):
+    """Return a copy of what a job takes along, with a file changed: as ``REPO``, what it is without that."""
+    for taken in ("megatron_periln", "examples/slurm"):
+        shutil.copytree(ROOT / taken, folder / taken)
+    text = change((folder / name).read_text())
+    assert text != (ROOT / name).read_text()
+    (folder / name).write_text(text)
+    return {"REPO": str(folder)}
+
+
 def test_without_the_trap(cluster, trainer, tmp_path):
     """What the warning does to a script that doesn't listen to it: the ranks are killed while they save."""
-    for name in ("megatron_periln", "examples/slurm"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    script = tmp_path / "examples/slurm/job.sh"
-    deaf = "".join(line for line in script.open() if not line.startswith("trap "))
-    script.write_text(deaf)
-    number, run = trainer.submit("deaf", "--save-interval 1000", slow=2, SLOW_SAVE="45", REPO=str(tmp_path))
+    deaf = changed(tmp_path, "examples/slurm/job.sh", lambda text: re.sub("(?m)^trap .*\n", "", text))
+    number, run = trainer.submit("deaf", "--save-interval 1000", slow=2, SLOW_SAVE="45", **deaf)
     run.wait_for(2)
     cluster.login("scancel", "--batch", "--signal=USR1", number)
     job = cluster.wait(number)
@@ -108,13 +115,39 @@ def test_srun_and_asynchronous_saves(cluster, trainer, undisturbed):
     assert_same(run, undisturbed("", 2))
 
 
-def test_split_brain(cluster, trainer, undisturbed):
-    """A cable is pulled: the old ranks live on while the job runs elsewhere, and write nothing more."""
-    number, run = trainer.submit("split", "--save-interval 2", "--nodes=1", slow=6, RANKS_PER_NODE="2")
+def test_bad_node(cluster, trainer, undisturbed):
+    """The node check finds the one that has the checkpoints read-only; the job goes elsewhere to train."""
+    name = "bad-node"
+    checkpoints = trainer.named(name).folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    cluster.on("node2", "mount", "--bind", checkpoints, checkpoints)
+    cluster.on("node2", "mount", "-o", "remount,bind,ro", checkpoints)
+    number, run = trainer.submit(name, "--save-interval 1000", "--nodes=2", DOCTOR="1")
+    job = cluster.wait(number)
+    cluster.on("node2", "umount", checkpoints)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 1)
+    assert (job.excluded, job.nodes) == ("node2", "node[1,3]")
+    said = (trainer.folder / f"{name}.log").read_text()
+    assert f"{checkpoints}: cannot be written: Read-only file system" in said
+    assert "bad nodes; goes on from iteration 0 without node2" in said
+    assert len(run.starts) == 1, "it trained before it had checked"
+    assert_same(run, undisturbed("", 2))
+
+
+def pull_the_cable(cluster, trainer, name, **environment):
+    """Start a job with two ranks on a node, and cut that off; return the job's number, its run, the node."""
+    flags = "--save-interval 2"
+    number, run = trainer.submit(name, flags, "--nodes=1", slow=6, RANKS_PER_NODE="2", **environment)
     run.wait_for(3)
     old = cluster.job(number).batch_host
     cluster.unplug(old)
     until(lambda: len(run.starts) == 2, "the job to start elsewhere", 120)
+    return number, run, old
+
+
+def test_split_brain(cluster, trainer, undisturbed):
+    """A cable is pulled: the old ranks live on while the job runs elsewhere, and write nothing more."""
+    number, run, old = pull_the_cable(cluster, trainer, "split")
     old_log = run.folder / "jobs" / number / "restart_0" / f"{old}.log"
     until(lambda: "taken over by a newer run" in old_log.read_text(), "the fence", 120)
     cluster.plug(old)
@@ -122,6 +155,19 @@ def test_split_brain(cluster, trainer, undisturbed):
     assert (job.state, job.restarts) == ("COMPLETED", 1)
     assert job.batch_host != old
     assert_same(run, undisturbed("", 2))
+    cluster.wait_for_nodes()
+
+
+def test_split_brain_without_the_fence(cluster, trainer, tmp_path):
+    """The old ranks write over the checkpoints of the new ones, and set the run back."""
+    open_gate = "\n\nFence.check = lambda self: None\n"
+    unfenced = changed(tmp_path, "megatron_periln/checkpoints/fence.py", lambda text: text + open_gate)
+    number, run, old = pull_the_cable(cluster, trainer, "unfenced", **unfenced)
+    until(lambda: run.saved == LAST, "the end of the new run", 120)
+    until(lambda: run.saved < LAST, "the old run's save", 120)
+    cluster.plug(old)
+    job = cluster.wait(number)
+    assert (job.state, job.restarts) == ("COMPLETED", 1)
     cluster.wait_for_nodes()
 
 
