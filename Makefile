@@ -69,6 +69,8 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch .ci/run
+	$(VENV)/bin/hadolint Dockerfile
 
 install: $(VENV)/installed
 
