@@ -43,7 +43,7 @@ def main() -> None:
     """Run the command line; exit with status 1 and one line on standard error for bad input."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     from megatron_periln import flag_files
-    from megatron_periln.errors import UsageError
+    from megatron_periln.errors import RankError, UsageError
 
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
@@ -52,7 +52,7 @@ def main() -> None:
 
         run(PROGRAM_START)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

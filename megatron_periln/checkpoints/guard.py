@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,12 +16,16 @@ from megatron_periln.checkpoints.choice import iteration_of
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.incarnation import Incarnation
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
-from megatron_periln.errors import UsageError
+from megatron_periln.checkpoints.watch import SaveWatch
+from megatron_periln.errors import RankError, UsageError
 from megatron_periln.files import sync
 
 __all__ = ["SaveGuard", "failure", "install", "tidy"]
 
 _REPLACED = "replaced-"
+_NAMES_THE_ONE_BEFORE = (
+    "the checkpoint does not count, and latest_checkpointed_iteration.txt still names the one before"
+)
 
 
 def install(args: Namespace) -> None:
@@ -43,7 +49,7 @@ def install(args: Namespace) -> None:
         tidy(Path(args.save))
     if args.checkpoint_verify == "full":
         sums.sum_what_is_written()
-    upstream.guard(SaveGuard(fence, args.checkpoint_verify))
+    upstream.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
 
 
 def failure(args: Namespace, error: CheckpointException) -> UsageError:
@@ -93,19 +99,39 @@ class SaveGuard:
         The folder, taken; None on other ranks than 0.
     verify
         ``--checkpoint-verify``.
+    minutes
+        ``--distributed-timeout-minutes``.
     """
 
-    def __init__(self, fence: Fence | None, verify: str) -> None:
-        self.fence, self.verify = fence, verify
+    def __init__(self, fence: Fence | None, verify: str, minutes: float) -> None:
+        self.fence, self.verify, self.minutes = fence, verify, minutes
+        self.watch = SaveWatch(minutes)
 
     def before_save(self, folder: Path) -> None:
-        """Check that this run may still write; move a checkpoint that is to be saved anew out of the way."""
+        """Check that this run may and can write; move a checkpoint that is saved anew out of the way."""
         assert self.fence is not None
+        self.watch.begin(folder)
         self.fence.check()
-        if folder.is_dir() and not folder.is_symlink() and any(folder.iterdir()):
-            replaced = _replaced(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.replace(replaced)
+        try:
+            if folder.is_dir() and not folder.is_symlink() and any(folder.iterdir()):
+                replaced = _replaced(folder)
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.replace(replaced)
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(_unwritable(folder, error)) from error
+
+    def explain(self, folder: Path, error: Exception) -> Exception:
+        """Return an error of a file system, or of ranks that have waited too long for one, as a user's."""
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            return RankError(_unwritable(folder, error))
+        if isinstance(error, RuntimeError) and re.search(r"time(d )?out", str(error), re.IGNORECASE):
+            return RankError(
+                f"{folder}: a rank has waited {self.minutes:g} minutes for another to save its part: the "
+                "file system is slow, or hangs; mend it, or give --distributed-timeout-minutes more; "
+                f"{_NAMES_THE_ONE_BEFORE}"
+            )
+        return error
 
     def publish(self, tracker: Path, text: str) -> None:
         """Write the manifest, and replace the tracker, whole, if this run may still write."""
@@ -124,17 +150,19 @@ class SaveGuard:
             sync(tracker.parent)
         except BrokenCheckpointError as error:
             raise UsageError(
-                f"{folder}: the disk holds something else than was saved: {error}; the checkpoint does not "
-                f"count, and {tracker.name} still names the one before"
+                f"{folder}: the disk holds something else than was saved: {error}; {_NAMES_THE_ONE_BEFORE}"
             ) from error
         except OSError as error:
-            raise UsageError(
-                f"{folder}: cannot be written: {error.strerror or error}; the checkpoint does not count, and "
-                f"{tracker.name} still names the one before"
-            ) from error
+            raise UsageError(_unwritable(folder, error)) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
+        self.watch.end()
         shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{folder}: cannot be written: {error.strerror or error}; {_NAMES_THE_ONE_BEFORE}"
 
 
 def _replaced(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,13 @@ _TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
 
 
 class Guard(Protocol):
-    """Watches over the saving of checkpoints; each method is called on rank 0, and may raise `UsageError`."""
+    """Watches over the saving of checkpoints; called on rank 0, where it may raise `UsageError`."""
 
     def before_save(self, folder: Path) -> None:
         """See a save to ``folder`` begin, before anything is written."""
+
+    def explain(self, folder: Path, error: Exception) -> Exception:
+        """Return what to raise, on whichever rank, for what its part of the save raised."""
 
     def publish(self, tracker: Path, text: str) -> None:
         """Write the tracker, which names a checkpoint that is complete."""
@@ -41,12 +45,24 @@ def guard(guard: Guard) -> None:
     def guarded_save(
         iteration: int, *args: Any, non_persistent_ckpt: bool = False, release: bool = False, **kwargs: Any
     ) -> Any:
-        if not non_persistent_ckpt:
-            name = checkpointing.get_checkpoint_name(
+        call = partial(
+            save, iteration, *args, non_persistent_ckpt=non_persistent_ckpt, release=release, **kwargs
+        )
+        if non_persistent_ckpt:
+            return call()
+        folder = Path(
+            checkpointing.get_checkpoint_name(
                 get_args().save, iteration, release=release, return_base_dir=True
             )
-            _first(lambda: guard.before_save(Path(name)))
-        return save(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, release=release, **kwargs)
+        )
+        _first(lambda: guard.before_save(folder))
+        try:
+            return call()
+        except Exception as error:
+            explained = guard.explain(folder, error)
+            if explained is error:
+                raise
+            raise explained from error
 
     training.save_checkpoint = guarded_save
     checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 from threading import Timer
 
 import psutil
@@ -11,6 +12,7 @@ from megatron.training import training
 from megatron_periln.checkpoints import guard
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.training import run
 
 SUCCESSOR = Incarnation("job 17, restart 1", job="17", restart=1, host="node7", process="")
 
@@ -80,3 +82,36 @@ def disk_full():
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     guard.SaveGuard.before_save = late
+
+
+def read_only():
+    """Its disk, ``DISK``, becomes read-only before its second save, as ext4 does after an error."""
+    before_save = guard.SaveGuard.before_save
+
+    def late(self, folder):
+        if folder.name == "iter_0000004":
+            subprocess.run(["mount", "-o", "remount,ro", os.environ["DISK"]], check=True)
+        before_save(self, folder)
+
+    guard.SaveGuard.before_save = late
+
+
+def hangs():
+    """Its disk, ``DISK``, hangs for ``SECONDS`` before its second checkpoint counts; ranks wait for 12."""
+    publish, parse = guard.SaveGuard.publish, run.parse
+
+    def late(self, tracker, text):
+        if text == "4":
+            disk, seconds = os.environ["DISK"], os.environ["SECONDS"]
+            subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+            subprocess.Popen(
+                ["sh", "-c", f"sleep {seconds}; fsfreeze --unfreeze {disk}"], start_new_session=True
+            )
+        publish(self, tracker, text)
+
+    def impatient():
+        args = parse()
+        args.distributed_timeout_minutes = 0.2
+        return args
+
+    guard.SaveGuard.publish, run.parse = late, impatient
