@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument(
         "--transformer-impl", choices=("local", "transformer_engine"), default="transformer_engine"
     )
-    parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs Apex")
+    parser.add_argument(
+        "--no-gradient-accumulation-fusion", action="store_true", help="not Megatron's default; as on the CPU"
+    )
     parser.add_argument("--variants", nargs="+", default=["pre", "peri", "joined", "unfused"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU; default: Hopper's bf16")

@@ -150,9 +150,11 @@ class Trainer:
         from megatron.core.transformer.module import Float16Module
         from megatron.core.transformer.transformer_config import TransformerConfig
 
+        from megatron_periln import fixes
         from megatron_periln.models import GPTModelBuilder, GPTModelConfig
         from megatron_periln.norms import PERI
 
+        fixes.apply()
         size, options = self.size, self.options
         engine = options.transformer_impl == "transformer_engine"
         fp8 = {} if options.fp8 is None else {"fp8": "hybrid", "fp8_recipe": options.fp8}
@@ -172,7 +174,8 @@ class Trainer:
             pipeline_dtype=torch.bfloat16,
             transformer_impl=options.transformer_impl,
             persist_layer_norm=False,
-            gradient_accumulation_fusion=options.gradient_accumulation_fusion,
+            gradient_accumulation_fusion=options.device == "cuda"
+            and not options.no_gradient_accumulation_fusion,
             masked_softmax_fusion=False,
             bias_dropout_fusion=True,
             bias_activation_fusion=engine,

@@ -7,6 +7,7 @@ has mended it. All act on any device.
 from __future__ import annotations
 
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +45,41 @@ def checkpoint_without_output_off_fp8() -> None:
         init(self, fp8 or None)
 
     CheckpointWithoutOutput.__init__ = with_false_as_none
+
+
+def accumulate_weight_gradients_without_apex() -> None:
+    """Let ``--gradient-accumulation-fusion``, which is Megatron's default, do without Apex.
+
+    ``ColumnParallelLinear`` (megatron/core/tensor_parallel/layers.py), which GPT's output layer is
+    with Transformer Engine too, refuses it without Apex's ``fused_weight_gradient_mlp_cuda``. What
+    that adds to ``main_grad`` is one matrix product, which cuBLAS adds for torch as well.
+    """
+    from megatron.core import utils
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+    kernels = SimpleNamespace(wgrad_gemm_accum_fp32=_add_product, wgrad_gemm_accum_fp16=_add_product)
+    layers.fused_weight_gradient_mlp_cuda = utils.fused_weight_gradient_mlp_cuda = kernels
+    layers._grad_accum_fusion_available = True
+
+
+def _add_product(inputs: torch.Tensor, gradients: torch.Tensor, total: torch.Tensor) -> None:
+    """Add ``gradients.t() @ inputs`` to ``total`` without rounding it to their dtype before.
+
+    Parameters
+    ----------
+    inputs
+        [tokens, inputs of the layer].
+    gradients
+        [tokens, outputs of the layer], of the same dtype.
+    total
+        [outputs of the layer, inputs of the layer], of that dtype or, on a GPU, fp32.
+    """
+    if total.dtype == inputs.dtype:
+        total.addmm_(gradients.t(), inputs)
+    else:
+        torch.addmm(total, gradients.t(), inputs, out_dtype=total.dtype, out=total)
 
 
 def materialize_adam_state() -> None:
@@ -197,6 +233,7 @@ def apply() -> None:
     _applied = True
     use_prebuilt_dataset_helpers()
     checkpoint_without_output_off_fp8()
+    accumulate_weight_gradients_without_apex()
     materialize_adam_state()
     keep_adam_steps_apart()
     save_every_bucket_of_adam_state()

@@ -101,6 +101,55 @@ def test_norms_are_recomputed_without_transformer_engine():
     assert with_fixes(["checkpoint_without_output_off_fp8"], recompute_without_fp8)
 
 
+# The fusion of the accumulation of weight gradients, without Apex.
+
+
+def accumulated_weight_gradient(fusion):
+    """Return a linear layer's gradient of two batches: where it accumulates, and its error to fp64's."""
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    config = ModelParallelConfig(
+        use_cpu_initialization=True, gradient_accumulation_fusion=fusion, params_dtype=torch.float32
+    )
+    layer = ColumnParallelLinear(
+        8, 12, config=config, init_method=torch.nn.init.normal_, bias=False, gather_output=False
+    )
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
+    expected = torch.zeros(12, 8, dtype=torch.float64)
+    for seed in (1, 2):
+        batch = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(seed))
+        output, _ = layer(batch.requires_grad_())
+        output.pow(2).sum().backward()
+        expected += (2 * output.detach().double()).flatten(0, 1).t() @ batch.detach().double().flatten(0, 1)
+    accumulated = layer.weight.main_grad if fusion else layer.weight.grad
+    return ((accumulated.double() - expected).norm() / expected.norm()).item()
+
+
+def test_upstream_needs_apex_to_accumulate_weight_gradients():
+    with pytest.raises(fresh.CallError, match="fused_weight_gradient_mlp_cuda"):
+        without_fixes(accumulated_weight_gradient, True)
+
+
+def test_weight_gradients_accumulate_without_apex():
+    assert without_fixes(accumulated_weight_gradient, False) < 1e-6
+    assert with_fixes(["accumulate_weight_gradients_without_apex"], accumulated_weight_gradient, True) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_has_the_product_that_a_gpu_adds_in_fp32(dtype):
+    """On torch's meta device, which has the shapes and dtypes of a GPU's operations and no values."""
+    inputs, gradients = (torch.empty(10, n, dtype=dtype, device="meta") for n in (8, 12))
+    total = torch.empty(12, 8, device="meta")
+    fixes._add_product(inputs, gradients, total)
+    with pytest.raises(RuntimeError):
+        fixes._add_product(inputs, gradients[:9], total)
+
+
 # Adam's state in the distributed optimizer.
 
 ADAM = ["materialize_adam_state", "keep_adam_steps_apart"]

@@ -33,7 +33,7 @@ def device_flags() -> tuple[int, list[str]]:
     flags = ["--bf16"]
     if importlib.util.find_spec("transformer_engine") is None:
         flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
-        flags += ["--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion"]
+        flags += ["--no-masked-softmax-fusion"]
     return min(gpus, 2), flags
 
 
