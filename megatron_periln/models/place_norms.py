@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -33,7 +34,8 @@ _STREAM_LINEARS: dict[str, type] = {
 }
 
 
-# The key under which a layer's MLP norm is saved, in Transformer Engine's linear or before it.
+# The keys under which a layer's input norms are saved, in Transformer Engine's linears or before them.
+_ATTENTION_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
@@ -61,8 +63,9 @@ def place_norms[Spec](
     -------
     Spec
         Pre-LN needs no change. With an input norm, Transformer Engine's norm stays fused into the
-        first linear; without one, that linear becomes a plain linear. Without a final norm, a
-        block has none.
+        first linear, unless ``recompute_modules`` has ``layernorm`` or ``fused_residual_rmsnorm`` is on:
+        both are about a norm that stands by itself. Without an input norm, that linear becomes a plain
+        linear. Without a final norm, a block has none.
 
     Raises
     ------
@@ -96,6 +99,8 @@ def place_norms[Spec](
         return replace(spec, **changes)
     if isinstance(spec, TransformerLayerSubmodules):
         placed = replace(spec, **_residual_slots(spec, placement, config), **_input_norms(spec, placement))
+        if placement.input and placement.output and _wants_input_norms_apart(config):
+            placed = _with_separate_input_norms(placed)
         return _with_joined_norm(placed) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
         return with_submodules(spec, place(spec.submodules))
@@ -133,10 +138,34 @@ def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
             f"fuse_pre_mlp_norm fuses an output norm with the next input norm, and norm placement "
             f"{placement.name!r} has not both; choose peri, or do without"
         )
-    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or []):
+    if _recomputes_norms(config):
         raise ValueError(
             "fuse_pre_mlp_norm computes a norm that recompute_modules layernorm recomputes alone; choose one"
         )
+
+
+def _recomputes_norms(config: TransformerConfig) -> bool:
+    return config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
+
+
+def _wants_input_norms_apart(config: TransformerConfig) -> bool:
+    return _recomputes_norms(config) or config.fused_residual_rmsnorm
+
+
+def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Take Transformer Engine's input norms out of its linears."""
+    why = "recompute_modules layernorm and fused_residual_rmsnorm want it by itself; drop them"
+    norm = TESpecProvider().layer_norm(has_residual=True)
+    changes: dict[str, Any] = {}
+    keys = layer.sharded_state_dict_keys_map
+    if (attention := _unfuse_input_norm(layer.self_attention, why)) is not layer.self_attention:
+        changes |= {"self_attention": attention, "input_layernorm": norm}
+        if hasattr(get_submodules(attention), "linear_qkv"):  # latent attention's is saved under its own name
+            keys = {**keys, **_ATTENTION_NORM_KEY}
+    if (mlp := _unfuse_input_norm(layer.mlp, why)) is not layer.mlp:
+        changes |= {"mlp": mlp, "pre_mlp_layernorm": norm}
+        keys = {**keys, **_MLP_NORM_KEY}
+    return replace(layer, **changes, sharded_state_dict_keys_map=keys)
 
 
 def _with_joined_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:

@@ -36,3 +36,41 @@ def test_full_recomputation_gives_the_same_bits(placement, implementation, backe
     finally:
         kernels.use_backend("auto")
     assert [name for name in plain if not torch.equal(plain[name], recomputed[name])] == []
+
+
+NORMS = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+
+
+def test_recomputing_input_norms_gives_back_what_output_norms_keep():
+    """With Transformer Engine's norms, whose linears would keep the normed input."""
+    pytest.importorskip("transformer_engine")
+    plain, recomputed = (
+        gradients("peri", transformer_impl="transformer_engine", **options) for options in ({}, NORMS)
+    )
+    assert sorted(g.norm().item() for g in recomputed.values()) == pytest.approx(
+        sorted(g.norm().item() for g in plain.values()), rel=1e-2
+    )
+    kept("peri")  # which also allocates what is kept for good
+    assert kept("peri", **NORMS) < kept("peri")
+
+
+def kept(placement, **options):
+    """Return the bytes that a forward pass keeps for the backward pass."""
+    transformer = small.transformer_config(**small.SWIGLU, transformer_impl="transformer_engine", **options)
+    model = small.build(placement, transformer).cuda()
+    ids = small.tokens()[0].cuda().repeat(8, 1)
+    positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
+    before = torch.cuda.memory_allocated()
+    loss = model(ids, positions, None, labels=ids).mean()
+    after = torch.cuda.memory_allocated()
+    del loss
+    return after - before
+
+
+def test_the_residual_fused_with_transformer_engine_s_norm():
+    pytest.importorskip("transformer_engine")
+    options = {"transformer_impl": "transformer_engine", "normalization": "RMSNorm"}
+    plain, fused = (gradients("peri", **options, fused_residual_rmsnorm=fuse) for fuse in (False, True))
+    assert sorted(g.norm().item() for g in fused.values()) == pytest.approx(
+        sorted(g.norm().item() for g in plain.values()), rel=1e-2
+    )

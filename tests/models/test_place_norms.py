@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt import gpt_layer_specs as specs
-from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -133,6 +133,40 @@ def test_linears_fused_with_query_and_key_norms_stay(placement, te_specs):
         assert attention.linear_qkv_down_proj is PLAIN
     else:
         assert attention.linear_qkv_down_proj is FUSED
+
+
+APART = {
+    "recomputed": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    "fused with the residual": {"normalization": "RMSNorm", "fused_residual_rmsnorm": True},
+}
+
+
+@pytest.mark.parametrize("options", APART.values(), ids=APART)
+@pytest.mark.parametrize("placement", ["pre", "peri"])
+def test_what_megatron_does_with_norms_alone_reaches_peri_s_input_norms(options, placement, te_specs):
+    placed = {}
+    for name in ("te", "te-mla-fused-down-projection"):
+        config = small.transformer_config(**options)
+        (placed[name],) = layers(place_norms(SPECS[name](), NormPlacement.named(placement), config))
+    dense, latent = placed["te"], placed["te-mla-fused-down-projection"]
+    keys = dense.sharded_state_dict_keys_map
+    linears = (
+        dense.self_attention.submodules.linear_qkv,
+        get_submodules(dense.mlp).linear_fc1,
+        latent.self_attention.submodules.linear_qkv_down_proj,
+        get_submodules(latent.mlp).linear_fc1,
+    )
+    norms = (dense.input_layernorm, dense.pre_mlp_layernorm, latent.input_layernorm, latent.pre_mlp_layernorm)
+    if placement == "pre":
+        assert set(linears) == {FUSED}
+        assert set(norms) == {IdentityOp}
+        return
+    assert set(linears) == {PLAIN}
+    assert {norm.__name__ for norm in norms} == {"_TENormWithResidual"}
+    assert keys["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
+    assert keys["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
+    assert "input_layernorm." not in latent.sharded_state_dict_keys_map
+    assert latent.self_attention.submodules.linear_q_up_proj is FUSED
 
 
 @each_placement
