@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -18,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import nn
 
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import AddNorm, JoinedNorm, NoNorm, NormPlacement, OutputNormAdd
@@ -144,6 +144,24 @@ def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
         )
 
 
+class SeparateNorm:
+    """Builds Transformer Engine's norm, to be saved as one of its linears' is: without an extra state.
+
+    ``fused_residual_rmsnorm`` makes it return what it normed as well, as Megatron's layers expect.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
+        norm = te.TENorm(config, hidden_size, eps, has_residual=True)
+        norm.__class__ = type(type(norm).__name__, (type(norm),), _NO_EXTRA_STATE)
+        return norm
+
+
+_NO_EXTRA_STATE = {
+    "get_extra_state": nn.Module.get_extra_state,
+    "set_extra_state": nn.Module.set_extra_state,
+}
+
+
 def _recomputes_norms(config: TransformerConfig) -> bool:
     return config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
 
@@ -155,15 +173,14 @@ def _wants_input_norms_apart(config: TransformerConfig) -> bool:
 def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """Take Transformer Engine's input norms out of its linears."""
     why = "recompute_modules layernorm and fused_residual_rmsnorm want it by itself; drop them"
-    norm = TESpecProvider().layer_norm(has_residual=True)
     changes: dict[str, Any] = {}
     keys = layer.sharded_state_dict_keys_map
     if (attention := _unfuse_input_norm(layer.self_attention, why)) is not layer.self_attention:
-        changes |= {"self_attention": attention, "input_layernorm": norm}
+        changes |= {"self_attention": attention, "input_layernorm": SeparateNorm}
         if hasattr(get_submodules(attention), "linear_qkv"):  # latent attention's is saved under its own name
             keys = {**keys, **_ATTENTION_NORM_KEY}
     if (mlp := _unfuse_input_norm(layer.mlp, why)) is not layer.mlp:
-        changes |= {"mlp": mlp, "pre_mlp_layernorm": norm}
+        changes |= {"mlp": mlp, "pre_mlp_layernorm": SeparateNorm}
         keys = {**keys, **_MLP_NORM_KEY}
     return replace(layer, **changes, sharded_state_dict_keys_map=keys)
 

@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
@@ -13,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_periln.models import place_norms
+from megatron_periln.models.place_norms import SeparateNorm
 from megatron_periln.norms import AddNorm, NoNorm, NormPlacement, OutputNormAdd
 from tests.models import small
 
@@ -162,11 +164,30 @@ def test_what_megatron_does_with_norms_alone_reaches_peri_s_input_norms(options,
         assert set(norms) == {IdentityOp}
         return
     assert set(linears) == {PLAIN}
-    assert {norm.__name__ for norm in norms} == {"_TENormWithResidual"}
+    assert set(norms) == {SeparateNorm}
     assert keys["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
     assert keys["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
     assert "input_layernorm." not in latent.sharded_state_dict_keys_map
     assert latent.self_attention.submodules.linear_q_up_proj is FUSED
+
+
+def test_a_separate_norm_is_saved_without_an_extra_state(monkeypatch):
+    """As the norm inside a linear is; Transformer Engine's own norms have one."""
+
+    class Norm(torch.nn.LayerNorm):
+        def get_extra_state(self):
+            return torch.empty(0)
+
+        def set_extra_state(self, state):
+            assert state.numel() == 0
+
+    monkeypatch.setattr(te, "TENorm", lambda config, size, eps, has_residual: Norm(size, eps))
+    norm = SeparateNorm(None, 8, 1e-6)
+    assert "_extra_state" in Norm(8).state_dict()
+    assert sorted(norm.state_dict()) == ["bias", "weight"]
+    norm.load_state_dict(torch.nn.LayerNorm(8).state_dict(), strict=True)
+    assert type(norm).__name__ == "Norm"
+    assert isinstance(norm, Norm)
 
 
 @each_placement
