@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_periln.fixes import _add_product
+from megatron_periln.fixes.layers import add_product
 
 pytestmark = pytest.mark.gpu
 
@@ -14,7 +14,7 @@ def test_it_is_added_without_rounding_it_first(total):
     inputs, gradients = (torch.randn(4096, n, device="cuda", dtype=torch.bfloat16) for n in (256, 384))
     accumulated = torch.randn(384, 256, device="cuda", dtype=total)
     expected = accumulated.double() + gradients.double().t() @ inputs.double()
-    _add_product(inputs, gradients, accumulated)
+    add_product(inputs, gradients, accumulated)
     error = (accumulated.double() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-5, torch.bfloat16: 4e-3}[total]
     rounded = (gradients.t() @ inputs).double()
