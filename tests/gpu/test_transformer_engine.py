@@ -67,3 +67,22 @@ def test_the_joined_norm_agrees_with_transformer_engine_s():
     assert sorted(g.norm().item() for g in gradients) == pytest.approx(
         sorted(g.norm().item() for g in expected), rel=1e-2
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+        {"fused_residual_rmsnorm": True},
+    ],
+    ids=["recomputed", "fused with the residual"],
+)
+def test_a_checkpoint_has_the_same_keys_wherever_input_norms_stand(options):
+    def keys(fuse=False, **options):
+        transformer = small.transformer_config(
+            **small.SWIGLU, transformer_impl="transformer_engine", **options
+        )
+        model = small.build("peri", transformer, fuse_pre_mlp_norm=fuse)
+        return {part.key for part in model.sharded_state_dict().values() if hasattr(part, "key")}
+
+    assert keys(**options) == keys() == keys(fuse=True)
