@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.sources import ByteRange, Chunk, Source, Stream, TextFiles, open_input, reading
+from megatron_periln.data.opening import open_input, reading
+from megatron_periln.data.sources import ByteRange, Chunk, Source, Stream, TextFiles
 from megatron_periln.data.tables import row_ranges
 
 __all__ = ["FORMATS", "STDIN", "InputFile", "Task", "find_inputs", "sources", "take_shard", "to_tasks"]

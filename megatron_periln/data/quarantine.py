@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_periln.data.documents import BadDocument
-from megatron_periln.data.sources import open_input, reading
+from megatron_periln.data.opening import open_input, reading
 from megatron_periln.data.writer import writing
 from megatron_periln.files import sync
 

@@ -5,22 +5,16 @@ A source becomes one chunk, or many where it can only be read from its beginning
 
 from __future__ import annotations
 
-import gzip
-import sys
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, cast
+from typing import Protocol
 
 from megatron_periln.data.documents import Content, Entry, Oversized, Place, PlainText
-from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.opening import finish_line, open_input, read_rest, read_up_to, reading, whole_lines
 
-__all__ = ["Block", "ByteRange", "Chunk", "Source", "Stream", "TextFiles", "open_input", "reading"]
-
-_READ = 1 << 20
+__all__ = ["Block", "ByteRange", "Chunk", "Source", "Stream", "TextFiles"]
 
 
 class Source(Protocol):
@@ -69,7 +63,7 @@ class ByteRange:
         with reading(self.path), Path(self.path).open("rb", buffering=0) as stream:
             begin = max(self.start - 1, 0)
             stream.seek(begin)
-            data = _read_up_to(stream, self.stop - begin)
+            data = read_up_to(stream, self.stop - begin)
             first = data.find(b"\n") + 1 if self.start else 0
             if self.start and not first:
                 return  # all of it belongs to a line that begins before
@@ -79,7 +73,7 @@ class ByteRange:
                 yield Entry(Place(self.path, offset, None), _within(limit, line))
                 offset += len(line) + 1
             if end < len(data):
-                line, size = _finish_line(stream, data[end:], limit)
+                line, size = finish_line(stream, data[end:], limit)
                 yield Entry(Place(self.path, offset, None), _within(limit, line, size))
 
 
@@ -140,7 +134,7 @@ class Stream:
         """Yield its lines in blocks, decompressed."""
         number, offset, before = 1, 0, 0
         with reading(self.path, lambda: f" (after line {number - 1})"), open_input(self.path) as opened:
-            for lines, size in _whole_lines(opened.stream, self.chunk_bytes, limit):
+            for lines, size in whole_lines(opened.stream, self.chunk_bytes, limit):
                 after = opened.taken()
                 block = Block(self.path, offset, number, lines, after - before)
                 yield block
@@ -170,58 +164,11 @@ class TextFiles:
         """Yield the documents."""
         for path in self.paths:
             with reading(path), open_input(path) as opened:
-                data = _read_up_to(opened.stream, limit + 1)
+                data = read_up_to(opened.stream, limit + 1)
                 size = len(data)
-                while size > limit and (more := opened.stream.read(_READ)):
-                    size += len(more)
+                if size > limit:
+                    size += read_rest(opened.stream)
             yield Entry(Place(path, 0, None), _within(limit, PlainText(data), size))
-
-
-class Opened(NamedTuple):
-    """An input file that is open for reading.
-
-    Parameters
-    ----------
-    stream
-        Its content, decompressed.
-    taken
-        Returns how many bytes of the file itself have been read.
-    """
-
-    stream: BinaryIO
-    taken: Callable[[], int]
-
-
-@contextmanager
-def open_input(path: str) -> Iterator[Opened]:
-    """Open an input file; ``-`` is standard input."""
-    if path == "-":
-        yield Opened(sys.stdin.buffer, lambda: 0)
-        return
-    with Path(path).open("rb") as file:
-        stream: BinaryIO = file
-        if path.endswith(".gz"):
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif path.endswith(".zst"):
-            stream = _zstandard(file)
-        yield Opened(stream, file.tell if file.seekable() else lambda: 0)
-
-
-def _zstandard(file: BinaryIO) -> BinaryIO:
-    from pyarrow import CompressedInputStream  # zstandard's reader takes a file that is cut off for whole
-
-    return cast(BinaryIO, CompressedInputStream(file, "zstd"))
-
-
-@contextmanager
-def reading(path: str, where: object = lambda: "") -> Iterator[None]:
-    """Turn what goes wrong while reading ``path`` into a ``PreprocessError``."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        place = where() if callable(where) else where
-        raise PreprocessError(f"{path}: cannot be read{place}: {reason}") from error
 
 
 @cache
@@ -229,54 +176,7 @@ def _count_lines(part: ByteRange) -> int:
     with reading(part.path), Path(part.path).open("rb", buffering=0) as stream:
         begin = max(part.start - 1, 0)
         stream.seek(begin)
-        return _read_up_to(stream, part.stop - 1 - begin).count(b"\n") + (part.start == 0)
-
-
-def _read_up_to(stream: BinaryIO, size: int) -> bytes:
-    """Read ``size`` bytes, fewer only at the end."""
-    parts = []
-    while size > 0 and (part := stream.read(min(size, _READ))):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _finish_line(stream: BinaryIO, beginning: bytes, limit: int) -> tuple[bytes, int]:
-    """Return the line that begins with ``beginning``, and its size; of a large line, not all of it."""
-    parts, size, ended = [beginning], len(beginning), False
-    while not ended and (part := stream.read(_READ)):
-        end = part.find(b"\n")
-        ended = end >= 0
-        part = part[:end] if ended else part
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-    return b"".join(parts), size
-
-
-def _whole_lines(stream: BinaryIO, chunk_bytes: int, limit: int) -> Iterator[tuple[bytes | Oversized, int]]:
-    """Yield lines, about ``chunk_bytes`` at once, and their size; a line that is too large alone."""
-    unfinished: list[bytes] = []
-    size = 0
-    while part := _read_up_to(stream, chunk_bytes):
-        end = part.rfind(b"\n") + 1
-        if not end:
-            size += len(part)
-            unfinished = [*unfinished, part] if size <= limit else []
-            continue
-        if size > limit:
-            first = part.find(b"\n") + 1
-            yield Oversized(size + first - 1, limit), size + first
-            lines = part[first:end]
-        else:
-            lines = b"".join([*unfinished, part[:end]])
-        if lines:
-            yield lines, len(lines)
-        unfinished, size = [part[end:]], len(part) - end
-    if size > limit:
-        yield Oversized(size, limit), size
-    elif size:
-        yield b"".join(unfinished), size
+        return read_up_to(stream, part.stop - 1 - begin).count(b"\n") + (part.start == 0)
 
 
 def _within(limit: int, content: bytes | PlainText, size: int | None = None) -> Content:

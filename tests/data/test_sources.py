@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_periln.data import sources
+from megatron_periln.data import opening, sources
 from megatron_periln.data.documents import Entry, Oversized, Place, PlainText
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.inputs import InputFile, Task, find_inputs, take_shard, to_tasks
@@ -66,7 +66,7 @@ def test_ranges(folder: Path, content: bytes, chunk: int, limit: int, read: int)
     assert sum(part.weight for part in ranges) == len(content)
     assert all(isinstance(part, ByteRange) and part.weight <= chunk for part in ranges)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_READ", read)
+        patch.setattr(opening, "_READ", read)
         entries = [list(part.entries(limit)) for part in ranges]
         assert [part.count() for part in ranges] == list(map(len, entries))
     assert [entry for part in entries for entry in part] == expected(path, content, limit, numbered=False)
@@ -93,7 +93,7 @@ def test_streams(
     path = folder / f"stream{kind}"
     path.write_bytes(b"".join(map(compress, pieces(content, cuts))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_READ", read)
+        patch.setattr(opening, "_READ", read)
         blocks = list(Stream(str(path), chunk, path.stat().st_size).chunks(limit))
     entries = [list(block.entries(limit)) for block in blocks]
     assert [block.count() for block in blocks] == list(map(len, entries))
@@ -151,7 +151,7 @@ def test_text_files(folder: Path, contents: list[bytes], limit: int, read: int) 
         Path(path).write_bytes(content)
     texts = TextFiles(tuple(paths), sum(map(len, contents)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_READ", read)
+        patch.setattr(opening, "_READ", read)
         entries = list(texts.entries(limit))
     assert texts.count() == len(entries)
     assert [entry.place for entry in entries] == [Place(path, 0, None) for path in paths]
