@@ -6,8 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,57 +14,8 @@ from megatron_periln.monitor.alerts import Alert
 from megatron_periln.monitor.record import RunRecord
 from megatron_periln.report.colors import PALETTES
 from tests.report.conftest import TOOL
+from tests.report.page import Page
 from tests.report.synthetic import write_run
-
-
-class Page(HTMLParser):
-    """A page's tables, headings and data."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.headings: list[str] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.loads: list[str] = []
-        self._stack: list[str] = []
-        self._json = ""
-        self.feed(path.read_text(encoding="utf-8"))
-        data = json.loads(self._json, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-        self.figures: dict[str, dict] = data["figures"]
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self._stack.append("json" if given.get("type") == "application/json" else tag)
-        if tag in ("h2", "h3"):
-            self.headings.append("")
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-        self.loads += [given[name] for name in ("src", "href") if given.get(name)]
-
-    def handle_endtag(self, tag):
-        while self._stack and self._stack.pop() not in (tag, "json" if tag == "script" else tag):
-            pass
-
-    def handle_data(self, data):
-        if "json" in self._stack:
-            self._json += data
-        elif "script" not in self._stack and "style" not in self._stack:
-            self.text += data
-            if self._stack and self._stack[-1] in ("h2", "h3"):
-                self.headings[-1] += data
-            if "tr" in self._stack and self.rows[-1]:
-                self.rows[-1][-1] += data
-
-    def table(self, first: str) -> list[list[str]]:
-        """Return the table whose head starts with ``first``, head included."""
-        start = next(number for number, row in enumerate(self.rows) if row[0] == first)
-        return [row for row in self.rows[start:] if len(row) == len(self.rows[start])]
-
-    def traces(self, name: str) -> list[dict]:
-        return [trace for trace in self.figures[name]["data"] if "meta" in trace]
-
 
 TITLES = [
     "Summary",
@@ -268,70 +217,3 @@ def test_the_tool_imports_no_torch():
         "heavy = {'torch', 'megatron', 'pandas', 'plotly'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, TOOL], check=True)
-
-
-class TestErrors:
-    @pytest.fixture
-    def refused(self, tool, capsys, tmp_path):
-        def run(*arguments: object) -> str:
-            before = sorted(tmp_path.rglob("*"))
-            assert tool.main([str(argument) for argument in arguments]) == 1
-            out, err = capsys.readouterr()
-            assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-            assert sorted(tmp_path.rglob("*")) == before
-            return err
-
-        return run
-
-    def test_missing(self, refused, tmp_path):
-        assert "none: no such file or folder" in refused(tmp_path / "none", "--output", tmp_path / "r.html")
-
-    def test_folder_without(self, refused, tmp_path):
-        write_run(tmp_path / "runs" / "peri", steps=3)
-        told = refused(tmp_path / "runs", "--output", tmp_path / "r.html")
-        assert "a folder without a monitor.jsonl; did you mean" in told and "runs/peri?" in told
-
-    @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\x00\n" * 9, b"{}\n[]\n", b"<html>\n</html>\n"])
-    def test_no_monitors_file(self, refused, tmp_path, content):
-        (tmp_path / "file.jsonl").write_bytes(content)
-        assert "file.jsonl: " in refused(tmp_path / "file.jsonl", "--output", tmp_path / "r.html")
-
-    def test_corrupt_line(self, refused, tmp_path):
-        path = write_run(tmp_path / "run", steps=9)
-        path.write_text(path.read_text().replace('"iteration":5,"loss"', '"iteration":5,,"loss"'))
-        assert "corrupt" in refused(path, "--output", tmp_path / "r.html")
-
-    def test_no_iteration(self, refused, tmp_path):
-        path = write_run(tmp_path / "run", steps=0)
-        assert "holds no iteration yet" in refused(path, "--output", tmp_path / "r.html")
-
-    def test_header_without_placement(self, refused, tmp_path):
-        path = write_run(tmp_path / "run", steps=3)
-        path.write_text(path.read_text().replace('"placement"', '"place"', 1))
-        assert "lacks placement" in refused(path, "--output", tmp_path / "r.html")
-
-    def test_twice(self, refused, tmp_path):
-        path = write_run(tmp_path / "run", steps=3)
-        assert "given more than once" in refused(path, path.parent, "--output", tmp_path / "r.html")
-
-    def test_output(self, refused, tmp_path):
-        path = write_run(tmp_path / "run", steps=3)
-        assert "is a folder" in refused(path, "--output", tmp_path)
-        assert "is one of the runs" in refused(path, "--output", path)
-        assert "cannot be written: " in refused(path, "--output", path / "r.html")
-
-    def test_without_plotly(self, refused, tmp_path, monkeypatch):
-        path = write_run(tmp_path / "run", steps=3)
-        monkeypatch.setitem(sys.modules, "plotly", None)
-        assert "pip install 'megatron-periln[report]'" in refused(path, "--output", tmp_path / "r.html")
-
-    def test_a_failed_write_leaves_the_former_report(self, refused, tmp_path, monkeypatch):
-        path, output = write_run(tmp_path / "run", steps=3), tmp_path / "r.html"
-        output.write_text("former")
-
-        def fail(descriptor: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("os.fsync", fail)
-        assert "No space left" in refused(path, "--output", output)
-        assert output.read_text() == "former"
