@@ -11,8 +11,8 @@ from megatron_periln.monitor.alerts import Alert, Watch
 from megatron_periln.monitor.record import RunRecord
 from megatron_periln.monitor.schema import ALERTS
 from megatron_periln.monitor.thresholds import STOPS, GainLimits
+from tests.monitor.records import HEADER
 from tests.monitor.series import NOISES, falling_loss, gradient_norm, with_spikes
-from tests.monitor.test_record import HEADER
 
 NAN, INF = math.nan, math.inf
 
