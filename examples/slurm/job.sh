@@ -81,14 +81,12 @@ await() { # the end of a child, whatever signals come
 
 requeue() { # without the nodes given
     local excluded
-    if [ $# = 0 ]; then
-        scontrol requeue "$job"
-        return
-    fi
+    trap '' TERM # with which SLURM ends a job that is requeued: scontrol would die of it, too
+    scontrol requeue "$job"
+    [ $# -gt 0 ] || return 0
+    # Only a pending job can be told, as it is now; it starts after the end of this script.
     excluded=$(scontrol -o show job "$job" | grep -oP '\bExcNodeList=\K[^ (]+')
-    scontrol requeuehold "$job" # the nodes to exclude are those of a pending job
     scontrol update "JobId=$job" "ExcNodeList=$(IFS=,; echo "$*")${excluded:+,$excluded}"
-    scontrol release "$job"
 }
 
 start_again_or_stop() { # exit status, why, bad nodes

@@ -163,9 +163,9 @@ def test_bad_nodes_are_left_out(node):
     finished, calls = node.start(DOCTOR="1", DOCTORS=bad, EXCLUDED="node7")
     assert (finished.returncode, "pretrain" in calls) == (1, False)
     assert calls.splitlines()[-3:] == [
-        "scontrol requeuehold 7",
+        "scontrol requeue 7",
+        "scontrol -o show job 7",
         "scontrol update JobId=7 ExcNodeList=node2,node7",
-        "scontrol release 7",
     ]
     finished, calls = node.start(DOCTOR="1", DOCTORS="exit 1")
     assert (finished.returncode, "requeue" in calls) == (1, False)

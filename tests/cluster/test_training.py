@@ -1,5 +1,6 @@
 """examples/slurm on a real SLURM: whatever happens to a run, it ends as one that nothing disturbed."""
 
+import os
 import re
 import shutil
 
@@ -115,14 +116,21 @@ def test_srun_and_asynchronous_saves(cluster, trainer, undisturbed):
     assert_same(run, undisturbed("", 2))
 
 
-def test_bad_node(cluster, trainer, undisturbed):
-    """The node check finds the one that has the checkpoints read-only; the job goes elsewhere to train."""
+def test_bad_node(cluster, trainer, undisturbed, tmp_path):
+    """The node check finds the one that has the checkpoints read-only; the job goes elsewhere to train.
+
+    A controller that answers slowly lets SLURM's SIGTERM arrive while the script speaks with it.
+    """
+    slow = tmp_path / "scontrol"
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
     name = "bad-node"
     checkpoints = trainer.named(name).folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     cluster.on("node2", "mount", "--bind", checkpoints, checkpoints)
     cluster.on("node2", "mount", "-o", "remount,bind,ro", checkpoints)
-    number, run = trainer.submit(name, "--save-interval 1000", "--nodes=2", DOCTOR="1")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    number, run = trainer.submit(name, "--save-interval 1000", "--nodes=2", DOCTOR="1", PATH=path)
     job = cluster.wait(number)
     cluster.on("node2", "umount", checkpoints)
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 1)
