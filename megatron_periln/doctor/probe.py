@@ -59,6 +59,12 @@ def _module(name: str) -> Callable[[list[str]], dict[str, Any]]:
     return load
 
 
+def _megatron(_: list[str]) -> dict[str, Any]:
+    """Import it; its ``__version__`` ends in the commit of whatever repository it is installed inside of."""
+    importlib.import_module("megatron.core")
+    return {"version": importlib.metadata.version("megatron-core")}
+
+
 def _cpu(_: list[str]) -> dict[str, Any]:
     from megatron_periln import cpu
 
@@ -131,7 +137,7 @@ STEPS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "Transformer Engine": _module("transformer_engine.pytorch"),
     "Apex": _module("apex"),
     "CPU": _cpu,
-    "megatron-core": _module("megatron.core"),
+    "megatron-core": _megatron,
     "parameters": _parameters,
 }
 ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", "Apex")
