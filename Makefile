@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PLACEMENTS ?= pre post peri
 SEED ?= $(shell date +%s)
-STUDY ?= learning_rate
+STUDY ?= learning_rate ablations surroundings longer
 JOBS ?= 1
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
@@ -27,9 +27,10 @@ GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
 
-study: install  ## Run one of examples/paper/studies on the CPU, up to an hour and a half on a core: STUDY, JOBS
+study: install  ## Run the small ones of examples/paper/studies on the CPU, three hours of a core: STUDY, JOBS
 	$(PY) examples/quickstart/corpus.py runs/studies/data
-	$(PY) -m megatron_periln.experiments examples/paper/studies/$(STUDY).yaml --jobs $(JOBS)
+	for study in $(STUDY); do \
+		$(PY) -m megatron_periln.experiments examples/paper/studies/$$study.yaml --jobs $(JOBS) || exit; done
 
 test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
 	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)

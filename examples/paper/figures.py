@@ -22,6 +22,29 @@ RATE = "1.6e-2"  # of the ablations
 Results = dict[str, Any]
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows where results are: committed ones, or those of studies that ran here."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "examples/paper/results",
+        help="folder with STUDY.json or STUDY/results.json; default: the committed results",
+    )
+    return parser
+
+
+def reader(folder: Path) -> Callable[[str], Results]:
+    """Return what reads a study's results from a folder."""
+
+    def read(study: str) -> Results:
+        committed, made_here = folder / f"{study}.json", folder / study / "results.json"
+        path = committed if committed.exists() else made_here
+        return dict(json.loads(path.read_text()))
+
+    return read
+
+
 def color(placement: str) -> str:
     """Return a placement's colour on white."""
     return PLACEMENT_COLORS[placement][0]
@@ -142,13 +165,10 @@ def figures(results: Callable[[str], Results]) -> dict[str, str]:
 
 def main() -> None:
     """Draw all figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "examples/paper/results")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/images")
-    options = parser.parse_args()
-    for name, text in figures(
-        lambda study: json.loads((options.results / f"{study}.json").read_text())
-    ).items():
+    of_figures = parser(__doc__)
+    of_figures.add_argument("--output", type=Path, default=ROOT / "docs/images")
+    options = of_figures.parse_args()
+    for name, text in figures(reader(options.results)).items():
         write_whole(options.output / f"reproduction-{name}.svg", text)
         print(options.output / f"reproduction-{name}.svg")
 

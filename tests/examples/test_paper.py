@@ -149,6 +149,20 @@ def test_results_are_of_the_studies_that_are_shipped(results):
         ]
 
 
+def test_the_page_states_what_was_measured(results, monkeypatch):
+    """The table of the variants, and every mean with its deviation."""
+    monkeypatch.syspath_prepend(str(PAPER))
+    claims = importlib.import_module("claims")
+    page = (ROOT / "docs/reproduction.md").read_text()
+    table = claims.variants(results.__getitem__)
+    numbers = claims.measurements(results.__getitem__).values()
+    assert table in page
+    spread = re.compile(r"\d[\d,.e+]* ± \d[\d,.e+]*\d")
+    stated = spread.findall(page.replace(table, ""))
+    assert len(stated) > 15
+    assert set(stated) <= set(spread.findall(" ".join([table, *numbers])))
+
+
 def test_figures_are_drawn_from_the_results(results, monkeypatch):
     monkeypatch.syspath_prepend(str(PAPER))
     drawn = importlib.import_module("figures").figures(results.__getitem__)

@@ -1,0 +1,169 @@
+"""Print the measurements that docs/reproduction.md states, from the results of the studies.
+
+A difference is taken seed by seed; "±" is the standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from figures import RATE, Results, parser, reader
+
+SUITS_PRE = "4e-3"  # the rate of the longer runs
+HIGHEST = "6.4e-2"
+
+
+class Runs:
+    """The runs of a study, or those of some choices."""
+
+    def __init__(self, results: Results, **choices: str) -> None:
+        wanted = {key.replace("_", "-"): value for key, value in choices.items()}
+        self.choices = wanted
+        self.runs = [run for run in results["runs"] if run["choices"].items() >= wanted.items()]
+        self.profiles = [each for each in results["profiles"] if each["choices"].items() >= wanted.items()]
+
+    @property
+    def diverged(self) -> str:
+        """How many diverged, of how many."""
+        return f"{sum(run['status'] == 'diverged' for run in self.runs)} of {len(self.runs)}"
+
+    def by_seed(self, measure: str = "validation_loss") -> dict[int, float]:
+        """Return a measure of the runs that finished."""
+        return {run["seed"]: run["measures"][measure] for run in self.runs if run["status"] == "finished"}
+
+    def mean(self, measure: str = "validation_loss", form: str = ".3f") -> str:
+        """Return a measure's mean, and its deviation."""
+        return _spread(self.by_seed(measure).values(), form)
+
+    def average(self) -> float:
+        """Return the mean validation loss of those that finished; infinite if none did."""
+        return statistics.fmean(self.by_seed().values()) if self.by_seed() else math.inf
+
+    def each(self, measure: str, form: str = ",.0f") -> str:
+        """Return a measure of every seed."""
+        return ", ".join(f"{value:{form}}" for _, value in sorted(self.by_seed(measure).items()))
+
+    def over(self, other: Runs, measure: str = "validation_loss", form: str = "+.3f") -> str:
+        """Return how much higher a measure is than that of ``other``, seed by seed."""
+        ours, theirs = self.by_seed(measure), other.by_seed(measure)
+        return _spread((ours[seed] - theirs[seed] for seed in ours if seed in theirs), form)
+
+    def total(self, measure: str) -> str:
+        """Return a measure's sum over the runs, and their number."""
+        values = [run["measures"][measure] for run in self.runs if run["status"] == "finished"]
+        return f"{sum(values):.0f} in {len(values)}"
+
+    def layer(self, statistic: str, time: int, layer: int) -> str:
+        """Return the geometric mean of a layer's statistic, at the first time or the last."""
+        return f"{statistics.geometric_mean(each[statistic][time][layer] for each in self.profiles):.2g}"
+
+
+def _spread(values: Iterable[float], form: str) -> str:
+    values = list(values)
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def measurements(results: Callable[[str], Results]) -> dict[str, str]:
+    """Return what the page states by what it is."""
+    sweep, longer, ablations = results("learning_rate"), results("longer"), results("ablations")
+    rates = sorted({run["choices"]["lr"] for run in sweep["runs"]}, key=float)
+
+    def at(placement: str, rate: str) -> Runs:
+        return Runs(sweep, norm_placement=placement, lr=rate)
+
+    long = {name: Runs(longer, norm_placement=name) for name in ("peri", "pre", "post", "output")}
+    frozen = Runs(ablations, variant="peri, gains frozen")
+    bare = Runs(ablations, variant="peri, no embedding norm")
+    embedded = Runs(ablations, variant="pre, embedding norm")
+    found = {}
+    for rate in rates:
+        found[f"loss of Pre-LN over Peri-LN's at {rate}"] = at("pre", rate).over(at("peri", rate))
+        for placement in long:
+            found[f"loss of {placement} at {rate}"] = at(placement, rate).mean()
+            found[f"diverged runs of {placement} at {rate}"] = at(placement, rate).diverged
+            spread = at(placement, rate).mean("gradient_spread", ".1f")
+            found[f"gradient norm, largest over smallest layer, {placement} at {rate}"] = spread
+        for placement in ("peri", "pre"):
+            runs = at(placement, rate)
+            found[f"variance of {placement}'s last layer at {rate}"] = runs.mean("variance_at_end", ",.3g")
+            found[f"max |x| of {placement} at {rate}"] = runs.each("largest_activation")
+            found[f"steps above 5 medians, {placement} at {rate}"] = runs.mean("gradient_outliers", ".1f")
+    best = {name: min((at(name, rate) for rate in rates), key=Runs.average) for name in ("peri", "pre")}
+    found["loss of Pre-LN at its best rate over Peri-LN's at its"] = best["pre"].over(best["peri"])
+    for placement in ("peri", "pre"):
+        first, last = at(placement, SUITS_PRE), at(placement, HIGHEST)
+        found[f"loss of {placement} at {HIGHEST} over {SUITS_PRE}"] = last.over(first)
+        runs = Runs(sweep, norm_placement=placement)
+        found[f"diverged runs of {placement}"] = runs.diverged
+        found[f"gradient spikes that the monitor finds, {placement}"] = runs.total("gradient_spikes")
+    found["loss of Pre-LN over Peri-LN's, longer"] = long["pre"].over(long["peri"])
+    for placement, runs in long.items():
+        found[f"gradient norm at initialization, {placement}: first layer"] = runs.layer(
+            "gradient_norm", 0, 1
+        )
+        found[f"gradient norm after training, {placement}: first layer"] = runs.layer("gradient_norm", 1, 1)
+        found[f"gradient norm after training, {placement}: last layer"] = runs.layer("gradient_norm", 1, -1)
+        found[f"loss of {placement}, longer"] = runs.mean()
+        found[f"gradient norm, largest over smallest layer, {placement}"] = runs.mean(
+            "gradient_spread", ".1f"
+        )
+        found[f"gradient norm, largest over median, {placement}"] = runs.mean("gradient_peak", ".0f")
+        found[f"angular distance of {placement}"] = runs.mean("angular_distance")
+    peri, pre = at("peri", RATE), at("pre", RATE)
+    found["loss of Pre-LN with an embedding norm over Peri-LN's"] = embedded.over(peri)
+    found["loss of Peri-LN without its embedding norm over its own"] = bare.over(peri)
+    found["loss of Peri-LN without its embedding norm over Pre-LN's"] = bare.over(pre)
+    found["loss of Peri-LN with frozen gains over its own"] = frozen.over(peri)
+    return found
+
+
+def variants(results: Callable[[str], Results]) -> str:
+    """Return the table of the variants, each against its placement in the sweep."""
+    sweep = results("learning_rate")
+    whole = {name: Runs(sweep, norm_placement=name, lr=RATE) for name in ("peri", "pre")}
+    rows: list[tuple[str, Runs, Runs]] = [
+        (f"{name}, of the sweep", runs, runs) for name, runs in whole.items()
+    ]
+    for study in ("ablations", "surroundings"):
+        for row in results(study)["summary"]:
+            name = row["choices"]["variant"]
+            rows.append((name, Runs(results(study), variant=name), whole[name.partition(",")[0]]))
+    lines = [
+        "| variant | diverged | validation loss | difference | gradient norm, largest / median "
+        "| max \\|x\\| |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs, reference in rows:
+        cells: list[Any] = [name, runs.diverged]
+        if runs.by_seed():
+            peaks = (
+                statistics.fmean(runs.by_seed(m).values()) for m in ("gradient_peak", "largest_activation")
+            )
+            difference = "0" if runs is reference else runs.over(reference)
+            cells += [
+                runs.mean(),
+                difference,
+                *(f"{peak:,.{i}f}" for peak, i in zip(peaks, (1, 0), strict=True)),
+            ]
+        else:
+            cells += ["-"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print them."""
+    results = reader(parser(__doc__).parse_args().results)
+    for name, value in measurements(results).items():
+        print(f"{name}: {value}")
+    print(variants(results))
+
+
+if __name__ == "__main__":
+    main()
