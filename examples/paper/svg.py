@@ -81,7 +81,8 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool) -> Axi
 def number(value: float) -> str:
     """Return a tick's label."""
     if value and not 1e-2 <= abs(value) < 1e5:
-        mantissa, _, power = f"{value:.0e}".partition("e")
+        mantissa, _, power = f"{value:.5e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
         return f"{'' if mantissa == '1' else mantissa + '·'}10{_superscript(int(power))}"
     return f"{value:,.6g}"
 
