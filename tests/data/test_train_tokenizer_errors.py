@@ -123,7 +123,7 @@ class TestRefusals:
             ("a.jsonl", b'{"text": ""}\n', "no text in these files"),
             ("a.txt", b"", "no text in these files"),
             ("a.txt", b"a\n\xff", "a.txt:1: byte 0: not UTF-8 at byte 3"),
-            ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "a.jsonl.gz: cannot be read"),
+            ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
             ("a.txt.gz", b"text", "a.txt.gz: cannot be read: Not a gzipped file"),
             ("a.txt.zst", b"text", "a.txt.zst: cannot be read"),
         ],
