@@ -78,7 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_twenty_kills(tmp_path: Path, flags: list[str]) -> None:
-    """Of the tool, of all its processes or of a worker, at any moment; 20 in all, over some runs."""
+    """Of the tool, of all its processes or of a worker, at any moment; 20 in all or more, over some runs."""
     undisturbed = start(flags, seconds=0)
     stderr = undisturbed.communicate()[1]
     assert undisturbed.returncode == 0, stderr
@@ -88,13 +88,14 @@ def test_twenty_kills(tmp_path: Path, flags: list[str]) -> None:
     chance = random.Random(time.time_ns())
     journal = tmp_path / "out.partial" / "journal"
     kills = resumed = 0
-    while kills < 20 or (tmp_path / "out.partial").exists():
+    while (more := kills < 20 or resumed < 4) or (tmp_path / "out.partial").exists():
+        assert kills < 200, "hardly a run was killed between its start and its end"
         if not (tmp_path / "out.partial").exists():
             shutil.rmtree(tmp_path / "out.partial.removed", ignore_errors=True)
             for path in tmp_path.glob("out*"):
                 path.unlink()
         process = start([*flags, "--resume"])
-        if kills < 20:
+        if more:
             at_start = chance.random() < 0.2
             wait_for(journal, process, 0 if at_start else chance.randrange(1, 50))
             time.sleep(chance.random() * 0.01)
@@ -117,7 +118,6 @@ def test_twenty_kills(tmp_path: Path, flags: list[str]) -> None:
             assert contents(tmp_path) == expected
         else:
             resumed += journal.exists() and journal.read_text().count("\n") > 0
-    assert resumed > 3
 
 
 @pytest.mark.parametrize("to_all", [False, True])
