@@ -12,7 +12,7 @@ from typing import Any
 
 from figures import RATE, Results, parser, reader
 
-SUITS_PRE = "4e-3"  # the rate of the longer runs
+LONGER = "4e-3"  # the rate of the longer runs
 HIGHEST = "6.4e-2"
 
 
@@ -21,7 +21,6 @@ class Runs:
 
     def __init__(self, results: Results, **choices: str) -> None:
         wanted = {key.replace("_", "-"): value for key, value in choices.items()}
-        self.choices = wanted
         self.runs = [run for run in results["runs"] if run["choices"].items() >= wanted.items()]
         self.profiles = [each for each in results["profiles"] if each["choices"].items() >= wanted.items()]
 
@@ -97,8 +96,8 @@ def measurements(results: Callable[[str], Results]) -> dict[str, str]:
     best = {name: min((at(name, rate) for rate in rates), key=Runs.average) for name in ("peri", "pre")}
     found["loss of Pre-LN at its best rate over Peri-LN's at its"] = best["pre"].over(best["peri"])
     for placement in ("peri", "pre"):
-        first, last = at(placement, SUITS_PRE), at(placement, HIGHEST)
-        found[f"loss of {placement} at {HIGHEST} over {SUITS_PRE}"] = last.over(first)
+        first, last = at(placement, LONGER), at(placement, HIGHEST)
+        found[f"loss of {placement} at {HIGHEST} over {LONGER}"] = last.over(first)
         runs = Runs(sweep, norm_placement=placement)
         found[f"diverged runs of {placement}"] = runs.diverged
         found[f"gradient spikes that the monitor finds, {placement}"] = runs.total("gradient_spikes")
