@@ -23,9 +23,8 @@ from megatron_periln.files import sync
 __all__ = ["SaveGuard", "failure", "install", "tidy"]
 
 _REPLACED = "replaced-"
-_NAMES_THE_ONE_BEFORE = (
-    "the checkpoint does not count, and latest_checkpointed_iteration.txt still names the one before"
-)
+# True at every moment of a save: that file is replaced whole, once the checkpoint is on the disk.
+_WHAT_IS_LEFT = "what latest_checkpointed_iteration.txt names is complete"
 
 
 def install(args: Namespace) -> None:
@@ -60,8 +59,7 @@ def failure(args: Namespace, error: CheckpointException) -> UsageError:
         return UsageError(text)
     free = shutil.disk_usage(args.save).free / 1e9
     return UsageError(
-        f"{text}; the log says more above; --save {args.save} has {free:.1f} GB free, and its "
-        "latest_checkpointed_iteration.txt names a checkpoint that is complete"
+        f"{text}; the log says more above; --save {args.save} has {free:.1f} GB free; {_WHAT_IS_LEFT}"
     )
 
 
@@ -129,7 +127,7 @@ class SaveGuard:
             return RankError(
                 f"{folder}: a rank has waited {self.minutes:g} minutes for another to save its part: the "
                 "file system is slow, or hangs; mend it, or give --distributed-timeout-minutes more; "
-                f"{_NAMES_THE_ONE_BEFORE}"
+                f"{_WHAT_IS_LEFT}"
             )
         return error
 
@@ -150,7 +148,7 @@ class SaveGuard:
             sync(tracker.parent)
         except BrokenCheckpointError as error:
             raise UsageError(
-                f"{folder}: the disk holds something else than was saved: {error}; {_NAMES_THE_ONE_BEFORE}"
+                f"{folder}: the disk holds something else than was saved: {error}; {_WHAT_IS_LEFT}"
             ) from error
         except OSError as error:
             raise UsageError(_unwritable(folder, error)) from error
@@ -162,7 +160,7 @@ class SaveGuard:
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
-    return f"{folder}: cannot be written: {error.strerror or error}; {_NAMES_THE_ONE_BEFORE}"
+    return f"{folder}: cannot be written: {error.strerror or error}; {_WHAT_IS_LEFT}"
 
 
 def _replaced(folder: Path) -> Path:

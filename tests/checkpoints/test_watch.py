@@ -32,7 +32,7 @@ def test_a_save_that_ends_is_not_told(capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(5, "Input/output error"), "cannot be written: Input/output error; the checkpoint does not"),
+        (OSError(5, "Input/output error"), "cannot be written: Input/output error; what "),
         (RuntimeError("Timed out waiting 600000ms for recv"), "a rank has waited 10 minutes for another"),
         (RuntimeError("Watchdog caught collective operation timeout"), "a rank has waited 10 minutes"),
         (RuntimeError("shapes differ"), None),
@@ -46,4 +46,4 @@ def test_what_a_failed_save_raises(error, message):
     else:
         assert isinstance(explained, RankError)
         assert str(explained).startswith(f"{FOLDER}: {message}")
-        assert str(explained).endswith("still names the one before")
+        assert str(explained).endswith("what latest_checkpointed_iteration.txt names is complete")

@@ -29,7 +29,7 @@ def test_a_disk_that_becomes_read_only(jobs, disk, saving):
     assert "Traceback" not in job.log
     (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]
     assert error.startswith(f"error: {checkpoints}/iter_0000004: cannot be written: Read-only file system; ")
-    assert error.endswith("still names the one before")
+    assert error.endswith("what latest_checkpointed_iteration.txt names is complete")
     assert (checkpoints / TRACKER).read_text() == "2"
     assert choose(checkpoints) is None
 
