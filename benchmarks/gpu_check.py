@@ -80,11 +80,13 @@ def checks_on_gpu() -> list[Check]:
         step("3.2B-fp8-delayed", *large, "--fp8", "delayed", memory=110),
         script("kernel", *sweep, limit=200, label="kernel-sweep"),
         step("1.5B-fp8-tensorwise", *middle, "--fp8", "tensorwise", memory=70),
-        script("kernel_resources", limit=120),
+        script("kernel_resources", limit=240),
         script("monitor_cost", *MONITORED, limit=150, memory=60),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
-        under = (sanitizer, "--error-exitcode", "1")
+        # Each tensor has memory of its own, or what lies beyond it would be the allocator's, and valid.
+        allocation = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+        under = (*allocation, sanitizer, "--error-exitcode", "1", "--report-api-errors", "no")
         checks.append(tests("tests/gpu/test_sanitized.py", limit=180, label="compute-sanitizer", under=under))
     return checks
 
@@ -122,7 +124,8 @@ def unpack(wheels: Path, site: Path) -> None:
         "--target",
         str(site),
     ]
-    subprocess.run([*pip, *files], check=True)
+    if files:
+        subprocess.run([*pip, *files], check=True)
 
 
 def gpu_memory(environment: dict[str, str]) -> float:
@@ -201,7 +204,7 @@ def main() -> None:
                 result = run(check, output, environment, left)
             summary.append(result)
             print(f"{result['check']:<24}{result['outcome']:<28}{result['seconds']:>7} s", flush=True)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if any(not str(result["outcome"]).startswith(("passed", "left out: needs")) for result in summary):
         sys.exit(f"not all checks passed; their logs are in {output}")
 

@@ -27,19 +27,36 @@ import torch
 from machine import command, machine
 from torch import Tensor
 
+WARM_UP = 5
+L2_CLEARING_BYTES = 256 * 2**20
+SLEEP_CYCLES = 2_000_000  # a millisecond
 WAY = f"{'GB/s':>7}{'share':>7}"
 COLUMNS = f"{'hidden':>7}  {'contestant':<34}{'forward':>10}{WAY}{'backward':>11}{WAY}"
 
 
-def milliseconds(function: Callable[[], Any], device: str) -> float:
-    """Return the median time of a call; on a GPU the L2 cache is cleared before each."""
-    if device == "cuda":
-        from triton.testing import do_bench
+def milliseconds(prepare: Callable[[], Callable[[], Any]], device: str, repeats: int = 30) -> float:
+    """Return the median time of what ``prepare`` returns, which is called once.
 
-        return float(do_bench(function, warmup=10, rep=40, return_mode="median"))
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
+    On a GPU nothing of it is in the L2 cache, and the GPU sleeps while the call is queued, so that what
+    Python takes for that is not counted.
+    """
+    if device == "cpu":
+        function, start = prepare(), time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    cache = torch.zeros(L2_CLEARING_BYTES // 4, device=device)
+    events = []
+    for _ in range(WARM_UP + repeats):
+        function = prepare()
+        cache.sum()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start_and_end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        start_and_end[0].record()
+        function()
+        start_and_end[1].record()
+        events.append(start_and_end)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events[WARM_UP:])
 
 
 def inputs(tokens: int, hidden_size: int, device: str) -> tuple[list[Tensor], Tensor]:
@@ -52,14 +69,15 @@ def inputs(tokens: int, hidden_size: int, device: str) -> tuple[list[Tensor], Te
 
 def time_both_ways(join: Any, leaves: list[Tensor], grad: Tensor, device: str) -> tuple[float, float]:
     """Return the milliseconds of the forward and of the backward pass."""
-    forward = milliseconds(lambda: join(*leaves), device)
-    out = join(*leaves)
-    outs = out if isinstance(out, tuple) else (out,)
-    grads = [grad] * len(outs)
-    backward = milliseconds(
-        lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True, allow_unused=True), device
-    )
-    return forward, backward
+
+    def backward() -> Callable[[], Any]:
+        out = join(*leaves)
+        outs = out if isinstance(out, tuple) else (out,)
+        grads = [grad] * len(outs)
+        return functools.partial(torch.autograd.grad, outs, leaves, grads, allow_unused=True)
+
+    forward = functools.partial(functools.partial, join, *leaves)
+    return milliseconds(forward, device), milliseconds(backward, device)
 
 
 def measure(
@@ -154,7 +172,7 @@ def main() -> None:
     for hidden_size in options.hidden_sizes:
         torch._dynamo.reset()  # compile for this size, not for any
         leaves, grad = inputs(tokens, hidden_size, device)
-        copy = functools.partial(torch.empty_like(grad).copy_, grad)
+        copy = functools.partial(functools.partial, torch.empty_like(grad).copy_, grad)
         copied = statistics.median(milliseconds(copy, device) for _ in range(5))
         copies[hidden_size] = 2 * grad.nbytes / 1e9 / (copied / 1e3)
         print(f"{hidden_size:>7}  {'copy':<34}{copied:>10.4f}{copies[hidden_size]:>7.0f}")
@@ -170,15 +188,15 @@ def main() -> None:
             times = measure(contestants, leaves, grad, options.rounds, device)
             results += rows(kind, times, hidden_size, tokens, copies[hidden_size])
         fused.launch = shipped
-    if options.output:
-        report = {
-            "device": machine(),
-            "command": command(),
-            "settings": {key: str(value) for key, value in vars(options).items()},
-            "copy_gb_s": copies,
-            "results": results,
-        }
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        if options.output:  # after each size, for a run that is cut off
+            report = {
+                "device": machine(),
+                "command": command(),
+                "settings": {key: str(value) for key, value in vars(options).items()},
+                "copy_gb_s": copies,
+                "results": results,
+            }
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

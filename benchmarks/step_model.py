@@ -210,6 +210,10 @@ class Trainer:
             setattr(layer, name, slot)
         joined = way == "joined"
         for layer, parts in zip(self.gpt.decoder.layers, self.joined if joined else self.apart, strict=True):
+            if (
+                parts[1] is not layer.mlp.linear_fc1
+            ):  # or its weights in FP8 would count as memory of the next
+                getattr(layer.mlp.linear_fc1, "_fp8_workspaces", {}).clear()
             layer.pre_mlp_layernorm, layer.mlp.linear_fc1 = parts
             if way in ("peri", "joined"):
                 layer.self_attn_bda.following = (parts[0],) if joined else None

@@ -139,7 +139,7 @@ def _see_branch(
     added = square_and_variance(slot.norm(x)) if isinstance(slot, OutputNormAdd) else inner
     sums.add(sublayer, row, per_token([*inner, *added, residual.float().square().mean(-1)]))
     if isinstance(slot, ResidualNorm):
-        gain = slot.norm.weight.float() + slot.norm.zero_centered_gamma
+        gain = slot.norm(x, lambda gain, *_: gain).float() + slot.norm.zero_centered_gamma
         sums.add(f"{sublayer}_gain", row, torch.stack([torch.ones_like(gain), gain]).sum(1))
         sums.raise_to(f"{sublayer}_gain_max", row, gain.amax())
         sums.raise_to(f"{sublayer}_gain_negated_min", row, -gain.amin())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
 
-__all__ = ["InputNorm", "JoinedNorm", "NoNorm", "Norm"]
+__all__ = ["InputNorm", "JoinedNorm", "NoNorm", "Norm", "SlotNorm"]
 
 
 class Norm(nn.Module):
@@ -64,15 +65,23 @@ class Norm(nn.Module):
         self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
         self.eps = config.layernorm_epsilon if eps is None else eps
         self.zero_centered_gamma = config.layernorm_zero_centered_gamma
-        stored_gain = initial_gain - 1 if self.zero_centered_gamma else initial_gain
-        self.weight = self._parameter(stored_gain, config, trainable)
-        self.bias = self._parameter(0.0, config, trainable) if config.normalization == "LayerNorm" else None
+        self.initial_gain = initial_gain
+        self.weight = self._parameter(config, trainable)
+        self.bias = self._parameter(config, trainable) if config.normalization == "LayerNorm" else None
+        self.reset_parameters()
 
-    def _parameter(self, value: float, config: TransformerConfig, trainable: bool) -> nn.Parameter:
-        data = torch.full((self.hidden_size,), value, dtype=config.params_dtype)
+    def _parameter(self, config: TransformerConfig, trainable: bool) -> nn.Parameter:
+        data = torch.empty(self.hidden_size, dtype=config.params_dtype)
         parameter = nn.Parameter(data, requires_grad=trainable)
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return parameter
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters to their start, as Megatron does of a model made on the meta device."""
+        self.weight.fill_(self.initial_gain - 1 if self.zero_centered_gamma else self.initial_gain)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``[..., hidden_size]``, in its own dtype."""
@@ -82,6 +91,20 @@ class Norm(nn.Module):
         """Describe the module for ``print(model)``."""
         kind = "RMSNorm" if self.bias is None else "LayerNorm"
         return f"{kind}, {self.hidden_size}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+
+
+class SlotNorm(Norm):
+    """A norm that a residual slot computes along with its sum.
+
+    The slot calls it with what is to be computed, rather than read its parameters, which may not have been
+    gathered yet: Megatron's hooks do that for a module that is called (``--overlap-param-gather``, FSDP).
+    """
+
+    def forward(self, x: Tensor, compute: Callable[..., Tensor] | None = None) -> Tensor:
+        """Normalize ``x``; or return ``compute(gain, shift, epsilon, zero_centered_gamma)``."""
+        if compute is None:
+            return super().forward(x)
+        return compute(self.weight, self.bias, self.eps, self.zero_centered_gamma)
 
 
 class InputNorm(Norm):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
-from megatron_periln.norms.norm import JoinedNorm, Norm
+from megatron_periln.norms.norm import JoinedNorm, SlotNorm
 from megatron_periln.norms.placement import NormPlacement
 
 __all__ = ["AddNorm", "OutputNormAdd", "ResidualNorm"]
@@ -33,7 +34,7 @@ class ResidualNorm(nn.Module):
         Whose parameters, epsilon and gamma convention are used.
     """
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: SlotNorm) -> None:
         super().__init__()
         self.norm = norm
 
@@ -65,7 +66,7 @@ class OutputNormAdd(ResidualNorm):
         # A hybrid model counts each sublayer as a layer.
         depth = config.num_layers / 2 if config.is_hybrid_model else config.num_layers
         super().__init__(
-            Norm(
+            SlotNorm(
                 config,
                 eps=placement.output_norm_epsilon,
                 initial_gain=placement.initial_output_gain(depth),
@@ -79,43 +80,28 @@ class OutputNormAdd(ResidualNorm):
     ) -> Tensor:
         """Normalize the branch, bias included, then add it to the residual stream."""
         branch, bias = branch_with_bias
-        norm = self.norm
-        arguments = (
-            branch,
-            bias,
-            residual,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            norm.zero_centered_gamma,
-            dropout,
-            training,
-        )
-        if self.following is None:
-            return kernels.norm_add(*arguments)
-        return self.following[0](branch, sum_of=arguments)
+
+        def compute(*parameters: Any) -> Tensor:
+            arguments = (branch, bias, residual, *parameters, dropout, training)
+            if self.following is None:
+                return kernels.norm_add(*arguments)
+            return self.following[0](branch, sum_of=arguments)
+
+        return self.norm(branch, compute)
 
 
 class AddNorm(ResidualNorm):
     """``norm(residual + dropout(branch + bias))``: Post-LN."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(Norm(config))
+        super().__init__(SlotNorm(config))
 
     def join(
         self, branch_with_bias: BranchWithBias, residual: Tensor, dropout: float, *, training: bool
     ) -> Tensor:
         """Add the branch, bias included, to the residual stream, then normalize the sum."""
         branch, bias = branch_with_bias
-        norm = self.norm
-        return kernels.add_norm(
+        return self.norm(
             branch,
-            bias,
-            residual,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            norm.zero_centered_gamma,
-            dropout,
-            training,
+            lambda *parameters: kernels.add_norm(branch, bias, residual, *parameters, dropout, training),
         )

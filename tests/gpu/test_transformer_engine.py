@@ -38,7 +38,7 @@ def test_transformer_engine_agrees_with_local_layers(placement):
     ids = small.tokens()[0].cuda()
     positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
     expected = local(ids, positions, None)
-    assert small.relative_error(engine(ids, positions, None), expected) < 1e-3
+    assert small.relative_error(engine(ids, positions, None), expected) < 3e-3  # TF32
 
 
 @pytest.mark.parametrize("placement", ["post", "peri", "output"])

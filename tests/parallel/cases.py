@@ -38,11 +38,14 @@ LAYOUTS = {
     ),
 }
 
+# Each parameter is gathered by itself, and must have been when it is read.
+_OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1"
+
 OPTIONS = {
     "": "",
-    "overlap": "--overlap-grad-reduce --overlap-param-gather",
+    "overlap": _OVERLAP,
     "joined norms": "--fuse-pre-mlp-norm",
-    "overlap, joined norms": "--overlap-grad-reduce --overlap-param-gather --fuse-pre-mlp-norm",
+    "overlap, joined norms": f"{_OVERLAP} --fuse-pre-mlp-norm",
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective recompute": "--recompute-granularity selective --recompute-modules layernorm core_attn",
 }
