@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,11 +36,14 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = total = 0
+    mode = _new_file_mode()  # save_file lets nobody else read
 
     def flush() -> None:
         nonlocal pending_bytes
         if pending:
-            save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+            part = folder / f"{len(shards)}.part"
+            save_file(pending, part, metadata={"format": "pt"})
+            part.chmod(mode)
             shards.append(list(pending))
             pending.clear()
             pending_bytes = 0
@@ -54,6 +58,12 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     flush()
     _name_shards(folder, shards, total)
     return total
+
+
+def _new_file_mode() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:

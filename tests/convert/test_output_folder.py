@@ -1,6 +1,7 @@
 """The exported folder appears whole, or not at all."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def quietly(_):
 
 def test_files(exported):
     assert {path.name for path in exported("peri")[0].iterdir()} == FILES
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 1 << 16], ids=["one file", "several"])
+def test_the_umask_says_who_may_read(saved, tmp_path, shard_bytes):
+    umask = os.umask(0o027)
+    try:
+        options = ExportOptions(verify=False, shard_bytes=shard_bytes)
+        export(saved("peri").folder, tmp_path / "model", options, say=quietly)
+    finally:
+        os.umask(umask)
+    files = list((tmp_path / "model").iterdir())
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 def test_an_error_while_writing_leaves_nothing(saved, tmp_path, monkeypatch):
