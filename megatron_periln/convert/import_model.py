@@ -85,7 +85,7 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
         say("Its multipliers are folded into the weights: an export will have none")
     tokenizer = model.absolute() if (model / "tokenizer.json").is_file() else None
     flags = flag_file(architecture, dtype, output.absolute(), tokenizer)
-    args = parsed(architecture, dtype)
+    args = parsed(architecture, dtype, tokenizer)
     with new_folder(output, flag="--output") as folder:
         (folder / FLAG_FILE).write_text(flags)
         with single_process():

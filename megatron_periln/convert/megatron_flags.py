@@ -64,6 +64,12 @@ def placement_flags(placement: NormPlacement) -> list[list[str]]:
     return [["--norm-placement", placement.name], [embedding]]
 
 
+def _tokenizer_flags(folder: Path | None) -> list[list[str]]:
+    if folder is None:
+        return []
+    return [["--tokenizer-type", "HuggingFaceTokenizer"], ["--tokenizer-model", str(folder)]]
+
+
 def flag_file(
     architecture: Architecture, dtype: torch.dtype, checkpoint: Path, tokenizer: Path | None
 ) -> str:
@@ -72,16 +78,16 @@ def flag_file(
         *placement_flags(architecture.placement),
         *model_flags(architecture, dtype),
         ["--load", str(checkpoint)],
+        *_tokenizer_flags(tokenizer),
     ]
-    if tokenizer is not None:
-        flags += [["--tokenizer-type", "HuggingFaceTokenizer"], ["--tokenizer-model", str(tokenizer)]]
     return "".join(f"{shlex.join(flag)}\n" for flag in flags)
 
 
-def parsed(architecture: Architecture, dtype: torch.dtype) -> Namespace:
+def parsed(architecture: Architecture, dtype: torch.dtype, tokenizer: Path | None = None) -> Namespace:
     """Return Megatron's arguments for a model, as they are saved with its checkpoint."""
     argv = sys.argv
-    flags = [*model_flags(architecture, dtype), ["--seq-length", str(architecture.max_positions)]]
+    length = ["--seq-length", str(architecture.max_positions)]
+    flags = [*model_flags(architecture, dtype), length, *_tokenizer_flags(tokenizer)]
     sys.argv = [argv[0], *(word for flag in flags for word in flag)]
     try:
         args = parse_args()

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
 
+from megatron_periln.checkpoints.manifest import Manifest
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.models.saved import placement_of
 
@@ -144,7 +145,7 @@ def load_model(path: Path, config: GPTModelConfig, absent: tuple[str, ...] = ())
 
 
 def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
-    """Save a model as the checkpoint that training starts from, and return its folder.
+    """Save a model as the checkpoint that training starts from, with its manifest, and return its folder.
 
     Megatron calls such a checkpoint a release: it has no optimizer, and training starts at
     iteration 0.
@@ -164,6 +165,7 @@ def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     state["model"] = model.sharded_state_dict()
     dist_checkpointing.save(state, str(path), async_strategy="mcore")
+    Manifest.of(path, sums=True).write(path)
     return path
 
 

@@ -53,7 +53,10 @@ def copy_tokenizer(args: Namespace, given: Path | None, output: Path) -> tuple[S
     if given is None:
         named = getattr(args, "tokenizer_model", None)
         if kind != "HuggingFaceTokenizer" or not named or not Path(named).is_dir():
-            reason = f"{named} is no folder here" if named else f"the checkpoint was trained with {kind}"
+            if named:
+                reason = f"{named} is no folder here"
+            else:
+                reason = f"the checkpoint was trained with {kind}" if kind else "the checkpoint names none"
             return SpecialTokens(), f"no tokenizer files: {reason}; --tokenizer FOLDER adds them"
         given = Path(named)
     files = [given / name for name in _FILES if (given / name).is_file()]

@@ -1,6 +1,7 @@
 """Importing a model keeps what it computes, and exporting it again gives its files back."""
 
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_periln import flag_files
+from megatron_periln.checkpoints.manifest import MANIFEST, Manifest
 from megatron_periln.convert.checkpoint import Checkpoint
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
@@ -111,6 +113,36 @@ def test_bf16_round_trip(single_process, tmp_path):
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_tokenizer_comes_back(single_process, byte_tokenizer, tmp_path, config_of):
+    source, said = make(tmp_path / "source", "glm4"), []
+    shutil.copytree(byte_tokenizer, source, dirs_exist_ok=True)
+    import_model(source, tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(verify=False), say=said.append)
+    (line,) = [line for line in said if line.startswith("Tokenizer")]
+    eos = config_of(tmp_path / "again")["eos_token_id"]
+    assert line == f"Tokenizer: tokenizer files of {source}; end-of-document token {eos}"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == eos
+    assert type(eos) is int
+
+
+def test_without_a_tokenizer_nothing_is_made_up(single_process, tmp_path):
+    source, said = make(tmp_path / "source", "glm4"), []
+    import_model(source, tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(verify=False), say=said.append)
+    expected = "Tokenizer: no tokenizer files: the checkpoint names none; --tokenizer FOLDER adds them"
+    assert expected in said
+
+
+def test_the_checkpoint_has_a_manifest(single_process, tmp_path):
+    make(tmp_path / "source", "glm4")
+    import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    path = tmp_path / "checkpoint" / "release"
+    manifest = Manifest.read(path)
+    assert manifest.has_sums
+    assert {file.name for file in manifest.files} | {MANIFEST} == {file.name for file in path.iterdir()}
+    manifest.check_sums(path)
 
 
 def test_training_goes_on_with_the_flag_file(jobs, tmp_path):

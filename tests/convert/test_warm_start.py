@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_periln.checkpoints.manifest import Manifest
 from megatron_periln.convert.checkpoint import Checkpoint
 from megatron_periln.convert.one_process import build_model, load_model, megatron_config
 from megatron_periln.convert.warm_start import calibrated_output_norms, insert_output_norms
@@ -59,6 +60,13 @@ def test_everything_but_the_gains_is_kept(trained, inserted):
             assert torch.equal(before.read(name, layer), after.read(name, layer))
     gains = torch.stack([after.read("mlp_bda.norm.weight", layer) for layer in range(4)])
     assert (gains != 1).all()
+
+
+def test_the_checkpoint_has_a_manifest(inserted):
+    path = inserted[0] / "release"
+    manifest = Manifest.read(path)
+    assert manifest.has_sums
+    manifest.check_sums(path)
 
 
 def test_training_goes_on(inserted, jobs):
