@@ -81,7 +81,7 @@ MEASURES: dict[str, Measure] = {
     "loss_spikes": Measure(title="loss spikes", of=_alerts("loss-spike"), form=".1f"),
     "gradient_spikes": Measure(title="gradient spikes", of=_alerts("gradient-spike"), form=".1f"),
     "gradient_norm": Measure(
-        title="gradient norm, median", of=lambda run: float(np.median(run.steps.grad_norm))
+        title="gradient norm, median", of=lambda run: float(np.nanmedian(run.steps.grad_norm))
     ),
     "gradient_peak": Measure(
         title="gradient norm, largest / median", of=lambda run: float(np.nanmax(_later_gradients(run)))

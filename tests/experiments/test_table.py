@@ -108,6 +108,18 @@ def test_measures_are_those_of_the_record(tmp_path):
     assert set(measures) == {"validation_loss", *MEASURES}
 
 
+def test_a_skipped_step_has_no_gradient_norm_and_leaves_the_others_theirs(tmp_path):
+    first, *_ = folders(tmp_path)
+    ran(first, "3.0", seed=0)
+    lines = first.record.read_text().splitlines(keepends=True)
+    number = next(n for n, line in enumerate(lines) if '"kind":"step","iteration":30,' in line)
+    lines[number] = json.dumps({**json.loads(lines[number]), "grad_norm": None}) + "\n"
+    first.record.write_text("".join(lines))
+    norms = read_run(first.record).steps.grad_norm
+    assert np.isnan(norms).sum() == 1
+    assert measure(first.path)["gradient_norm"] == pytest.approx(np.nanmedian(norms), rel=1e-5)
+
+
 def test_statistics_are_numpy_s_over_the_seeds_that_finished(tmp_path):
     every = folders(tmp_path)
     losses = {}
