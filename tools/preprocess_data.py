@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_periln.data.command_line import exit_code, parse_size, run_command
 from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.finished import check_finished, is_finished
 from megatron_periln.data.inputs import FORMATS, find_inputs
 from megatron_periln.data.plan import Plan, Summary, dataset_prefix, prepare_outputs
 from megatron_periln.data.preprocess import preprocess
@@ -81,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="start another, numbered dataset before a .bin file exceeds this, such as 64G",
     )
     group.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
-    group.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished run; a finished one stays"
+    )
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--workers",
@@ -120,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: Sequence[str]) -> Summary:
-    """Parse the flags and preprocess.
+def run(argv: Sequence[str]) -> Summary | str:
+    """Parse the flags and preprocess; return what to tell.
 
     Raises
     ------
@@ -134,17 +137,19 @@ def run(argv: Sequence[str]) -> Summary:
         raise PreprocessError("--partitions reorders the whole input, so it cannot go with --shard: drop one")
     keys = list(dict.fromkeys(args.json_keys))
     inputs = find_inputs(args.input, args.input_format)
-    prepare_outputs(
-        args.output_prefix,
-        [
-            dataset_prefix(args.output_prefix, key, sentences=args.split_sentences, number=number)
-            for key in keys
-            for number in ([0] if args.max_bin_size else [None])
-        ],
-        quarantine=args.on_error == "quarantine",
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
+    first = 0 if args.max_bin_size else None
+    prefixes = [
+        dataset_prefix(args.output_prefix, key, sentences=args.split_sentences, number=first) for key in keys
+    ]
+    finished = args.resume and not args.overwrite and is_finished(args.output_prefix, prefixes)
+    if not finished:
+        prepare_outputs(
+            args.output_prefix,
+            prefixes,
+            quarantine=args.on_error == "quarantine",
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
     split = sentence_splitter(args.lang, keep_newlines=args.keep_newlines) if args.split_sentences else None
     plan = Plan(
         inputs=inputs,
@@ -166,7 +171,7 @@ def run(argv: Sequence[str]) -> Summary:
         overwrite=args.overwrite,
         command=[Path(__file__).name, *argv],
     )
-    return preprocess(plan, args.log_interval)
+    return check_finished(plan, prefixes) if finished else preprocess(plan, args.log_interval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,7 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
         command=list(command),
         created=utc_now(),
         format_version=FORMAT_VERSION,
+        plan={},
     )
 
 

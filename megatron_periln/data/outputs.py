@@ -29,6 +29,7 @@ from megatron_periln.data.journal import (
     checksum_of,
     read_journal,
 )
+from megatron_periln.data.plan import difference
 from megatron_periln.data.writer import writing
 from megatron_periln.files import sync
 
@@ -95,7 +96,7 @@ class Outputs:
         self.encoder: str | None = None
         """What a run that was taken up encodes with, where another encoder was found not to be exact."""
         self.dtype, self._max = dtype, max_bin_size
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = identity
         self._placer = self.new_placer()
         self._journal: TextIO | None = None
         self._started = False
@@ -232,12 +233,10 @@ class Outputs:
         except (FileNotFoundError, ValueError):  # ended before anything was written
             self._start()
             return
-        for name, value in self._identity.items():
-            if saved.get(name) != value:
-                raise PreprocessError(
-                    f"{self.folder}: cannot go on: {name} was {saved.get(name)!r} and is {value!r}; "
-                    f"run as before, or start anew with --overwrite"
-                )
+        if changed := difference(saved, self._identity):
+            raise PreprocessError(
+                f"{self.folder}: cannot go on: {changed}; run as before, or start anew with --overwrite"
+            )
         self.encoder = saved.get("encoder")
         self._keep_what_is_there(found)
         temporary = journal.with_suffix(".new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,15 @@ from megatron_periln.data.atomic import prepare_output
 from megatron_periln.data.inputs import InputFile
 from megatron_periln.data.resolve import ResolvedTokenizer
 
-__all__ = ["Plan", "Summary", "dataset_prefix", "growing_folder", "prepare_outputs", "quarantine_file"]
+__all__ = [
+    "Plan",
+    "Summary",
+    "dataset_prefix",
+    "difference",
+    "growing_folder",
+    "prepare_outputs",
+    "quarantine_file",
+]
 
 _CHUNK_BYTES = 4 << 20
 
@@ -143,6 +152,22 @@ class Summary:
             f"from {self.bytes} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s, {self.encoder}): "
             f"{' '.join(map(str, self.files))}"
         )
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first thing that decides the bytes and is not as it was, given two identities of plans.
+
+    Parameters
+    ----------
+    before
+        As it was read from JSON.
+    now
+        As ``Plan.identity`` returns it.
+    """
+    for name, value in json.loads(json.dumps(now)).items():
+        if before.get(name) != value:
+            return f"{name} was {before.get(name)!r} and is {value!r}"
+    return None
 
 
 def dataset_prefix(prefix: str, key: str, *, sentences: bool = False, number: int | None = None) -> str:

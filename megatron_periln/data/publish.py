@@ -116,6 +116,7 @@ def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidec
             versions=versions,
             command=plan.command,
             created=created,
+            plan=plan.identity(outputs.dtype),
         )
         for dataset, size in sizes.items()
     }

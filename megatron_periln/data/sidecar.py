@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -64,6 +64,8 @@ class Sidecar:
         When, in ISO 8601, UTC.
     format_version
         Version of this format.
+    plan
+        What decided the bytes, by name; empty where several datasets were merged, and in older sidecars.
     """
 
     documents: int
@@ -81,6 +83,7 @@ class Sidecar:
     command: list[str]
     created: str
     format_version: int = FORMAT_VERSION
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the sidecar as indented JSON with a line end."""
@@ -116,6 +119,7 @@ class Sidecar:
             raise PreprocessError(f"{path}: malformed JSON: {error}; preprocess the corpus again") from error
         if not isinstance(content, dict):
             raise PreprocessError(f"{path}: not a JSON object, so not the sidecar of a dataset")
+        content.setdefault("plan", {})
         version = content.get("format_version")
         if type(version) is int and version > FORMAT_VERSION:
             raise PreprocessError(

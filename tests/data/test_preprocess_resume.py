@@ -88,16 +88,6 @@ def test_started_anew(tmp_path: Path, interrupted: Interrupted, run: Callable) -
     assert names(tmp_path) == FILES
 
 
-def test_resume_of_nothing(tmp_path: Path, run: Callable, refused: Callable[..., str]) -> None:
-    """A script may always pass it; a finished dataset is still not overwritten."""
-    (tmp_path / "in.jsonl").write_bytes(to_lines(TEXTS))
-    flags = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--resume"]
-    code, stderr = run(*flags)
-    assert code == 0, stderr
-    assert names(tmp_path) == FILES
-    assert "out_text_document.bin exists: choose another" in refused(*flags)
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [

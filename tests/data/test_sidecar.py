@@ -58,7 +58,16 @@ def test_no_end_of_document(path: Path) -> None:
     assert Sidecar.read(edited(path, tokenizer=tokenizer)).tokenizer["eod"] is None
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sidecar)])
+def test_an_older_one_has_no_plan(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["plan"]
+    path.write_text(json.dumps(content))
+    assert Sidecar.read(path) == SIDECAR
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(Sidecar) if field.name != "plan"]
+)
 def test_missing_field(path: Path, name: str) -> None:
     content = json.loads(path.read_text())
     del content[name]
@@ -86,6 +95,7 @@ def test_missing_field(path: Path, name: str) -> None:
         ({"inputs": [{"path": "a", "bytes": 1}, {"path": "b"}]}, "field 'inputs[1].bytes' is missing"),
         ({"inputs": ["a"]}, "field 'inputs' is [\"a\"], not a list"),
         ({"format_version": 2}, "format version 2, only 1 and older can be read; update megatron-periln"),
+        ({"plan": "p"}, "field 'plan' is \"p\", not an object"),
         ({"format_version": "1"}, "field 'format_version' is \"1\", not an integer"),
     ],
 )

@@ -1,0 +1,46 @@
+"""Runs that have finished, so that the same command with ``--resume`` has nothing left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_periln.data.encoders import token_dtype
+from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.index_arrays import IndexArrays
+from megatron_periln.data.merge_sidecars import check_counts
+from megatron_periln.data.plan import Plan, difference, growing_folder
+from megatron_periln.data.sidecar import Sidecar, sidecar_path
+
+__all__ = ["check_finished", "is_finished"]
+
+
+def is_finished(output_prefix: str, prefixes: Sequence[str]) -> bool:
+    """Whether every dataset stands there with its sidecar, and no run is unfinished."""
+    files = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx", ".json")]
+    return not growing_folder(output_prefix).exists() and all(Path(file).exists() for file in files)
+
+
+def check_finished(plan: Plan, prefixes: Sequence[str]) -> str:
+    """Check that a run of ``plan`` wrote the datasets at ``prefixes``; return a line that says so.
+
+    Raises
+    ------
+    PreprocessError
+        If another plan wrote one, or its sidecar does not say which, or is that of another dataset.
+    IndexedDatasetError
+        If Megatron cannot read one.
+    """
+    now = plan.identity(token_dtype(plan.tokenizer.vocab_size))
+    for prefix in prefixes:
+        sidecar = Sidecar.read(sidecar_path(prefix))
+        changed = difference(sidecar.plan, now) if sidecar.plan else "nothing tells how it was made"
+        if not plan.rereadable:
+            changed = "a pipe cannot be read again to compare"
+        if changed:
+            raise PreprocessError(
+                f"{prefix}.bin exists, and not by this command: {changed}; "
+                f"choose another --output-prefix or pass --overwrite"
+            )
+        check_counts(sidecar, IndexArrays.open(prefix))
+    return f"Nothing to do: the run has finished before: {' '.join(prefixes)}"
