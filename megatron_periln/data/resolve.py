@@ -102,8 +102,6 @@ def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
     PreprocessError
         If a file is missing or Megatron cannot build the tokenizer from what it holds.
     """
-    if not args.tokenizer_type:
-        raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
     check_tokenizer_files(args)
     flags = vars(add_tokenizer_args(ArgumentParser()).parse_args([]))
     key = tokenizer_cache.content_key(args, flags)

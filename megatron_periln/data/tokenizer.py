@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.hub import check_hub
 
 __all__ = [
     "TOKENIZER_FLAGS",
@@ -134,11 +135,11 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
     PreprocessError
         If a file is missing or Megatron cannot build the tokenizer from what it holds.
     """
+    check_tokenizer_files(args)
+    if args.tokenizer_type in _TAKES_HUB_NAME and args.tokenizer_model:
+        check_hub(args.tokenizer_model)
     from megatron.core.tokenizers.utils import build_tokenizer as megatron_tokenizers
 
-    if not args.tokenizer_type:
-        raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
-    check_tokenizer_files(args)
     # Padding of the vocabulary concerns the model and would need its flags.
     args = Namespace(**{**vars(args), "pad_vocab_size": False})
     try:
@@ -177,13 +178,15 @@ def end_of_document(tokenizer: EndsDocuments) -> int:
 
 
 def check_tokenizer_files(args: Namespace) -> None:
-    """Check that the files exist that the tokenizer flags name.
+    """Check that there is a tokenizer type, and that the files exist that its flags name.
 
     Raises
     ------
     PreprocessError
         Naming the flag and the file.
     """
+    if not args.tokenizer_type:
+        raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
     named = args.tokenizer_model or (args.vocab_file and args.tokenizer_type in _TAKES_HUB_NAME)
     if args.tokenizer_type in (*_NEEDS_FILE, *_TAKES_HUB_NAME) and not named:
         raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model")
@@ -201,3 +204,8 @@ def check_tokenizer_files(args: Namespace) -> None:
         )
         if value and not hub and not Path(value).exists():
             raise PreprocessError(f"{flag} {value}: no such file")
+    if args.tokenizer_type in _TAKES_HUB_NAME and Path(args.tokenizer_model or "").is_file():
+        raise PreprocessError(
+            f"--tokenizer-model {args.tokenizer_model}: a file, and {args.tokenizer_type} takes a folder: "
+            f"name the one that holds tokenizer_config.json"
+        )

@@ -182,25 +182,53 @@ def test_missing_tokenizer(refused_with: Callable[..., str], tmp_path: Path, kin
     assert "--tokenizer-model" in refused_with(tokenizer=["--tokenizer-type", kind])
 
 
-@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "TikTokenizer", "HuggingFaceTokenizer"])
-def test_broken_tokenizer(refused_with: Callable[..., str], tmp_path: Path, kind: str) -> None:
-    broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps([{"rank": 0}]))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("SentencePieceTokenizer", "broken.json"),
+        ("TikTokenizer", "broken.json"),
+        ("HuggingFaceTokenizer", "."),
+    ],
+)
+def test_broken_tokenizer(refused_with: Callable[..., str], tmp_path: Path, kind: str, name: str) -> None:
+    (tmp_path / "broken.json").write_text(json.dumps([{"rank": 0}]))
+    broken = tmp_path / name
     message = refused_with(tokenizer=["--tokenizer-type", kind, "--tokenizer-model", broken])
     assert f"{kind} cannot be built: " in message
 
 
+def test_a_file_for_a_folder(refused_with: Callable[..., str], tokenizers: dict[str, list[str]]) -> None:
+    kind, model = tokenizers["huggingface"][1], f"{tokenizers['huggingface'][3]}/tokenizer.json"
+    message = refused_with(tokenizer=["--tokenizer-type", kind, "--tokenizer-model", model])
+    assert f"--tokenizer-model {model}: a file, and HuggingFaceTokenizer takes a folder" in message
+
+
 def test_model_that_is_not_on_the_hub(
-    refused_with: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    refused_with: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> None:
+    """Asked once, and not where there is a local copy."""
+    asked = []
+
+    def fail(name: object, **_: object) -> None:
+        asked.append(name)
         raise ValueError("no\nconnection")
 
+    def refusal() -> str:
+        return refused_with(
+            tokenizer=["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "some/model"]
+        )
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.model_info", fail)
+    assert "--tokenizer-model some/model: no such folder, and the Hugging Face hub does not" in refusal()
+    assert asked == ["some/model"]
     monkeypatch.setattr("megatron.core.tokenizers.utils.build_tokenizer.build_tokenizer", fail)
-    message = refused_with(
-        tokenizer=["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "some/model"]
-    )
-    assert "ValueError: no connection; some/model is no local folder, and the Hugging Face hub" in message
+    repository = tmp_path / "models--some--model"
+    (repository / "snapshots" / "0123").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    assert "ValueError: no connection; some/model is no local folder, and the Hugging Face hub" in refusal()
+    assert asked.count("some/model") == 1
 
 
 def test_tiktoken_vocabulary_size(refused_with: Callable[..., str], tokenizers: dict[str, list[str]]) -> None:
