@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_periln import cpu
+from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 from megatron_periln.data.indexed import check_indexed_dataset
@@ -25,7 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt-step", type=int, help="which iteration of --load; default: the latest")
     group = parser.add_argument_group("loss on a dataset")
     group.add_argument("--data-path", help="an indexed dataset, without .bin or .idx")
-    group.add_argument("--seq-length", type=int, default=1024, help="tokens in a window; default: 1024")
+    group.add_argument(
+        "--seq-length", type=int, help="tokens in a window; default: the model's own, up to 4096"
+    )
     group.add_argument("--windows", type=int, help="how many; default: all that the dataset fills")
     group.add_argument(
         "--batch-size", type=int, default=4, help="windows, or requests, at a time; default: 4"
@@ -52,21 +53,26 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UsageError("give --load CHECKPOINT or --model FOLDER, one of them")
     if (args.data_path is None) == (args.tasks is None):
         raise UsageError("give --data-path PREFIX for the loss, or --tasks for lm-evaluation-harness")
+    if args.model is not None:
+        check_model_folder(args.model)
     quiet_megatron()
     if args.tasks is not None:
         _run_tasks(args)
         return
     check_indexed_dataset(args.data_path, every_sequence=False)
-    cpu.activate(hide_gpu=True)
-    from megatron_periln.convert.running import checkpoint_logits, transformers_logits
-    from megatron_periln.evaluation.loss import mean_loss, token_windows
+    from megatron_periln import cpu
 
-    windows = token_windows(args.data_path, args.seq_length, args.windows)
-    model: Any = (
-        transformers_logits(args.model) if args.load is None else checkpoint_logits(args.load, args.ckpt_step)
+    cpu.activate(hide_gpu=True)
+    from megatron_periln.convert.running import checkpoint_model, transformers_model
+    from megatron_periln.evaluation.loss import mean_loss, token_windows, window_length
+
+    opened = (
+        transformers_model(args.model) if args.load is None else checkpoint_model(args.load, args.ckpt_step)
     )
-    with model as logits_of:
-        print(mean_loss(logits_of, windows, args.batch_size))
+    with opened as model:
+        length = window_length(args.seq_length, model.max_positions)
+        windows = token_windows(args.data_path, length, model.vocab_size, args.windows)
+        print(mean_loss(model.logits, windows, args.batch_size))
 
 
 def _run_tasks(args: argparse.Namespace) -> None:

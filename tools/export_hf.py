@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln import cpu
+from megatron_periln.convert.paths import check_output
 from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.data.command_line import exit_code, parse_size, run_command
@@ -56,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    check_output(args.output)
     quiet_megatron()
-    cpu.activate(hide_gpu=True)
     import torch
 
+    from megatron_periln import cpu
+
+    cpu.activate(hide_gpu=True)
     from megatron_periln.convert.export import ExportOptions, export
 
     options = ExportOptions(

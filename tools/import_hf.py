@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln import cpu
+from megatron_periln.convert.paths import check_model_folder, check_output
 from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 
@@ -40,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
+    check_model_folder(args.model)
+    check_output(args.output)
     quiet_megatron()
-    cpu.activate(hide_gpu=True)
     import torch
 
+    from megatron_periln import cpu
+
+    cpu.activate(hide_gpu=True)
     from megatron_periln.convert.import_model import ImportOptions, import_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None

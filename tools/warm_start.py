@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln import cpu
+from megatron_periln.convert.paths import check_output
 from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.data.command_line import exit_code, run_command
 from megatron_periln.data.indexed import check_indexed_dataset
@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="an indexed dataset, without .bin or .idx: fits the gains, and measures the loss",
     )
-    parser.add_argument("--seq-length", type=int, default=1024, help="tokens in a window; default: 1024")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens in a window; default: the checkpoint's own, up to 4096"
+    )
     return parser
 
 
@@ -47,8 +49,11 @@ def _start(args: argparse.Namespace) -> None:
             "output norms make another model of a Pre-LN one, whatever their gains; give "
             "--insert-output-norms to have them all the same"
         )
+    check_output(args.output)
     check_indexed_dataset(args.data_path, every_sequence=False)
     quiet_megatron()
+    from megatron_periln import cpu
+
     cpu.activate(hide_gpu=True)
     from megatron_periln.convert.warm_start import insert_output_norms
 

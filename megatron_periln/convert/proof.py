@@ -16,7 +16,7 @@ from megatron_periln.convert.one_process import (
     megatron_logits,
     single_process,
 )
-from megatron_periln.convert.running import transformers_logits
+from megatron_periln.convert.running import transformers_model
 from megatron_periln.convert.safetensors_folder import Tensors
 from megatron_periln.errors import UsageError
 
@@ -97,8 +97,8 @@ def logits_of_checkpoint(path: Path, args: Namespace, tokens: Tensor) -> Tensor:
 
 def exported_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits of a model of transformers, loaded in fp32 by `load_transformers`."""
-    with transformers_logits(folder) as logits_of:
-        return logits_of(tokens)
+    with transformers_model(folder) as model:
+        return model.logits(tokens)
 
 
 def refuse_other_logits(difference: Difference) -> None:

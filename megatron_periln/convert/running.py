@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,34 @@ from torch import Tensor
 
 from megatron_periln.convert.checkpoint import Checkpoint
 from megatron_periln.convert.one_process import load_model, megatron_config, megatron_logits, single_process
+from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.errors import UsageError
 
-__all__ = ["checkpoint_logits", "load_transformers", "transformers_logits"]
+__all__ = ["RunningModel", "checkpoint_model", "load_transformers", "transformers_model"]
 
-LogitsOf = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class RunningModel:
+    """A model to evaluate.
+
+    Parameters
+    ----------
+    logits
+        Returns logits ``[batch, sequence, vocabulary]`` of tokens ``[batch, sequence]``.
+    vocab_size
+        Its token ids are below this.
+    max_positions
+        Tokens of its longest sequence.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    vocab_size: int
+    max_positions: int
 
 
 @contextmanager
-def checkpoint_logits(load: Path, step: int | None = None) -> Iterator[LogitsOf]:
-    """Yield the function of a checkpoint's model.
+def checkpoint_model(load: Path, step: int | None = None) -> Iterator[RunningModel]:
+    """Yield a checkpoint's model.
 
     Raises
     ------
@@ -32,13 +51,16 @@ def checkpoint_logits(load: Path, step: int | None = None) -> Iterator[LogitsOf]
     if getattr(checkpoint.args, "hybrid_layer_pattern", None) is not None:
         raise UsageError(f"--load {load} is a hybrid model, which is not evaluated here")
     with single_process():
-        model = load_model(checkpoint.path, megatron_config(checkpoint.args))
-        yield lambda tokens: megatron_logits(model, tokens)
+        config = megatron_config(checkpoint.args)
+        model = load_model(checkpoint.path, config)
+        yield RunningModel(
+            lambda tokens: megatron_logits(model, tokens), config.vocab_size, config.seq_length
+        )
 
 
 @contextmanager
-def transformers_logits(folder: Path) -> Iterator[LogitsOf]:
-    """Yield the function of a model of transformers.
+def transformers_model(folder: Path) -> Iterator[RunningModel]:
+    """Yield a model of transformers.
 
     Raises
     ------
@@ -51,7 +73,7 @@ def transformers_logits(folder: Path) -> Iterator[LogitsOf]:
         with torch.inference_mode():
             return model(tokens).logits
 
-    yield logits
+    yield RunningModel(logits, model.config.vocab_size, model.config.max_position_embeddings)
 
 
 def load_transformers(folder: Path) -> Any:
@@ -62,12 +84,11 @@ def load_transformers(folder: Path) -> Any:
     UsageError
         If transformers can't load it, or not every tensor finds its place.
     """
+    check_model_folder(folder)
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--model {folder} holds no config.json; give an exported model's folder")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.config_json import LLAMA3_SCALING
+from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
@@ -29,10 +30,9 @@ def read_config(model: Path) -> tuple[Any, Target]:
     UsageError
         If the folder holds no model, or one of an architecture that is not among the targets.
     """
+    check_model_folder(model)
     from transformers import AutoConfig
 
-    if not (model / "config.json").is_file():
-        raise UsageError(f"--model {model} holds no config.json; give the folder of a downloaded model")
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

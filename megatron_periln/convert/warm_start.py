@@ -28,7 +28,7 @@ from megatron_periln.convert.one_process import (
     single_process,
 )
 from megatron_periln.errors import UsageError
-from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows
+from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows, window_length
 from megatron_periln.files import new_folder
 from megatron_periln.models.saved import placement_of
 from megatron_periln.norms import OutputNormAdd
@@ -76,7 +76,12 @@ def _calibrating(slot: OutputNormAdd) -> Callable[..., Tensor]:
 
 
 def insert_output_norms(
-    load: Path, output: Path, prefix: str, length: int, step: int | None = None, say: Say = print
+    load: Path,
+    output: Path,
+    prefix: str,
+    length: int | None = None,
+    step: int | None = None,
+    say: Say = print,
 ) -> tuple[Loss, Loss]:
     """Make a Peri-LN checkpoint of a Pre-LN one, and return the loss before and after.
 
@@ -89,14 +94,15 @@ def insert_output_norms(
     prefix
         An indexed dataset: its start calibrates the gains, what follows measures the loss.
     length
-        Tokens of a window.
+        Tokens of a window; None for the model's own.
     say
         Receives one line for each thing worth knowing.
 
     Raises
     ------
     UsageError
-        If the checkpoint is not Pre-LN, or has no use of RMSNorm.
+        If the checkpoint is not Pre-LN, or has no use of RMSNorm, or the dataset is too short or another
+        model's.
     """
     checkpoint = Checkpoint(load, step)
     refuse(obstacles(checkpoint.args))
@@ -106,18 +112,23 @@ def insert_output_norms(
             f"--load {load} has norm placement {placement.structure()}; only pre can be given norms"
         )
     args = _with_output_norms(checkpoint.args)
-    calibration = torch.stack(list(token_windows(prefix, length, _CALIBRATION)))
+    config = megatron_config(checkpoint.args)
+    length = window_length(length, config.seq_length)
+    calibration, evaluation = (
+        torch.stack(list(token_windows(prefix, length, config.vocab_size, count, skip)))
+        for count, skip in ((_CALIBRATION, 0), (_EVALUATION, _CALIBRATION))
+    )
     with new_folder(output, flag="--output") as folder, single_process():
-        before = _loss(load_model(checkpoint.path, megatron_config(checkpoint.args)), prefix, length)
+        before = _loss(load_model(checkpoint.path, config), evaluation)
         model = load_model(checkpoint.path, megatron_config(args), absent=_NEW)
         say(f"Loss of the Pre-LN model: {before}")
-        say(f"With output norms of gain 1: {_loss(model, prefix, length)}")
+        say(f"With output norms of gain 1: {_loss(model, evaluation)}")
         tokens = calibration[:, :-1]
         with torch.no_grad(), calibrated_output_norms(model):
             model(tokens, torch.arange(length).expand_as(tokens), None)
-        say(f"With gains fitted by least squares: {_loss(model, prefix, length)}")
+        say(f"With gains fitted by least squares: {_loss(model, evaluation)}")
         _descend(model, calibration)
-        after = _loss(model, prefix, length)
+        after = _loss(model, evaluation)
         say(f"With calibrated gains: {after}")
         save_model(folder, args, model.to(checkpoint.dtype))
     say(
@@ -155,6 +166,5 @@ def _with_output_norms(args: Namespace) -> Namespace:
     return inserted
 
 
-def _loss(model: GPTModel, prefix: str, length: int) -> Loss:
-    windows = token_windows(prefix, length, _EVALUATION, skip=_CALIBRATION)
-    return mean_loss(lambda tokens: megatron_logits(model, tokens), windows)
+def _loss(model: GPTModel, windows: Tensor) -> Loss:
+    return mean_loss(lambda tokens: megatron_logits(model, tokens), iter(windows))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["Loss", "mean_loss", "token_windows"]
+__all__ = ["Loss", "mean_loss", "token_windows", "window_length"]
 
 LogitsOf = Callable[[Tensor], Tensor]
+
+_LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,14 @@ class Loss:
         return f"{self.nats:.6f} nats per token, perplexity {math.exp(self.nats):.4g}, {self.tokens:,} tokens"
 
 
-def token_windows(prefix: str, length: int, count: int | None = None, skip: int = 0) -> Iterator[Tensor]:
+def window_length(asked: int | None, max_positions: int) -> int:
+    """Return the tokens of a window: as asked, or the model's longest sequence up to 4096."""
+    return asked or min(max_positions, _LONGEST)
+
+
+def token_windows(
+    prefix: str, length: int, vocab_size: int, count: int | None = None, skip: int = 0
+) -> Iterator[Tensor]:
     """Yield windows ``[length + 1]`` of a dataset's tokens: its documents in order, joined.
 
     Neighbours share one token, so that every token but the first is predicted once. What doesn't
@@ -50,6 +59,8 @@ def token_windows(prefix: str, length: int, count: int | None = None, skip: int 
         The dataset's path without ``.bin`` or ``.idx``.
     length
         Tokens to predict in each window.
+    vocab_size
+        Of the model that is to read them.
     count
         The most windows; None for all.
     skip
@@ -58,7 +69,7 @@ def token_windows(prefix: str, length: int, count: int | None = None, skip: int 
     Raises
     ------
     UsageError
-        If the dataset is too short for the first of them.
+        If the dataset is too short for the first of them, or has an id that the model has not.
     """
     dataset = IndexedDataset(prefix)
     pending, first, last = np.empty(0, dtype=np.int64), skip, None if count is None else skip + count
@@ -69,7 +80,7 @@ def token_windows(prefix: str, length: int, count: int | None = None, skip: int 
             if last is not None and number >= last:
                 return
             if number >= first:
-                yield torch.from_numpy(pending[: length + 1].copy())
+                yield _known(torch.from_numpy(pending[: length + 1].copy()), prefix, vocab_size)
             pending = pending[length:]
             number += 1
     if number <= first:
@@ -77,6 +88,16 @@ def token_windows(prefix: str, length: int, count: int | None = None, skip: int 
             f"{prefix} has tokens for {number} windows of {length}, and {first + 1} are needed; give a "
             "larger dataset, or a smaller --seq-length"
         )
+
+
+def _known(window: Tensor, prefix: str, vocab_size: int) -> Tensor:
+    largest = int(window.max())
+    if largest >= vocab_size:
+        raise UsageError(
+            f"{prefix} has the token id {largest}, and the model's vocabulary has {vocab_size}; give a "
+            "dataset that the model's own tokenizer made"
+        )
+    return window
 
 
 def mean_loss(logits_of: LogitsOf, windows: Iterator[Tensor], batch: int = 4) -> Loss:

@@ -47,6 +47,25 @@ def test_checkpoint_and_export_have_the_same_loss(saved, exported, data, tool, c
     assert losses == [pytest.approx(expected, abs=2e-6)] * 2
 
 
+def test_a_window_is_the_model_s_own_length(saved, exported, data, tool, capsys):
+    for model in (["--load", str(saved("peri").folder)], ["--model", str(exported("peri")[0])]):
+        assert tool.main([*model, "--data-path", data[0], "--windows", "2"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f" {2 * checkpoints.POSITIONS} tokens")
+
+
+def test_another_tokenizer_s_dataset_is_refused(saved, exported, tool, tmp_path, capsys):
+    largest = checkpoints.VOCABULARY
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.uint16)
+    builder.add_document([1] * 100 + [largest] * 100, [200])
+    builder.finalize(str(tmp_path / "other.idx"))
+    for model in (["--load", str(saved("peri").folder)], ["--model", str(exported("peri")[0])]):
+        assert tool.main([*model, "--data-path", str(tmp_path / "other"), "--seq-length", "32"]) == 1
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: {tmp_path / 'other'} has the token id {largest}, and the model's vocabulary has "
+            f"{largest}; give a dataset that the model's own tokenizer made"
+        ]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -37,7 +37,7 @@ def tool():
 def inserted(trained, jobs, single_process, tmp_path_factory):
     """The folder of a warm start, what it said, and the losses before and after."""
     said, folder = [], tmp_path_factory.mktemp("warm") / "start"
-    losses = insert_output_norms(trained.folder / "checkpoints", folder, str(jobs.data), 64, say=said.append)
+    losses = insert_output_norms(trained.folder / "checkpoints", folder, str(jobs.data), say=said.append)
     return folder, said, losses
 
 
@@ -49,6 +49,7 @@ def test_loss_before_and_after_is_reported_with_a_warning(inserted):
     assert abs(fitted - before.nats) < 0.2
     assert after.nats < min(ones, fitted)
     assert after.nats < before.nats + 0.02
+    assert after.tokens == 32 * 64  # windows of the checkpoint's own length
     assert said[4].startswith("Warning: this is another model")
 
 
