@@ -66,8 +66,11 @@ def _find(path: Path) -> Path:
     if (path / FILE_NAME).is_file():
         return path / FILE_NAME
     below = sorted(path.glob(f"*/{FILE_NAME}"))[:4]
-    hint = f"; did you mean {' '.join(str(file.parent) for file in below)}?" if below else ""
-    raise ReportError(f"{path}: a folder without a {FILE_NAME}{hint}")
+    if below:
+        hint = f"did you mean {' '.join(str(file.parent) for file in below)}?"
+    else:
+        hint = "train with --monitor-layers all"
+    raise ReportError(f"{path}: a folder without a {FILE_NAME}; {hint}")
 
 
 def _read(file: Path) -> Run:

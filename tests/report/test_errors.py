@@ -32,6 +32,11 @@ def test_folder_without(refused, tmp_path):
     assert "a folder without a monitor.jsonl; did you mean" in told and "runs/peri?" in told
 
 
+def test_folder_of_no_monitored_run(refused, tmp_path):
+    told = refused(tmp_path, "--output", tmp_path / "r.html")
+    assert told.endswith("a folder without a monitor.jsonl; train with --monitor-layers all\n")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\x00\n" * 9, b"{}\n[]\n", b"<html>\n</html>\n"])
 def test_no_monitors_file(refused, tmp_path, content):
     (tmp_path / "file.jsonl").write_bytes(content)
