@@ -95,9 +95,12 @@ def clock_row(check: str, skew: float, whose: str = "") -> Row:
 def check_checkpoint_room(options: Namespace, checkpoint_bytes: int | str) -> Iterator[Row]:
     """Compare the free space with one checkpoint, and with all that the flags will write.
 
-    ``checkpoint_bytes`` is the size of a checkpoint, or says why it is unknown.
+    ``checkpoint_bytes`` is the size of a checkpoint, or says why it is unknown. There is no row where
+    `check_save_folder` could not make the folder.
     """
     folder = Path(options.save)
+    if not folder.is_dir():
+        return
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_files and not disk.f_favail:

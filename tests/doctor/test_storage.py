@@ -43,6 +43,13 @@ def test_folder_that_is_a_file(doctor, data):
     assert rows["save folder"] == [("failed", f"{data}.bin: cannot be written: File exists")]
 
 
+def test_folder_that_can_t_be_made_has_no_free_space(doctor, data):
+    code, rows, lines = doctor("--device", "cpu", "--save", "/proc/x", "--data-path", data, "--parameters", 1)
+    assert code == 1
+    assert len(lines) == 1 and "save folder: /proc/x: cannot be written: " in lines[0]
+    assert "free disk" not in rows
+
+
 def test_no_inode_left(fails, mount, monkeypatch):
     disk = mount("size=100m,nr_inodes=2")
     (disk / "last").touch()
