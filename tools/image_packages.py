@@ -17,6 +17,7 @@ from pathlib import Path
 
 __all__ = ["record", "verify"]
 
+_USAGE = "usage: image_packages.py record CONSTRAINTS FOLDER | image_packages.py verify FOLDER"
 _KEPT = re.compile(r"torch|pytorch-triton|triton|torchvision|torchao|transformer-engine.*|apex|flash-attn.*")
 
 
@@ -70,7 +71,12 @@ def verify(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "record":
-        record(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        verify(Path(sys.argv[2]))
+    match sys.argv[1:]:
+        case ["record", constraints, folder]:
+            record(Path(constraints), Path(folder))
+        case ["verify", folder]:
+            verify(Path(folder))
+        case ["-h" | "--help"]:
+            print(_USAGE, __doc__, sep="\n\n", end="")
+        case _:
+            sys.exit(_USAGE)
