@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.convert.quiet import quiet_megatron
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
 from megatron_periln.data.decoding import Detokenizer, decode_documents
+from megatron_periln.data.indexed import without_suffix
 from megatron_periln.data.inspection import Inspection, inspect, verify
 from megatron_periln.data.lengths import LengthStatistics
-from megatron_periln.data.tokenizer import add_tokenizer_args, build_tokenizer
+from megatron_periln.data.tokenizer import add_tokenizer_args, build_tokenizer, check_tokenizer_files
 
 __all__ = ["build_parser", "main"]
 
@@ -22,7 +24,7 @@ _BAR = 40
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: its own flags, and Megatron's tokenizer flags for ``--decode``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", help="the dataset without .bin or .idx, as --data-path takes it")
+    parser.add_argument("prefix", help="the dataset, with or without .bin or .idx")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -39,12 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect and return the exit code: 0, 1 where something is wrong, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: print(_as_json(_report(args)) if args.json else _as_text(_report(args))))
+    quiet_megatron()
+
+    def report() -> None:
+        args = parse_flags(build_parser(), argv)
+        print(_as_json(_report(args)) if args.json else _as_text(_report(args)))
+
+    return exit_code(report)
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    inspection: Inspection = inspect(args.prefix)
+    if args.decode > 0:
+        check_tokenizer_files(args)
+    inspection: Inspection = inspect(without_suffix(args.prefix))
     report: dict[str, Any] = {"inspection": inspection}
     if args.verify:
         report["verification"] = verify(inspection, args.vocab_size)

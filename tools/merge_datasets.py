@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
+from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.merge import find_datasets, merge_datasets
 
 __all__ = ["build_parser", "main"]
@@ -36,9 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(argv)
 
     def merge() -> None:
+        args = parse_flags(build_parser(), argv)
+        if args.input is not None and not Path(args.input).is_dir():
+            raise PreprocessError(f"--input {args.input}: no such folder; --inputs takes prefixes")
         merged = merge_datasets(
             find_datasets([args.input] if args.input is not None else args.inputs),
             args.output_prefix,

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.data.command_line import exit_code, parse_size, run_command
+from megatron_periln.convert.quiet import quiet_megatron
+from megatron_periln.data.command_line import exit_code, parse_flags, parse_size, run_command
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.finished import check_finished, is_finished
 from megatron_periln.data.inputs import FORMATS, find_inputs
@@ -131,7 +132,7 @@ def run(argv: Sequence[str]) -> Summary | str:
     PreprocessError
         What is wrong, in one line.
     """
-    args = build_parser().parse_args(argv)
+    args = parse_flags(build_parser(), argv)
     partitions = 1 if args.keep_sequential_samples else args.partitions
     if partitions > 1 and args.shard[1] > 1:
         raise PreprocessError("--partitions reorders the whole input, so it cannot go with --shard: drop one")
@@ -176,6 +177,7 @@ def run(argv: Sequence[str]) -> Summary | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    quiet_megatron()
     return exit_code(lambda: print(run(sys.argv[1:] if argv is None else argv), file=sys.stderr))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.data.child import in_child
-from megatron_periln.data.command_line import exit_code, parse_size, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, parse_size, run_command
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.inputs import find_inputs
 from megatron_periln.data.sampling import read_texts, take_sample
@@ -88,8 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: _train(args))
+    return exit_code(lambda: _train(parse_flags(build_parser(), argv)))
 
 
 def _train(args: argparse.Namespace) -> None:

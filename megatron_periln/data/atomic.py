@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,13 @@ def prepare_output(path: str | Path, *, flag: str, overwrite: bool = False) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PreprocessError(f"{flag}: cannot make the folder {path.parent}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PreprocessError(f"{flag}: the folder {path.parent} is not writable")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise PreprocessError(
+            f"{flag}: the folder {path.parent} is not writable: {error.strerror or error}"
+        ) from error
     if path.exists() and not overwrite:
         raise PreprocessError(f"{path} exists: choose another {flag} or pass --overwrite")
 

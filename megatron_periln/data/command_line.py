@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["exit_code", "parse_size", "run_command"]
+__all__ = ["exit_code", "parse_flags", "parse_size", "run_command"]
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -34,6 +35,29 @@ def exit_code(action: Callable[[], object]) -> int:
         print(f"interrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says; a flag that is unknown is named before one that is missing.
+
+    Raises
+    ------
+    UsageError
+        For a flag or a value that is wrong.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the flags")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    argv = sys.argv[1:] if argv is None else argv
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if re.fullmatch(r"--\w[\w-]*", flag) and not any(option.startswith(flag) for option in known):
+            near = difflib.get_close_matches(flag, known, n=1)
+            refuse(f"unknown flag {flag}" + "".join(f" (did you mean {option}?)" for option in near))
+    return parser.parse_args(argv)
 
 
 def parse_size(value: str) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "IndexedDatasetError",
     "IndexedDatasetInfo",
     "check_indexed_dataset",
+    "without_suffix",
 ]
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -133,6 +134,11 @@ def check_indexed_dataset(prefix: str | Path, *, every_sequence: bool = True) ->
     return IndexedDatasetInfo(dtype=dtype, sequences=sequences, documents=documents - 1, tokens=tokens)
 
 
+def without_suffix(name: str) -> str:
+    """Return the prefix of the dataset that ``name`` stands for, with or without .bin or .idx."""
+    return name[: -len(".bin")] if name.endswith((".bin", ".idx")) else name
+
+
 def _check_present(prefix: str, idx: Path, bin_: Path) -> None:
     missing = [path for path in (idx, bin_) if not path.is_file()]
     if len(missing) == 1:
@@ -145,7 +151,7 @@ def _check_present(prefix: str, idx: Path, bin_: Path) -> None:
         return
     if prefix.endswith((".bin", ".idx")):
         raise IndexedDatasetError(
-            f"{prefix}: --data-path takes the prefix without .bin/.idx: use {prefix[:-4]}"
+            f"{prefix}: Megatron takes the prefix without .bin/.idx: use {without_suffix(prefix)}"
         )
     near = sorted(
         {
@@ -154,12 +160,16 @@ def _check_present(prefix: str, idx: Path, bin_: Path) -> None:
             if path.suffix in (".bin", ".idx")
         }
     )
+    if Path(prefix).is_file():
+        raise IndexedDatasetError(
+            f"{prefix}: a file, and no indexed dataset: preprocess it with tools/preprocess_data.py"
+        )
     advice = (
-        f"did you mean {' or '.join(near)}?" if near else f"nothing in {idx.parent} starts with that name"
+        f"did you mean {' or '.join(near)}?" if near else f"no dataset in {idx.parent} starts with that name"
     )
     raise IndexedDatasetError(
         f"{prefix}: no such dataset ({idx.name} and {bin_.name} are missing); "
-        f"--data-path takes the prefix without .bin/.idx; {advice}"
+        f"Megatron takes the prefix without .bin/.idx; {advice}"
     )
 
 

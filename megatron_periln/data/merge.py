@@ -19,7 +19,7 @@ from megatron_periln.data.atomic import prepare_output, published
 from megatron_periln.data.copying import append_file
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.index_arrays import IndexArrays, blocks, check_layout
-from megatron_periln.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDatasetInfo
+from megatron_periln.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDatasetInfo, without_suffix
 from megatron_periln.data.merge_sidecars import merge_sidecars
 from megatron_periln.data.sidecar import Sidecar, is_sidecar, sha256_of
 
@@ -72,9 +72,9 @@ def find_datasets(inputs: Sequence[str]) -> list[str]:
             if not found:
                 raise PreprocessError(f"{name}: no .bin and .idx files in this folder")
         elif not glob.has_magic(name) or any(Path(name + suffix).exists() for suffix in ("", ".idx")):
-            found = [_prefix(name)]
+            found = [without_suffix(name)]
         else:
-            matches = glob.glob(f"{_prefix(name)}.idx") + glob.glob(f"{_prefix(name)}.bin")  # noqa: PTH207
+            matches = glob.glob(f"{without_suffix(name)}.idx") + glob.glob(f"{without_suffix(name)}.bin")  # noqa: PTH207
             found = _datasets_among(map(Path, matches))
             if not found:
                 raise PreprocessError(f"{name}: no dataset matches this glob")
@@ -150,10 +150,6 @@ def merge_datasets(
             checksums = {"bin": sha256_of(temporary[0]), "idx": sha256_of(temporary[-1])}
             temporary[1].write_text(replace(sidecar, sha256=checksums).to_json(), encoding="utf-8")
     return Merged(info=_sum(datasets), datasets=len(datasets), files=files)
-
-
-def _prefix(name: str) -> str:
-    return name[: -len(".bin")] if name.endswith((".bin", ".idx")) else name
 
 
 def _datasets_among(paths: Iterable[Path]) -> list[str]:

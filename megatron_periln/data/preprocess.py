@@ -165,7 +165,7 @@ class _Run:
             raise _EncoderDiffersError(report.difference)
         if report.bad and self.plan.on_error == "stop":
             (bad,) = number_lines(report.bad[:1])
-            raise PreprocessError(str(bad))
+            raise PreprocessError(f"{bad}; --on-error skip or quarantine leaves such documents out")
         return self.outputs.place(report.sizes)
 
     def _fall_back(self, error: _EncoderDiffersError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -95,10 +96,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1].strip() or str(error)
-        raise PreprocessError(
-            f"SentencePiece cannot learn {vocab_size} ids from this text: {' '.join(reason.split())}"
-        ) from error
+        raise PreprocessError(_sentencepiece_reason(vocab_size, str(error))) from error
     return SentencePieceModel(model.getvalue())
 
 
@@ -160,10 +158,7 @@ def train_huggingface(
     )
     tokenizer.train_from_iterator((text.decode("utf-8") for text in texts), trainer)
     if (learned := tokenizer.get_vocab_size()) < vocab_size:
-        raise PreprocessError(
-            f"--vocab-size {vocab_size}: only {learned} can be learned from this text; "
-            f"ask for fewer, or give more text or a larger --sample-bytes"
-        )
+        raise PreprocessError(_too_large(vocab_size, learned))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos_token,
@@ -173,6 +168,23 @@ def train_huggingface(
     }
     contents = (tokenizer.to_str(pretty=True), json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return HuggingFaceFiles(dict(zip(FOLDER_FILES, contents, strict=True)))
+
+
+def _sentencepiece_reason(vocab_size: int, message: str) -> str:
+    """Return SentencePiece's reason in the words of our flags."""
+    if least := re.search(rf"required_chars\. {vocab_size} vs (\d+)", message):
+        return f"--vocab-size {vocab_size}: at least {least[1]} are needed for this text's characters"
+    if most := re.search(r"size too high .* value <= (\d+)", message):
+        return _too_large(vocab_size, int(most[1]))
+    reason = message.split("] ")[-1].strip() or message
+    return f"SentencePiece cannot learn {vocab_size} ids from this text: {' '.join(reason.split())}"
+
+
+def _too_large(vocab_size: int, most: int) -> str:
+    return (
+        f"--vocab-size {vocab_size}: only {most} can be learned from this text; "
+        f"ask for fewer, or give more text or a larger --sample-bytes"
+    )
 
 
 def _lines(texts: Iterable[bytes]) -> Iterator[str]:

@@ -95,7 +95,13 @@ def test_prefix_of_the_prefix(prefix: Path) -> None:
 @pytest.mark.parametrize("name", ["nothing", "no/such/folder", "odd[name"])
 def test_nothing_near(prefix: Path, name: str) -> None:
     path = prefix.parent / name
-    assert f"nothing in {path.parent} starts with that name" in refusal(path)
+    assert f"no dataset in {path.parent} starts with that name" in refusal(path)
+
+
+def test_a_corpus(prefix: Path) -> None:
+    corpus = prefix.with_name("corpus.jsonl")
+    corpus.touch()
+    assert "corpus.jsonl: a file, and no indexed dataset: preprocess it" in refusal(corpus)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

@@ -25,6 +25,7 @@ from tests.data.companions import (
     TOOLS,
     WITHOUT_MEGATRON,
     build,
+    load_tool,
     refusal,
     run_tool,
     write_sidecar,
@@ -74,6 +75,19 @@ def test_text(run: Callable, prefix: str) -> None:
     assert "tokens in a document: min 0, median 2, mean 2.0, p99 3.96, max 4" in text
     assert "tokens in a sequence: min 1, median 2, mean 2.0, p99 2.98, max 3" in text
     assert f"    0  {'#' * 40}  1\n    1  {' ' * 40}  0\n  2-3  {'#' * 40}  1\n" in text
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_the_name_of_a_file(run: Callable, prefix: str, suffix: str) -> None:
+    assert run(prefix + suffix) == run(prefix)
+
+
+def test_decoding_needs_a_tokenizer(refused: Callable, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is said before anything is read."""
+    monkeypatch.setattr(
+        load_tool("inspect_dataset"), "inspect", lambda _: pytest.fail("work before the check")
+    )
+    assert "--tokenizer-type is missing" in refused(prefix, "--decode", 1)
 
 
 def test_json(run: Callable, prefix: str) -> None:

@@ -113,6 +113,12 @@ def test_gpt_dataset_samples(tmp_path: Path) -> None:
     assert len(np.unique(samples[0])) > 100
 
 
+def test_no_folder(tmp_path: Path, refused: Callable, pair: list[str]) -> None:
+    for absent in (tmp_path / "absent", pair[0]):
+        message = refused("--input", absent, "--output-prefix", tmp_path / "out")
+        assert f"--input {absent}: no such folder; --inputs takes prefixes" in message
+
+
 def test_a_folder_in_natural_order(tmp_path: Path, run: Callable) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()

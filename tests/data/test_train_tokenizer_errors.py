@@ -13,6 +13,7 @@ import pytest
 from megatron_periln.data.command_line import parse_size
 from tests.data.companions import (
     Result,
+    load_tool,
     snapshot,
 )
 from tests.data.training_runs import Training
@@ -87,13 +88,23 @@ class TestOutput:
         assert run("gpt2", "--overwrite", "--vocab-size", 500)[0] == 1
         assert snapshot(tmp_path) == before
 
+    @pytest.mark.parametrize("kind", ["bpe", "llama3"])
+    def test_a_folder_that_takes_no_files(
+        self, refused: Callable, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        monkeypatch.setattr(
+            load_tool("train_tokenizer"), "take_sample", lambda *_, **__: pytest.fail("work before the check")
+        )
+        assert "--output: the folder /proc is not writable" in refused(kind, "--output", "/proc/tokenizer")
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("kind", "argv", "expected"),
         [
-            ("bpe", ["--vocab-size", 100], "SentencePiece cannot learn 100 ids from this text"),
-            ("unigram", ["--vocab-size", 90000], "Vocabulary size too high (90000)"),
+            ("bpe", ["--vocab-size", 100], "--vocab-size 100: at least 3"),
+            ("bpe", ["--vocab-size", 0], "SentencePiece cannot learn 0 ids from this text"),
+            ("unigram", ["--vocab-size", 90000], "can be learned from this text; ask for fewer"),
             ("gpt2", ["--vocab-size", 257], "--vocab-size 257: at least 258 are needed"),
             ("llama3", ["--vocab-size", 90000], "can be learned from this text"),
             ("llama3", ["--special-tokens", "<|pad|>"], "<|pad|> is there twice"),
