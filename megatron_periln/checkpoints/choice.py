@@ -8,13 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
-from megatron.training.checkpointing import get_checkpoint_tracker_filename
+from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename
 
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
 from megatron_periln.checkpoints.ranks import Ranks
 from megatron_periln.errors import UsageError
 
-__all__ = ["choose_intact_checkpoint", "iteration_of"]
+__all__ = ["choose_intact_checkpoint", "iteration_of", "loads_from"]
+
+
+def loads_from(args: Namespace) -> str:
+    """Return which Megatron reads, ``load`` or, at a run's start only, ``pretrained_checkpoint``."""
+    started = args.pretrained_checkpoint is None or checkpoint_exists(args.load)
+    return "load" if started else "pretrained_checkpoint"
 
 
 def choose_intact_checkpoint(args: Namespace) -> None:
@@ -35,11 +41,10 @@ def choose_intact_checkpoint(args: Namespace) -> None:
     """
     if args.checkpoint_verify == "off" or args.enable_msc:
         return
-    ranks = Ranks(args)
-    for flag in ("load", "pretrained_checkpoint"):
-        folder = getattr(args, flag)
-        if folder is not None:
-            _choose(args, Path(folder), f"--{flag.replace('_', '-')}", ranks)
+    flag = loads_from(args)
+    folder = getattr(args, flag)
+    if folder is not None:
+        _choose(args, Path(folder), f"--{flag.replace('_', '-')}", Ranks(args))
 
 
 def _choose(args: Namespace, folder: Path, flag: str, ranks: Ranks) -> None:

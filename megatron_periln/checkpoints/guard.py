@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import tempfile
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +18,15 @@ from megatron_periln.checkpoints.choice import iteration_of
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.incarnation import Incarnation
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
+from megatron_periln.checkpoints.ranks import Ranks
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.files import sync
 
-__all__ = ["SaveGuard", "failure", "install", "tidy"]
+__all__ = ["SaveGuard", "failure", "install", "put_back", "tidy"]
 
-_REPLACED = "replaced-"
+# A checkpoint that is saved anew, until the new one counts; and what is being deleted.
+_REPLACED, _DISCARDED = "replaced-", "discarded-"
 # True at every moment of a save: that file is replaced whole, once the checkpoint is on the disk.
 _WHAT_IS_LEFT = "what latest_checkpointed_iteration.txt names is complete"
 
@@ -40,15 +44,45 @@ def install(args: Namespace) -> None:
     UsageError
         On rank 0, if another run has the folder, or it can't be written.
     """
-    if args.save is None or args.enable_msc:
+    if args.save is None or args.enable_msc or args.ckpt_convert_format is not None:
         return
     fence = None
     if args.rank == 0:
-        fence = Fence.take(Path(args.save), Incarnation.from_environment())
+        fence = Fence.take(Path(args.save), _incarnation())
         tidy(Path(args.save))
     if args.checkpoint_verify == "full":
         sums.sum_what_is_written()
     upstream.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
+
+
+def put_back(args: Namespace) -> None:
+    """Put back a checkpoint whose replacing was cut off, before the one to go on from is chosen.
+
+    Parameters
+    ----------
+    args
+        Megatron's and ours, parsed; nothing is done unless the run goes on in the folder that it saves to.
+
+    Raises
+    ------
+    UsageError
+        On rank 0, if another run has the folder, or it can't be written.
+    """
+    if args.save is None or args.load is None or args.enable_msc:
+        return
+    folder = Path(args.save)
+    if folder.resolve() != Path(args.load).resolve():
+        return
+    ranks = Ranks(args)
+    if ranks.rank == 0 and any(folder.glob(f"{_REPLACED}iter_*")):
+        Fence.take(folder, _incarnation())
+        tidy(folder)
+    ranks.broadcast(None)
+
+
+@functools.cache
+def _incarnation() -> Incarnation:
+    return Incarnation.from_environment()
 
 
 def failure(args: Namespace, error: CheckpointException) -> UsageError:
@@ -71,9 +105,9 @@ def tidy(folder: Path) -> None:
     for replaced in sorted(folder.glob(f"{_REPLACED}iter_*")):
         original = folder / replaced.name.removeprefix(_REPLACED)
         if (original / MANIFEST).exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _discard(replaced)
             continue
-        shutil.rmtree(original, ignore_errors=True)
+        _discard(original)
         replaced.replace(original)
     for path in folder.glob("iter_*"):
         if path.is_symlink() or not path.is_dir() or iteration_of(path) is None:
@@ -82,7 +116,9 @@ def tidy(folder: Path) -> None:
         unfinished = any(name.endswith(".distcp") for name in names) and ".metadata" not in names
         if not names or (unfinished and MANIFEST not in names):
             print(f"--save {folder}: removing {path.name}, whose saving did not end", flush=True)
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
+    for path in folder.glob(f"{_DISCARDED}*"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("*.tmp"):
         if path.name.startswith("latest_checkpointed_iteration.txt."):
             path.unlink(missing_ok=True)
@@ -113,7 +149,7 @@ class SaveGuard:
         try:
             if folder.is_dir() and not folder.is_symlink() and any(folder.iterdir()):
                 replaced = _replaced(folder)
-                shutil.rmtree(replaced, ignore_errors=True)
+                _discard(replaced)
                 folder.replace(replaced)
             folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -156,11 +192,20 @@ class SaveGuard:
             with suppress(OSError):
                 temporary.unlink()
         self.watch.end()
-        shutil.rmtree(_replaced(folder), ignore_errors=True)
+        with suppress(OSError):
+            _discard(_replaced(folder))
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot be written: {error.strerror or error}; {_WHAT_IS_LEFT}"
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, if it is there; what is left of it, if that is cut off, bears no checkpoint's name."""
+    if folder.is_dir():
+        discarded = tempfile.mkdtemp(prefix=f"{_DISCARDED}{folder.name}-", dir=folder.parent)
+        folder.replace(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _replaced(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from argparse import Namespace
 from datetime import timedelta
@@ -14,6 +15,7 @@ __all__ = ["Ranks"]
 _PATIENCE = timedelta(hours=2)
 
 _store: Any = None
+_keys = itertools.count(1)  # of this process: every rank says the same things in the same order
 
 
 class Ranks:
@@ -27,7 +29,6 @@ class Ranks:
 
     def __init__(self, args: Namespace) -> None:
         self.rank, self.size = args.rank, args.world_size
-        self._count = 0
         if self.size > 1:
             self._store = torch.distributed.PrefixStore("megatron_periln", _rendezvous(self.rank, self.size))
 
@@ -35,7 +36,7 @@ class Ranks:
         """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
-        key = self._key()
+        key = str(next(_keys))
         if self.rank == 0:
             self._store.set(key, json.dumps(value))
             return value
@@ -45,15 +46,11 @@ class Ranks:
         """Return every rank's value on rank 0, nothing elsewhere."""
         if self.size == 1:
             return [value]
-        key = self._key()
+        key = str(next(_keys))
         if self.rank:
             self._store.set(f"{key}/{self.rank}", json.dumps(value))
             return []
         return [value, *(self._wait(f"{key}/{rank}") for rank in range(1, self.size))]
-
-    def _key(self) -> str:
-        self._count += 1
-        return str(self._count)
 
     def _wait(self, key: str) -> Any:
         self._store.wait([key], _PATIENCE)

@@ -14,7 +14,8 @@ from megatron.training.global_vars import set_global_variables
 from megatron_periln import cpu
 from megatron_periln.checkpoints.arguments import GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.arguments import add_checkpoint_arguments
-from megatron_periln.checkpoints.choice import choose_intact_checkpoint
+from megatron_periln.checkpoints.choice import choose_intact_checkpoint, loads_from
+from megatron_periln.checkpoints.guard import put_back
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
@@ -156,15 +157,15 @@ def parse() -> Namespace:
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     args = parse_args(add_arguments)
     check_flags(args)
+    put_back(args)
     choose_intact_checkpoint(args)
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError(
                 "--use-checkpoint-args needs a checkpoint: give --load or --pretrained-checkpoint"
             )
-        for load_arg in ("pretrained_checkpoint", "load"):
-            load_args_from_checkpoint(args, load_arg=load_arg)
-            adopt_saved_placement(args, load_arg)
+        load_args_from_checkpoint(args, load_arg=loads_from(args))
+        adopt_saved_placement(args)
     check_tokenizer_files(args)
     placement = placement_from_args(args)
     args.embedding_norm = placement.embedding

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_periln.checkpoints.choice import choose_intact_checkpoint
-from megatron_periln.checkpoints.guard import tidy
+from megatron_periln.checkpoints.fence import Fence
+from megatron_periln.checkpoints.guard import SaveGuard, put_back, tidy
+from megatron_periln.checkpoints.incarnation import Incarnation
 from megatron_periln.checkpoints.manifest import MANIFEST
 from megatron_periln.errors import UsageError
 from tests.checkpoints.test_manifest import flip_a_bit
@@ -174,6 +176,46 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(checkpoints, published
     assert choose(checkpoints) is None
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_goes_on_from_what_was_being_replaced(checkpoints, tmp_path, elsewhere):
+    """Unless it saves elsewhere: then the folder is another run's."""
+    new = checkpoints / "iter_0000006"
+    new.rename(checkpoints / "replaced-iter_0000006")
+    new.mkdir()
+    (new / "__0_0.distcp").touch()
+    save = tmp_path / "elsewhere" if elsewhere else checkpoints
+    args = Namespace(save=str(save), load=str(checkpoints), enable_msc=False, rank=0, world_size=1)
+    put_back(args)
+    assert choose(checkpoints) == (4 if elsewhere else None)
+
+
+def test_killed_while_what_was_replaced_is_deleted(checkpoints, monkeypatch):
+    """Without manifests, a checkpoint that is half deleted is not taken for the good one."""
+    guard = SaveGuard(Fence.take(checkpoints, Incarnation.from_environment()), "off", 10)
+    new = checkpoints / "iter_0000006"
+    good = {path.name: path.read_bytes() for path in new.iterdir() if path.name != MANIFEST}
+    guard.before_save(new)
+    for name, content in good.items():
+        (new / name).write_bytes(content)
+
+    def killed(folder, **_):
+        (Path(folder) / "__0_0.distcp").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        guard.publish(checkpoints / TRACKER, "6")
+    tidy(checkpoints)
+    assert {path.name: path.read_bytes() for path in new.iterdir()} == good
+    assert [path.name for path in checkpoints.iterdir() if "iter_0000006" in path.name] == [new.name]
+
+
+def test_a_fallback_leaves_the_pretrained_checkpoint_alone(checkpoints, tmp_path):
+    """Megatron reads it only where --load has none."""
+    (checkpoints / "iter_0000006" / "__1_0.distcp").unlink()
+    assert choose(checkpoints, pretrained_checkpoint=str(tmp_path / "absent")) == 4
+
+
 @pytest.mark.parametrize("saving", ["", ASYNC], ids=["", "async"])
 def test_a_full_disk_leaves_the_checkpoint_before(jobs, saving):
     name = f"full{'-async' if saving else ''}"
@@ -192,9 +234,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(jobs, saving):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    from megatron_periln.checkpoints.fence import Fence
-    from megatron_periln.checkpoints.incarnation import Incarnation
-
     def read_only(*_):
         raise OSError(30, "Read-only file system")
 
