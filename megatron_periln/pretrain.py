@@ -7,10 +7,12 @@ lists them. ``@FILE`` stands for the flags in a file.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 import warnings
+from pathlib import Path
 
 PROGRAM_START = time.time()
 
@@ -39,6 +41,13 @@ def _choose_device(argv: list[str]) -> None:
         )
 
 
+def _tell_torchrun(cause: str) -> None:
+    """Have torchrun's own report, which comes last, name the cause (torch.distributed.elastic's errors)."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": cause, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}))
+
+
 def main() -> None:
     """Run the command line; exit with status 1 and one line on standard error for bad input."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
@@ -54,6 +63,7 @@ def main() -> None:
     except UsageError as error:
         if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(str(error))
         sys.exit(1)
 
 

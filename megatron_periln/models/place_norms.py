@@ -142,6 +142,10 @@ def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
         raise ValueError(
             "fuse_pre_mlp_norm computes a norm that recompute_modules layernorm recomputes alone; choose one"
         )
+    if config.fine_grained_activation_offloading and "mlp_norm" in (config.offload_modules or []):
+        raise ValueError(
+            "fuse_pre_mlp_norm keeps the sum that offload_modules mlp_norm would release; choose one"
+        )
 
 
 class SeparateNorm:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import no_code
+from megatron_periln.checkpoints.choice import iteration_of
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 
@@ -61,8 +63,10 @@ def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
         return None
     path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
     if not path.is_dir():
+        numbers = sorted(number for inner in Path(folder).glob("iter_*") if (number := iteration_of(inner)))
+        mend = "give another --ckpt-step" if args.ckpt_step else f"mend {tracker.name}, or give --ckpt-step"
         raise UsageError(
-            f"{flag} {folder}: there is no {path.name}; mend {tracker.name}, or give --ckpt-step"
+            f"{flag} {folder}: there is no {path.name}, but {', '.join(map(str, numbers)) or 'none'}; {mend}"
         )
     return path
 
@@ -80,6 +84,9 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     try:
         if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
             state = dist_checkpointing.load_common_state_dict(str(path))
+        elif (path / ".metadata").is_file():  # torch_dcp, fsdp_dtensor
+            state = {"args": None}
+            dcp.load(state, checkpoint_id=path, no_dist=True)
         elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
             state = torch.load(ranks[0], map_location="cpu", mmap=True)
     except CheckpointException as error:

@@ -90,6 +90,7 @@ def _check_fused_norm(args: Namespace) -> None:
         "--hybrid-layer-pattern has no layers of attention and MLP": args.hybrid_layer_pattern,
         "--recompute-modules layernorm recomputes that norm alone": "layernorm"
         in (args.recompute_modules or []),
+        "--offload-modules mlp_norm offloads that norm alone": "mlp_norm" in (args.offload_modules or []),
         f"--hidden-size {args.hidden_size} is beyond the {MAX_JOINED_HIDDEN_SIZE} of its kernel": (
             args.hidden_size and args.hidden_size > MAX_JOINED_HIDDEN_SIZE
         ),
@@ -107,7 +108,7 @@ def check_save_folder(args: Namespace) -> None:
     UsageError
         If it can't.
     """
-    if args.save is None:
+    if args.save is None or args.enable_msc:
         return
     folder = Path(args.save)
     try:

@@ -17,13 +17,16 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.training import get_args
+from megatron.training import get_args, get_tokenizer
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.indexed import check_indexed_dataset
+from megatron_periln.data.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
 
 __all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets"]
@@ -32,11 +35,13 @@ __all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets
 def check_data(args: Namespace) -> None:
     """Check every indexed dataset that the arguments name.
 
+    Those in object storage are left to Megatron.
+
     Raises
     ------
     UsageError
-        If none is named, one is missing or damaged, or ``--split`` leaves a part of one empty,
-        on which Megatron would loop for ever.
+        If none is named, one is missing or damaged, or holds ids that the model lacks; or if ``--split``
+        leaves a part of one empty, on which Megatron would loop for ever.
     """
     if args.mock_data:
         return
@@ -47,10 +52,36 @@ def check_data(args: Namespace) -> None:
         raise UsageError(
             "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
         )
-    for prefix in sorted(prefixes):
+    for prefix in sorted(prefix for prefix in prefixes if not is_object_storage_path(prefix)):
         info = check_indexed_dataset(prefix, every_sequence=False)
         if args.split is not None:
             _check_split(args.split, prefix, info.sequences)
+        _check_tokenizer(args, prefix)
+
+
+def _check_tokenizer(args: Namespace, prefix: str) -> None:
+    """Compare the tokenizer with what the dataset's sidecar, if it has one, says of its own."""
+    try:
+        theirs = Sidecar.read(sidecar_path(prefix)).tokenizer
+    except PreprocessError:  # none, or of a later version
+        return
+    tokenizer, made = (
+        get_tokenizer(),
+        f"{prefix} was made with {theirs['type']}, of {theirs['vocab_size']:,} ids",
+    )
+    if theirs["vocab_size"] > args.padded_vocab_size:
+        raise UsageError(
+            f"{made}, and this run's model has {args.padded_vocab_size:,}; give the tokenizer that it was "
+            "made with, or preprocess the text again"
+        )
+    if args.tokenizer_type.startswith("Null"):
+        return
+    if (theirs["type"], theirs["vocab_size"]) != (args.tokenizer_type, tokenizer.vocab_size):
+        print(
+            f"warning: {made}; this run's tokenizer is {args.tokenizer_type}, of {tokenizer.vocab_size:,}: "
+            "do ids mean the same?",
+            flush=True,
+        )
 
 
 def _check_split(split: str, prefix: str, sequences: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_periln.checkpoints.choice import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.models.saved import STOCK_PLACEMENT, placement_of, saved_arguments
 from megatron_periln.norms import NormPlacement
@@ -11,9 +12,9 @@ from megatron_periln.norms import NormPlacement
 __all__ = ["adopt_saved_placement", "refuse_other_placement"]
 
 
-def adopt_saved_placement(args: Namespace, load_arg: str) -> None:
+def adopt_saved_placement(args: Namespace) -> None:
     """Set the placement arguments to the checkpoint's, as ``--use-checkpoint-args`` does for Megatron's."""
-    saved = saved_arguments(args, load_arg)
+    saved = saved_arguments(args, loads_from(args))
     if saved is None:
         return
     for name, stock in STOCK_PLACEMENT.items():
@@ -21,26 +22,45 @@ def adopt_saved_placement(args: Namespace, load_arg: str) -> None:
 
 
 def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
-    """Refuse to load a checkpoint whose norms stand elsewhere.
+    """Refuse to load a checkpoint whose norms stand elsewhere, or compute something else.
 
     Raises
     ------
     UsageError
         Naming both placements. Megatron would drop or leave uninitialized the norms that only one
-        of them has.
+        of them has; or, for another epsilon or other frozen gains, go on with another model, or without
+        a part of the optimizer's state.
     """
-    for load_arg in ("load", "pretrained_checkpoint"):
-        saved = saved_arguments(args, load_arg)
-        if saved is None:
-            continue
-        theirs = placement_of(saved)
-        if theirs.structure() == placement.structure():
-            continue
+    load_arg = loads_from(args)
+    saved = saved_arguments(args, load_arg)
+    if saved is None:
+        return
+    theirs, flag = placement_of(saved), f"--{load_arg.replace('_', '-')}"
+    if theirs.structure() != placement.structure():
         origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
         warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
         embedding = "--embedding-norm" if theirs.embedding else "--no-embedding-norm"
         raise UsageError(
             f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
             f"and this run asks for {placement.structure()}; give --norm-placement {theirs.name} {embedding} "
-            f"to continue it, or another --{load_arg.replace('_', '-')} (and --save) to start anew{warm}"
+            f"to continue it, or another {flag} (and --save) to start anew{warm}"
+        )
+    if load_arg != "load" or args.finetune:
+        return
+    before, now = (
+        each.output_norm_epsilon or flags.layernorm_epsilon
+        for each, flags in ((theirs, saved), (placement, args))
+    )
+    if theirs.output_norm_epsilon != placement.output_norm_epsilon and before != now:
+        raise UsageError(
+            f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and this "
+            f"run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or --finetune to "
+            "start from its weights"
+        )
+    if theirs.freeze_output_norm != placement.freeze_output_norm and not args.no_load_optim:
+        was, other = ("with", "give") if theirs.freeze_output_norm else ("without", "drop")
+        raise UsageError(
+            f"the checkpoint in {args.load} was trained {was} --freeze-output-norm, and its optimizer state "
+            f"is that of these parameters; {other} that flag to continue it, or give --finetune or "
+            "--no-load-optim to start from its weights"
         )

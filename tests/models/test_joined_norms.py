@@ -95,7 +95,16 @@ def test_a_placement_without_both_norms_is_refused(placement):
         small.build(placement, fuse_pre_mlp_norm=True)
 
 
-def test_recomputing_that_norm_alone_is_refused():
-    config = small.transformer_config(recompute_granularity="selective", recompute_modules=["layernorm"])
-    with pytest.raises(ValueError, match="recompute_modules layernorm"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+        {"fine_grained_activation_offloading": True, "offload_modules": ["mlp_norm"]},
+    ],
+    ids=["recomputed", "offloaded"],
+)
+def test_what_takes_that_norm_alone_is_refused(options):
+    config = small.transformer_config()
+    vars(config).update(options)
+    with pytest.raises(ValueError, match=f"modules {[*options.values()][1][0]}"):
         place_norms(get_gpt_layer_local_spec(), NormPlacement.named("peri"), config, fuse_pre_mlp_norm=True)

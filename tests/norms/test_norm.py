@@ -69,6 +69,21 @@ def test_the_initial_gain_is_the_factor_whatever_is_stored(normalization, zero_c
 
 
 @kinds
+@gammas
+def test_a_norm_made_on_the_meta_device_starts_alike(normalization, zero_centered_gamma):
+    """As Megatron-FSDP does it: empty memory, then the module's ``reset_parameters``."""
+    with torch.device("meta"):
+        late = Norm(config(normalization, zero_centered_gamma), initial_gain=0.25)
+    late.to_empty(device="cpu")
+    for parameter in late.parameters():
+        parameter.data.fill_(7)
+    late.reset_parameters()
+    now = Norm(config(normalization, zero_centered_gamma), initial_gain=0.25)
+    for mine, theirs in zip(late.parameters(), now.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@kinds
 def test_a_frozen_norm_passes_gradients_on_and_keeps_none(normalization):
     norm = Norm(config(normalization), trainable=False)
     x = formulas.inputs()[0].requires_grad_()

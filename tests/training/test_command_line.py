@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_periln.norms import PLACEMENTS
 
@@ -216,3 +217,11 @@ def test_no_gpu_is_an_error_that_says_what_to_do():
     assert error.startswith("error: no GPU is visible")
     assert "--device cpu" in error
     assert process.stdout == ""
+
+
+def test_torchrun_s_report_names_the_cause(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert pretrain("@absent.flags").returncode == 1
+    report = str(ChildFailedError("pretrain", {0: ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))}))
+    assert "absent.flags" in report and "give @FILE the path of a text file" in report
+    assert "To enable traceback" not in report

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_periln.data.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
+from megatron_periln.training import datasets
 from megatron_periln.training.datasets import check_data
 
 FLAGS = (
@@ -111,3 +113,41 @@ def test_split_leaves_enough_of_every_dataset(good, tmp_path):
     builder.finalize(str(tmp_path / "short.idx"))
     with pytest.raises(UsageError, match=r"short \(1 in all\) for validation"):
         check_data(arguments(data_path=[good, str(tmp_path / "short")], split="90,5,5"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids", "said"),
+    [
+        ("HuggingFaceTokenizer", 1000, ""),
+        ("HuggingFaceTokenizer", 900, "warning: {} was made with HuggingFaceTokenizer, of 1,000 ids; this"),
+        ("SentencePieceTokenizer", 1000, "warning: {} was made with HuggingFaceTokenizer"),
+        ("NullTokenizer", 900, ""),
+    ],
+)
+def test_another_tokenizer_is_told(made_with_1000_ids, monkeypatch, capsys, kind, ids, said):
+    monkeypatch.setattr(datasets, "get_tokenizer", lambda: Namespace(vocab_size=ids))
+    check_data(arguments(data_path=[made_with_1000_ids], tokenizer_type=kind, padded_vocab_size=1024))
+    out = capsys.readouterr().out
+    assert out.startswith(said.format(made_with_1000_ids)) and bool(out) == bool(said)
+
+
+def test_ids_that_the_model_lacks_are_an_error(made_with_1000_ids, monkeypatch):
+    monkeypatch.setattr(datasets, "get_tokenizer", lambda: Namespace(vocab_size=900))
+    with pytest.raises(UsageError, match="of 1,000 ids, and this run's model has 896; give the tokenizer"):
+        check_data(
+            arguments(data_path=[made_with_1000_ids], tokenizer_type="NullTokenizer", padded_vocab_size=896)
+        )
+
+
+@pytest.fixture
+def made_with_1000_ids(other):
+    tokenizer = {"type": "HuggingFaceTokenizer", "digest": None, "vocab_size": 1000, "eod": 0, "encoder": "x"}
+    counts = {"documents": 1, "sequences": 1, "tokens": 1, "bytes_read": 1, "skipped": {}, "inputs": []}
+    about = {"dtype": "uint16", "append_eod": True, "json_key": "text", "versions": {}, "command": []}
+    sha256 = {"bin": "0", "idx": "0"}
+    Sidecar(**counts, **about, tokenizer=tokenizer, sha256=sha256, created="").write(sidecar_path(other))
+    return other
+
+
+def test_datasets_in_object_storage_are_megatron_s_to_find(good):
+    check_data(arguments(data_path=[good, "s3://bucket/text"]))

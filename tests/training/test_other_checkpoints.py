@@ -1,9 +1,14 @@
 """Checkpoints of another placement are refused; those of stock Megatron are Pre-LN's."""
 
+import re
 import shutil
+from argparse import Namespace
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
+from megatron_periln.models.saved import saved_arguments
 from megatron_periln.norms import PLACEMENTS
 from tests.training.model import MODEL
 
@@ -86,6 +91,49 @@ def test_placement_is_adopted_from_the_checkpoint(trained, continued, saved, ask
     assert job.curve == continued(saved, trained(saved), f"--norm-placement {saved}").curve
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--output-norm-epsilon 1e-1", "epsilon of 1e-05, and this run asks for 0.1"),
+        ("--freeze-output-norm", "without --freeze-output-norm, .*drop that flag"),
+    ],
+)
+def test_another_output_norm_is_refused_where_it_would_go_on(trained, refused, continued, flags, message):
+    flags = f"--norm-placement peri {flags}"
+    name = flags.split()[2].strip("-")
+    error = refused(f"other-{name}", f"{flags} --load {checkpoints(trained('peri'))}")
+    assert re.search(message, error)
+    fresh = continued(f"fresh-{name}", trained("peri"), f"{flags} --finetune")
+    assert [point["iteration"] for point in fresh.curve] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_pretrained_checkpoint_counts_until_there_is_one_of_the_run(trained, jobs):
+    """Megatron reads it at the start alone; what it is doesn't matter when the run goes on."""
+    folder, pretrained = checkpoints(trained("peri")), checkpoints(trained("pre"))
+    job = jobs.run(
+        "goes-on",
+        f"{MODEL} --norm-placement peri --train-iters 7 --override-opt-param-scheduler --load {folder} "
+        f"--pretrained-checkpoint {pretrained}",
+    )
+    assert [point["iteration"] for point in job.curve] == [7]
+
+
+@pytest.fixture(scope="module")
+def sharded(trained, tmp_path_factory):
+    """A checkpoint with arguments of a Peri-LN run, as torch_dcp and fsdp_dtensor lay it out."""
+    load = Namespace(load=str(checkpoints(trained("peri"))), ckpt_step=None)
+    folder = tmp_path_factory.mktemp("sharded")
+    state = {"args": saved_arguments(load), "iteration": 6, "model": {"weight": torch.zeros(3)}}
+    dcp.save(state, checkpoint_id=folder / "iter_0000006", no_dist=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("6")
+    return folder
+
+
+def test_another_placement_is_refused_in_every_format(sharded, refused):
+    error = refused("sharded", f"--norm-placement pre --ckpt-format torch_dcp --load {sharded}")
+    assert f"has norm placement {structure('peri')}, and this run asks for {structure('pre')}" in error
+
+
 def test_nothing_to_load_is_nothing_to_refuse(jobs):
     job = jobs.run("load-nothing", f"{MODEL} --exit-interval 1 --load {jobs.folder / 'absent'}")
     assert [point["iteration"] for point in job.curve] == [1]
@@ -95,8 +143,8 @@ def test_nothing_to_load_is_nothing_to_refuse(jobs):
     ("name", "tracker", "arguments", "message"),
     [
         ("garbage-tracker", "abc", "", "names no iteration but 'abc'; write the number of one into it"),
-        ("lost-iteration", "9", "", "there is no iter_0000009; mend latest_checkpointed_iteration.txt"),
-        ("unknown-step", "6", "--ckpt-step 99", "there is no iter_0000099"),
+        ("lost-iteration", "9", "", "there is no iter_0000009, but 6; mend latest_checkpointed_iteration"),
+        ("unknown-step", "6", "--ckpt-step 99", "no iter_0000099, but 6; give another --ckpt-step"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_is_an_error(refused, tmp_path, name, tracker, arguments, message):
