@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.convert.quiet import quiet_megatron
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
 from megatron_periln.data.indexed import check_indexed_dataset
 from megatron_periln.errors import UsageError
 
@@ -44,8 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: _evaluate(args))
+    return exit_code(lambda: _evaluate(parse_flags(build_parser(), argv)))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_periln.convert.paths import check_output
 from megatron_periln.convert.quiet import quiet_megatron
 from megatron_periln.convert.targets import TARGETS
-from megatron_periln.data.command_line import exit_code, parse_size, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, parse_size, run_command
 
 __all__ = ["build_parser", "main"]
 
@@ -51,8 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: _export(args))
+    return exit_code(lambda: _export(parse_flags(build_parser(), argv)))
 
 
 def _export(args: argparse.Namespace) -> None:

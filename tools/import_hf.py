@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_periln.convert.paths import check_model_folder, check_output
 from megatron_periln.convert.quiet import quiet_megatron
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
 
 __all__ = ["build_parser", "main"]
 
@@ -35,8 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Import and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: _import(args))
+    return exit_code(lambda: _import(parse_flags(build_parser(), argv)))
 
 
 def _import(args: argparse.Namespace) -> None:

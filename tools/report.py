@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
 from megatron_periln.report.write import write_report
 
 __all__ = ["build_parser", "main"]
@@ -29,8 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: print(write_report(args.runs, args.output, args.title)))
+    return exit_code(lambda: _report(parse_flags(build_parser(), argv)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(write_report(args.runs, args.output, args.title))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_periln.data.command_line import exit_code, run_command
+from megatron_periln.data.command_line import exit_code, parse_flags, run_command
 from megatron_periln.errors import UsageError
 from megatron_periln.experiments.state import DONE, CellFolder
 from megatron_periln.experiments.study import Study, read_study
@@ -48,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, more = given, []
     if "--" in given:
         own, more = given[: given.index("--")], given[given.index("--") + 1 :]
-    args = build_parser().parse_args(own)
     failed: list[str] = []
     command = shlex.join(word for word in given if word != "--collect")
-    code = exit_code(lambda: failed.extend(_run(args, more, command)))
+    code = exit_code(lambda: failed.extend(_run(parse_flags(build_parser(), own), more, command)))
     return code or int(bool(failed))
 
 

@@ -19,6 +19,10 @@ print(code, sorted({"torch", "megatron", "transformers"} & sys.modules.keys()))
 @pytest.mark.parametrize(
     "tool, flags, message",
     [
+        ("export_hf", "--lod x --output new", "unknown flag --lod (did you mean --load?); --help lists"),
+        ("import_hf", "--model model", "the following arguments are required: --output; --help lists the"),
+        ("evaluate", "--windows many", "invalid int value: 'many'; --help lists the flags"),
+        ("warm_start", "--seq-lenth 8", "unknown flag --seq-lenth (did you mean --seq-length?);"),
         ("export_hf", "--load x --output full", "--output full exists; choose another, or remove it"),
         ("import_hf", "--model model --output full", "--output full exists; choose another, or remove it"),
         (

@@ -120,9 +120,11 @@ def test_mistakes_are_one_clear_error(case, write, tmp_path):
         (["--shard", "8/8"], ["--shard 8/8 is not I/N"]),
         (["--cell", "8"], ["--cell 8", "runs 0 to 7"]),
         (["--jobs", "0"], ["--jobs is 0"]),
+        (["--shards", "0/8"], ["unknown flag --shards (did you mean --shard?)", "--help lists the flags"]),
+        (["--cell", "1", "--list"], ["--list: not allowed with argument --cell", "--help lists the flags"]),
     ],
 )
-def test_wrong_shares_are_one_clear_error(arguments, parts, write, tmp_path, capsys):
+def test_wrong_flags_are_one_clear_error(arguments, parts, write, tmp_path, capsys):
     assert main([str(write(STUDY)), "--output", str(tmp_path / "runs"), *arguments]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -22,6 +22,10 @@ def refused(tool, capsys, tmp_path):
     return run
 
 
+def test_wrong_flag(refused, tmp_path):
+    assert "unknown flag --outptu (did you mean --output?); --help" in refused(tmp_path, "--outptu", "r")
+
+
 def test_missing(refused, tmp_path):
     assert "none: no such file or folder" in refused(tmp_path / "none", "--output", tmp_path / "r.html")
 
