@@ -189,6 +189,16 @@ def test_a_run_goes_on_from_what_was_being_replaced(checkpoints, tmp_path, elsew
     assert choose(checkpoints) == (4 if elsewhere else None)
 
 
+def test_all_ranks_go_on_from_what_was_being_replaced(jobs, checkpoints):
+    shutil.copytree(checkpoints / "iter_0000006", checkpoints / "replaced-iter_0000006")
+    for name in (".metadata", "metadata.json", MANIFEST):
+        (checkpoints / "iter_0000006" / name).unlink()
+    more = "--train-iters 7 --override-opt-param-scheduler"
+    job = jobs.run("replaced", f"{FLAGS} {more} --load {checkpoints} --save {checkpoints}", 2)
+    assert [point["iteration"] for point in job.curve] == [7]
+    assert not list(checkpoints.glob("*-iter_*"))
+
+
 def test_killed_while_what_was_replaced_is_deleted(checkpoints, monkeypatch):
     """Without manifests, a checkpoint that is half deleted is not taken for the good one."""
     guard = SaveGuard(Fence.take(checkpoints, Incarnation.from_environment()), "off", 10)
