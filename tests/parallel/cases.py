@@ -137,7 +137,8 @@ def _all_cases():
                 if (architecture, layout) in {("moe", "TP2"), ("mtp", "CP2")}:
                     continue  # refused by Megatron; see "Known differences" in docs/parallelism.md
                 yield Case(placement, architecture, layout, variant="distributed optimizer")
-                for options in ("full recompute", "selective recompute"):
+                overlap = ["overlap"] if layout in ("DP2", "EP2") else []  # elsewhere nothing is gathered
+                for options in ("full recompute", "selective recompute", *overlap):
                     yield Case(placement, architecture, layout, options, "distributed optimizer")
 
 
