@@ -172,7 +172,7 @@ def run(argv: Sequence[str]) -> Summary | str:
         overwrite=args.overwrite,
         command=[Path(__file__).name, *argv],
     )
-    return check_finished(plan, prefixes) if finished else preprocess(plan, args.log_interval)
+    return check_finished(plan) if finished else preprocess(plan, args.log_interval)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_periln.data.encoders import token_dtype
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.index_arrays import IndexArrays
 from megatron_periln.data.merge_sidecars import check_counts
-from megatron_periln.data.plan import Plan, difference, growing_folder
+from megatron_periln.data.plan import Plan, dataset_prefix, difference, growing_folder
 from megatron_periln.data.sidecar import Sidecar, sidecar_path
 
 __all__ = ["check_finished", "is_finished"]
@@ -21,8 +22,8 @@ def is_finished(output_prefix: str, prefixes: Sequence[str]) -> bool:
     return not growing_folder(output_prefix).exists() and all(Path(file).exists() for file in files)
 
 
-def check_finished(plan: Plan, prefixes: Sequence[str]) -> str:
-    """Check that a run of ``plan`` wrote the datasets at ``prefixes``; return a line that says so.
+def check_finished(plan: Plan) -> str:
+    """Check that a run of ``plan`` wrote every dataset of it; return a line that says so.
 
     Raises
     ------
@@ -32,6 +33,7 @@ def check_finished(plan: Plan, prefixes: Sequence[str]) -> str:
         If Megatron cannot read one.
     """
     now = plan.identity(token_dtype(plan.tokenizer.vocab_size))
+    prefixes = [prefix for key in plan.keys for prefix in _prefixes(plan, key)]
     for prefix in prefixes:
         sidecar = Sidecar.read(sidecar_path(prefix))
         changed = difference(sidecar.plan, now) if sidecar.plan else "nothing tells how it was made"
@@ -44,3 +46,11 @@ def check_finished(plan: Plan, prefixes: Sequence[str]) -> str:
             )
         check_counts(sidecar, IndexArrays.open(prefix))
     return f"Nothing to do: the run has finished before: {' '.join(prefixes)}"
+
+
+def _prefixes(plan: Plan, key: str) -> list[str]:
+    prefix_of = partial(dataset_prefix, plan.output_prefix, key, sentences=plan.split is not None)
+    if not plan.max_bin_size:
+        return [prefix_of(number=None)]
+    parts = Sidecar.read(sidecar_path(prefix_of(number=0))).parts
+    return [prefix_of(number=number) for number in range(parts)]

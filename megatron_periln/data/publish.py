@@ -99,7 +99,7 @@ def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidec
         "eod": plan.tokenizer.eod,
         "encoder": encoder,
     }
-    created, versions = utc_now(), _versions()
+    created, versions, parts = utc_now(), _versions(), Counter(key for key, _ in sizes)
     return {
         dataset: Sidecar(
             documents=size.documents,
@@ -117,6 +117,7 @@ def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidec
             command=plan.command,
             created=created,
             plan=plan.identity(outputs.dtype),
+            parts=parts[dataset[0]],
         )
         for dataset, size in sizes.items()
     }

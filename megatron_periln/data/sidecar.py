@@ -66,6 +66,8 @@ class Sidecar:
         Version of this format.
     plan
         What decided the bytes, by name; empty where several datasets were merged, and in older sidecars.
+    parts
+        How many datasets its run wrote for the key: more than one with ``--max-bin-size``.
     """
 
     documents: int
@@ -84,6 +86,7 @@ class Sidecar:
     created: str
     format_version: int = FORMAT_VERSION
     plan: dict[str, Any] = field(default_factory=dict)
+    parts: int = 1
 
     def to_json(self) -> str:
         """Return the sidecar as indented JSON with a line end."""

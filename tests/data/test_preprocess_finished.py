@@ -56,6 +56,13 @@ def test_resume_of_numbered_datasets_that_have_finished(
     code, stderr = run(*flags)
     assert code == 0, stderr
     assert "Nothing to do" in stderr
+    last = max(tmp_path.glob("out_text_document_*.bin"))
+    assert not last.stem.endswith("_00000")
+    for suffix in (".bin", ".idx", ".json"):
+        last.with_suffix(suffix).unlink()
+    code, stderr = run(*flags)
+    assert code == 1
+    assert last.stem in stderr
 
 
 @pytest.mark.parametrize(
