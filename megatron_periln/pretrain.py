@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAM_START = time.time()
@@ -45,7 +46,8 @@ def _tell_torchrun(cause: str) -> None:
     """Have torchrun's own report, which comes last, name the cause (torch.distributed.elastic's errors)."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": cause, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": message}))
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}))
 
 
 def main() -> None:

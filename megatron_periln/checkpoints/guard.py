@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -48,8 +48,7 @@ def install(args: Namespace) -> None:
         return
     fence = None
     if args.rank == 0:
-        fence = Fence.take(Path(args.save), _incarnation())
-        tidy(Path(args.save))
+        fence = _take(Path(args.save))
     if args.checkpoint_verify == "full":
         sums.sum_what_is_written()
     upstream.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
@@ -75,9 +74,20 @@ def put_back(args: Namespace) -> None:
         return
     ranks = Ranks(args)
     if ranks.rank == 0 and any(folder.glob(f"{_REPLACED}iter_*")):
-        Fence.take(folder, _incarnation())
-        tidy(folder)
+        _take(folder)
     ranks.broadcast(None)
+
+
+def _take(folder: Path) -> Fence:
+    fence = Fence.take(folder, _incarnation())
+    try:
+        tidy(folder)
+    except OSError as error:
+        raise UsageError(
+            f"--save {folder}: what a save that was cut off left can't be cleared away: {error}; mend the "
+            "folder, or give another"
+        ) from error
+    return fence
 
 
 @functools.cache
@@ -202,8 +212,10 @@ def _unwritable(folder: Path, error: OSError) -> str:
 
 def _discard(folder: Path) -> None:
     """Delete a folder, if it is there; what is left of it, if that is cut off, bears no checkpoint's name."""
-    if folder.is_dir():
-        discarded = tempfile.mkdtemp(prefix=f"{_DISCARDED}{folder.name}-", dir=folder.parent)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        discarded = folder.with_name(f"{_DISCARDED}{folder.name}-{uuid.uuid4().hex[:8]}")
         folder.replace(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
 

@@ -16,7 +16,7 @@ class _NothingWrittenError(Exception):
 
 
 def check_output(output: Path) -> None:
-    """Find out whether `new_folder` could make ``output``; leave nothing.
+    """Find out whether `new_folder` could make ``output``; leave nothing but the folders above it.
 
     Raises
     ------

@@ -19,6 +19,9 @@ from megatron_periln.errors import UsageError
 __all__ = ["RunningModel", "checkpoint_model", "load_transformers", "transformers_model"]
 
 
+_POSITIONS = 4096  # of a model that has no longest sequence
+
+
 @dataclass(frozen=True)
 class RunningModel:
     """A model to evaluate.
@@ -73,7 +76,8 @@ def transformers_model(folder: Path) -> Iterator[RunningModel]:
         with torch.inference_mode():
             return model(tokens).logits
 
-    yield RunningModel(logits, model.config.vocab_size, model.config.max_position_embeddings)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", _POSITIONS)
+    yield RunningModel(logits, model.get_input_embeddings().num_embeddings, positions)
 
 
 def load_transformers(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -131,6 +131,7 @@ def _placed_mtp_spec(config: GPTModelConfig) -> Iterator[None]:
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
     """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
     _honour_no_grad(model)
+    _gather_slots_before_graphs(model)
     _connect_joined_norms(model)
     mend_latent_attention(model)
     if placement.embedding and model.pre_process:
@@ -149,8 +150,29 @@ def _honour_no_grad(model: nn.Module) -> None:
     ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in the slots that
     would keep every layer's activations alive in evaluation, and inside full recomputation.
     """
+    for layer, _ in _layers_with_slots(model):
+        layer.bias_dropout_add_exec_handler = contextlib.nullcontext
+
+
+def _gather_slots_before_graphs(model: nn.Module) -> None:
+    """Have a layer's slots counted among what Transformer Engine's CUDA graphs of its parts hold.
+
+    ``TransformerLayer`` lists the modules whose parameters are gathered before a graph is replayed
+    (``--overlap-param-gather``). The slots are in the graphs, and not on its list: they have no parameters in
+    stock Megatron.
+    """
+    for layer, slots in _layers_with_slots(model):
+        listed = layer._get_submodules_under_cudagraphs
+        layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, slots)
+
+
+def _also(listed: Callable[[], list[nn.Module]], slots: list[ResidualNorm]) -> list[nn.Module]:
+    return [*listed(), *slots]
+
+
+def _layers_with_slots(model: nn.Module) -> Iterator[tuple[Any, list[ResidualNorm]]]:
     for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and any(
-            isinstance(slot, ResidualNorm) for slot in (layer.self_attn_bda, layer.mlp_bda)
-        ):
-            layer.bias_dropout_add_exec_handler = contextlib.nullcontext
+        if isinstance(layer, TransformerLayer):
+            slots = [each for each in (layer.self_attn_bda, layer.mlp_bda) if isinstance(each, ResidualNorm)]
+            if slots:
+                yield layer, slots

@@ -86,7 +86,8 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
             state = dist_checkpointing.load_common_state_dict(str(path))
         elif (path / ".metadata").is_file():  # torch_dcp, fsdp_dtensor
             state = {"args": None}
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            if "args" in dcp.FileSystemReader(path).read_metadata().state_dict_metadata:
+                dcp.load(state, checkpoint_id=path, no_dist=True)
         elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
             state = torch.load(ranks[0], map_location="cpu", mmap=True)
     except CheckpointException as error:

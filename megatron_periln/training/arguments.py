@@ -166,6 +166,7 @@ def parse() -> Namespace:
             )
         load_args_from_checkpoint(args, load_arg=loads_from(args))
         adopt_saved_placement(args)
+    args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
     check_tokenizer_files(args)
     placement = placement_from_args(args)
     args.embedding_norm = placement.embedding
@@ -175,7 +176,7 @@ def parse() -> Namespace:
         if changes and args.rank == 0:
             print("\n  ".join(["--device cpu changes flags that need a GPU:", *changes]), flush=True)
     try:
-        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        validate_args(args)
     except (AssertionError, ValueError) as error:
         if not str(error):
             raise

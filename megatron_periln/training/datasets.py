@@ -25,7 +25,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.indexed import check_indexed_dataset
+from megatron_periln.data.indexed import IndexedDatasetInfo, check_indexed_dataset
 from megatron_periln.data.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
 
@@ -52,36 +52,40 @@ def check_data(args: Namespace) -> None:
         raise UsageError(
             "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
         )
+    others: dict[str, str] = {}
     for prefix in sorted(prefix for prefix in prefixes if not is_object_storage_path(prefix)):
         info = check_indexed_dataset(prefix, every_sequence=False)
         if args.split is not None:
             _check_split(args.split, prefix, info.sequences)
-        _check_tokenizer(args, prefix)
-
-
-def _check_tokenizer(args: Namespace, prefix: str) -> None:
-    """Compare the tokenizer with what the dataset's sidecar, if it has one, says of its own."""
-    try:
-        theirs = Sidecar.read(sidecar_path(prefix)).tokenizer
-    except PreprocessError:  # none, or of a later version
-        return
-    tokenizer, made = (
-        get_tokenizer(),
-        f"{prefix} was made with {theirs['type']}, of {theirs['vocab_size']:,} ids",
-    )
-    if theirs["vocab_size"] > args.padded_vocab_size:
-        raise UsageError(
-            f"{made}, and this run's model has {args.padded_vocab_size:,}; give the tokenizer that it was "
-            "made with, or preprocess the text again"
-        )
-    if args.tokenizer_type.startswith("Null"):
-        return
-    if (theirs["type"], theirs["vocab_size"]) != (args.tokenizer_type, tokenizer.vocab_size):
+        if other := _other_tokenizer(args, prefix, info):
+            others.setdefault(other, prefix)
+    for other, prefix in others.items():
         print(
-            f"warning: {made}; this run's tokenizer is {args.tokenizer_type}, of {tokenizer.vocab_size:,}: "
-            "do ids mean the same?",
+            f"warning: {prefix} was made with {other}; this run's tokenizer is {args.tokenizer_type}, of "
+            f"{get_tokenizer().vocab_size:,} ids: do they mean the same?",
             flush=True,
         )
+
+
+def _other_tokenizer(args: Namespace, prefix: str, info: IndexedDatasetInfo) -> str | None:
+    """Return what the dataset's sidecar, if it has one, says of its tokenizer, if that is another."""
+    try:
+        sidecar = Sidecar.read(sidecar_path(prefix))
+    except PreprocessError:  # none, or of a later version
+        return None
+    if (sidecar.sequences, sidecar.dtype) != (info.sequences, str(info.dtype)):  # of what was here before
+        return None
+    theirs = sidecar.tokenizer
+    made = f"{theirs['type']}, of {theirs['vocab_size']:,} ids"
+    if args.padded_vocab_size is not None and theirs["vocab_size"] > args.padded_vocab_size:
+        raise UsageError(
+            f"{prefix} was made with {made}, and this run's model has {args.padded_vocab_size:,}; give the "
+            "tokenizer that it was made with, or preprocess the text again"
+        )
+    if args.tokenizer_type.startswith("Null"):
+        return None
+    same = (theirs["type"], theirs["vocab_size"]) == (args.tokenizer_type, get_tokenizer().vocab_size)
+    return None if same else made
 
 
 def _check_split(split: str, prefix: str, sequences: int) -> None:

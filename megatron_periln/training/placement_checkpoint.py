@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from megatron_periln.checkpoints.choice import loads_from
 from megatron_periln.errors import UsageError
-from megatron_periln.models.saved import STOCK_PLACEMENT, placement_of, saved_arguments
+from megatron_periln.models.saved import STOCK_PLACEMENT, checkpoint_path, placement_of, saved_arguments
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["adopt_saved_placement", "refuse_other_placement"]
@@ -47,17 +47,19 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
         )
     if load_arg != "load" or args.finetune:
         return
-    before, now = (
-        each.output_norm_epsilon or flags.layernorm_epsilon
-        for each, flags in ((theirs, saved), (placement, args))
-    )
-    if theirs.output_norm_epsilon != placement.output_norm_epsilon and before != now:
-        raise UsageError(
-            f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and this "
-            f"run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or --finetune to "
-            "start from its weights"
-        )
-    if theirs.freeze_output_norm != placement.freeze_output_norm and not args.no_load_optim:
+    if theirs.output_norm_epsilon != placement.output_norm_epsilon:
+        before = theirs.output_norm_epsilon or saved.layernorm_epsilon
+        now = placement.output_norm_epsilon or args.layernorm_epsilon
+        if before != now:
+            raise UsageError(
+                f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and "
+                f"this run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or "
+                "--finetune to start from its weights"
+            )
+    path = checkpoint_path(args)
+    weights_only = path is None or path.name == "release" or getattr(saved, "no_save_optim", False)
+    loads_optimizer = not (weights_only or args.no_load_optim)
+    if theirs.freeze_output_norm != placement.freeze_output_norm and loads_optimizer:
         was, other = ("with", "give") if theirs.freeze_output_norm else ("without", "drop")
         raise UsageError(
             f"the checkpoint in {args.load} was trained {was} --freeze-output-norm, and its optimizer state "

@@ -153,6 +153,8 @@ def test_what_a_cut_off_save_left_is_removed(checkpoints, capsys):
     (stock / MANIFEST).unlink()
     other_format = shutil.copytree(stock, checkpoints / "iter_0000001")  # as --ckpt-format fsdp_dtensor
     (other_format / "metadata.json").unlink()
+    (checkpoints / "iter_0000003").mkdir()
+    (checkpoints / "replaced-iter_0000003").symlink_to(stock)
     tidy(checkpoints)
     assert not unfinished.exists()
     assert stock.exists()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -184,3 +185,14 @@ def test_output_norms_take_the_option_and_all_others_the_models_epsilon(placemen
     output_norms = {name for name in epsilons if "_bda." in name} if placement.output else set()
     assert {epsilons[name] for name in output_norms} == ({output_eps} if placement.output else set())
     assert {epsilons[name] for name in epsilons.keys() - output_norms} == {0.1}
+
+
+@pytest.mark.parametrize("placement", small.PLACEMENTS)
+def test_all_that_a_cuda_graph_of_a_part_holds_is_gathered_before(placement):
+    """With ``--overlap-param-gather``: by hooks, which Megatron sets for the modules that it knows of."""
+    layer = small.build(placement).decoder.layers[0]
+    layer.config.cuda_graph_modules = [CudaGraphModule.attn, CudaGraphModule.mlp]
+    layer.setup_manual_hooks(lambda: None)
+    hooked = {id(module) for _, (module,) in layer.cuda_graph_manual_hooks}
+    with_parameters = [each for each in layer.modules() if [*each.parameters(recurse=False)]]
+    assert [each for each in with_parameters if id(each) not in hooked] == []

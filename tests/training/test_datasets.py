@@ -3,10 +3,12 @@
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_periln.data.indexed import check_indexed_dataset
 from megatron_periln.data.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
 from megatron_periln.training import datasets
@@ -142,11 +144,25 @@ def test_ids_that_the_model_lacks_are_an_error(made_with_1000_ids, monkeypatch):
 @pytest.fixture
 def made_with_1000_ids(other):
     tokenizer = {"type": "HuggingFaceTokenizer", "digest": None, "vocab_size": 1000, "eod": 0, "encoder": "x"}
-    counts = {"documents": 1, "sequences": 1, "tokens": 1, "bytes_read": 1, "skipped": {}, "inputs": []}
-    about = {"dtype": "uint16", "append_eod": True, "json_key": "text", "versions": {}, "command": []}
+    info = check_indexed_dataset(other)
+    counts = {"documents": 1, "sequences": info.sequences, "tokens": 1, "bytes_read": 1, "skipped": {}}
+    about = {
+        "inputs": [],
+        "dtype": str(info.dtype),
+        "append_eod": True,
+        "json_key": "text",
+        "versions": {},
+        "command": [],
+    }
     sha256 = {"bin": "0", "idx": "0"}
     Sidecar(**counts, **about, tokenizer=tokenizer, sha256=sha256, created="").write(sidecar_path(other))
     return other
+
+
+def test_a_sidecar_of_what_was_here_before_is_none(made_with_1000_ids):
+    path = sidecar_path(made_with_1000_ids)
+    replace(Sidecar.read(path), sequences=10**6).write(path)
+    check_data(arguments(data_path=[made_with_1000_ids], tokenizer_type="x", padded_vocab_size=896))
 
 
 def test_datasets_in_object_storage_are_megatron_s_to_find(good):

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_periln.errors import UsageError
 from megatron_periln.models.saved import saved_arguments
-from megatron_periln.norms import PLACEMENTS
+from megatron_periln.norms import PERI, PLACEMENTS
+from megatron_periln.training.placement_checkpoint import refuse_other_placement
 from tests.training.model import MODEL
 
 OTHER = {"pre": "peri", "post": "pre", "peri": "output", "output": "post"}
@@ -132,6 +134,30 @@ def sharded(trained, tmp_path_factory):
 def test_another_placement_is_refused_in_every_format(sharded, refused):
     error = refused("sharded", f"--norm-placement pre --ckpt-format torch_dcp --load {sharded}")
     assert f"has norm placement {structure('peri')}, and this run asks for {structure('pre')}" in error
+
+
+def test_a_sharded_checkpoint_without_arguments_is_left_to_megatron(tmp_path):
+    dcp.save({"model": {"weight": torch.zeros(3)}}, checkpoint_id=tmp_path / "iter_0000006", no_dist=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
+    assert saved_arguments(Namespace(load=str(tmp_path), ckpt_step=None)) is None
+
+
+@pytest.mark.parametrize("no_optimizer", [{"iteration": "release"}, {"no_save_optim": True}], ids=str)
+def test_gains_may_be_frozen_where_there_is_no_optimizer_s_state(tmp_path, no_optimizer):
+    """And an older Megatron, which names the epsilon otherwise, is no obstacle."""
+    named = no_optimizer.pop("iteration", "5")
+    folder = tmp_path / (named if named == "release" else "iter_0000005") / "mp_rank_00"
+    folder.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(named)
+    saved = Namespace(norm_epsilon=1e-5, norm_placement="peri", embedding_norm=True, **no_optimizer)
+    torch.save({"args": saved}, folder / "model_optim_rng.pt")
+    args = Namespace(load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, finetune=False)
+    args.no_load_optim = None
+    refuse_other_placement(args, PERI.with_options(freeze_output_norm=True))
+    del saved.norm_placement
+    torch.save({"args": saved}, folder / "model_optim_rng.pt")
+    with pytest.raises(UsageError, match="written by stock Megatron"):
+        refuse_other_placement(args, PERI)
 
 
 def test_nothing_to_load_is_nothing_to_refuse(jobs):
