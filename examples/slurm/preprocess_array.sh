@@ -8,7 +8,7 @@
 # Run it with bash on a login node, in the repository: it submits itself. Its flags go to
 # tools/preprocess_data.py. The datasets are $OUT/${NAME}_${key}_document for each of $KEYS, the same
 # as a single run's. A shard that fails keeps the merge from running. With INPUT, OUT and SHARDS as
-# before and the same flags, run it again with
+# before and the same flags, run it again (a merge that was cut off too) with
 #   sbatch --array=7 examples/slurm/preprocess_array.sh ...       then
 #   sbatch examples/slurm/preprocess_array.sh merge
 #SBATCH --open-mode=append
@@ -35,6 +35,7 @@ read -ra keys <<<"$KEYS"
 read -ra site_flags <<<"$SITE_FLAGS"
 parts_folder=$OUT/${NAME}_parts
 logs=$OUT/${NAME}_logs
+merged=$parts_folder/merged # says that the datasets are complete, so that parts may be missing
 
 die() {
     echo "preprocess_array.sh: $*" >&2
@@ -46,13 +47,19 @@ part() {
 }
 
 submit() {
-    local script array key
+    local script array key flag
     script=$(realpath "${BASH_SOURCE[0]}")
+    for flag in "$@"; do
+        case $flag in
+        --max-b* | --sp*) die "$flag: the merge does not find such datasets; run tools/preprocess_data.py itself" ;;
+        esac
+    done
     [ -x "$PYTHON" ] || die "$PYTHON is no program: run make install, or set PYTHON"
     for key in "${keys[@]}"; do
         [ ! -e "$OUT/${NAME}_${key}_document.idx" ] || die "$OUT/${NAME}_${key}_document.idx exists: set NAME"
     done
     mkdir -p "$parts_folder" "$logs"
+    rm -f "$merged"
     export INPUT OUT NAME KEYS SHARDS CPUS KEEP_PARTS REPO PYTHON
     array=$(sbatch --parsable --job-name="preprocess-$NAME" --array="0-$((SHARDS - 1))%$AT_ONCE" \
         --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" --mem="$MEMORY" --time="$TIME" \
@@ -65,6 +72,7 @@ submit() {
 }
 
 shard() {
+    rm -f "$merged"
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$CPUS}" "$PYTHON" "$REPO/tools/preprocess_data.py" \
         --input "${inputs[@]}" --json-keys "${keys[@]}" \
         --output-prefix "$(part "$SLURM_ARRAY_TASK_ID")" --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" \
@@ -72,20 +80,22 @@ shard() {
 }
 
 merge() {
-    local key i dataset parts
+    local key i dataset parts all_parts=()
     for key in "${keys[@]}"; do
         dataset=$OUT/${NAME}_${key}_document
         parts=()
         for ((i = 0; i < SHARDS; i++)); do
             parts+=("$(part "$i")_${key}_document")
         done
-        srun "$PYTHON" "$REPO/tools/merge_datasets.py" --inputs "${parts[@]}" \
+        all_parts+=("${parts[@]}")
+        [ -e "$merged" ] || srun "$PYTHON" "$REPO/tools/merge_datasets.py" --inputs "${parts[@]}" \
             --output-prefix "$dataset" --overwrite
         srun "$PYTHON" "$REPO/tools/inspect_dataset.py" "$dataset" --verify
-        if [ "$KEEP_PARTS" != 1 ]; then
-            rm -f "${parts[@]/%/.bin}" "${parts[@]/%/.idx}" "${parts[@]/%/.json}"
-        fi
     done
+    touch "$merged"
+    if [ "$KEEP_PARTS" != 1 ]; then
+        rm -f "${all_parts[@]/%/.bin}" "${all_parts[@]/%/.idx}" "${all_parts[@]/%/.json}"
+    fi
 }
 
 [ ${#inputs[@]} -gt 0 ] || die "set INPUT to the files of the corpus"

@@ -42,6 +42,11 @@ def test_slurm_script(tmp_path: Path) -> None:
 
     assert "INPUT" in bash(INPUT="").stderr
     assert "SHARDS=x is not a positive number" in bash(SHARDS="x").stderr
+    for flag in ("--max-bin-size=1G", "--split-sentences"):
+        refused = bash("--append-eod", flag)
+        assert refused.returncode == 1
+        assert f"{flag}: the merge does not find such datasets" in refused.stderr
+        assert "sbatch" not in refused.stderr
     submitted = bash("--append-eod", SITE_FLAGS="--account=a --qos=b")
     assert submitted.returncode == 0, submitted.stderr
     array, merge = submitted.stderr.splitlines()
@@ -55,12 +60,22 @@ def test_slurm_script(tmp_path: Path) -> None:
     assert "preprocess_data.py --input /c/*.jsonl /d --json-keys text title " in task
     assert f"--output-prefix {part} --shard 2/3 --workers 2 --resume --append-eod" in task
 
-    parts = [build(part.with_name(f"part_{n:05}_text_document"), [[[n + 1]]]) for n in range(3)]
-    megatron_merge(parts, tmp_path / "expected", np.uint16)
-    merged = bash("merge", PYTHON=sys.executable)
-    assert merged.returncode == 0, merged.stderr
-    assert content(tmp_path / "out" / "corpus_text_document") == content(tmp_path / "expected")
-    assert not list(part.parent.iterdir())
-    assert bash("merge", PYTHON=sys.executable).returncode == 1
-    assert content(tmp_path / "out" / "corpus_text_document") == content(tmp_path / "expected")
+    expected = tmp_path / "expected"
+    for key in ("text", "title"):
+        parts = [build(part.with_name(f"part_{n:05}_{key}_document"), [[[n + 1]]]) for n in range(3)]
+    megatron_merge(parts, expected, np.uint16)
+    last = Path(f"{parts[2]}.idx")
+    away = last.rename(tmp_path / "away")
+    keys = {"PYTHON": sys.executable, "KEYS": "text title"}
+    assert bash("merge", **keys).returncode == 1
+    away.rename(last)
+    for _ in range(2):  # a merge that was cut off, and one that was done, run again
+        again = bash("merge", **keys)
+        assert again.returncode == 0, again.stderr
+        for key in ("text", "title"):
+            assert content(tmp_path / "out" / f"corpus_{key}_document") == content(expected)
+        assert [path.name for path in part.parent.iterdir()] == ["merged"]
     assert "corpus_text_document.idx exists: set NAME" in bash().stderr
+
+    assert bash(SLURM_ARRAY_TASK_ID="2").returncode == 0
+    assert bash("merge", **keys).returncode == 1, "a shard that ran again is not in the merged dataset"
