@@ -65,21 +65,25 @@ class RunMonitor:
     ) -> Callable[..., Any]:
         """See an iteration begin; return the schedule that it runs."""
         if self.iteration is None or iteration <= self.iteration:  # the latter after a restart in process
-            self._open(iteration, model)
+            self._open(model)
         self.iteration, self.started = iteration, time.perf_counter()
         if not self.is_due(iteration):
             return forward_backward
         return self.collector.wrap(forward_backward, model, optimizer)
 
-    def _open(self, iteration: int, model: list[Any]) -> None:
-        """Open the record on the last rank; an error ends all of them."""
+    def _open(self, model: list[Any]) -> None:
+        """Open the record on the last rank; an error ends all of them.
+
+        The checkpoint's iteration is Megatron's ``args.iteration``: what begins first may be later, for
+        ``--iterations-to-skip``.
+        """
         self.close()
         about = header(self.args, count_parameters(model))
         error: list[str | None] = [None]
         if self.writes:
             try:
                 path = Path(self.args.monitor_file)
-                self.record = RunRecord.open(path, about, resume_from=iteration - 1)
+                self.record = RunRecord.open(path, about, resume_from=self.args.iteration)
                 self.watch = watch(self.args)
                 self.watch.replay(path)
             except UsageError as mistake:

@@ -173,14 +173,13 @@ class RunRecord:
             message = f"the {self._lost} lines before this one could not be written"
             about = {"kind": "alert", "iteration": entry["iteration"], "alert": "record", "message": message}
             line = _dump({**about, "layer": None, "value": self._lost}) + line
-        size = os.fstat(self._descriptor).st_size
         try:
+            size = os.fstat(self._descriptor).st_size
             if os.write(self._descriptor, line) != len(line):
+                os.ftruncate(self._descriptor, size)
                 raise OSError(0, "the disk is full")
             self._lost = 0
         except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, size)
             if not self._lost:
                 logger.warning("%s: cannot be written: %s; training goes on", self.path, error.strerror)
             self._lost += 1

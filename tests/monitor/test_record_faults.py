@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -129,6 +130,20 @@ def test_a_full_disk_costs_lines_and_says_so(path, monkeypatch, caplog):
     assert iterations(path) == [1, 2, 3, 7, 8]
     (alert,) = read_run(path).alerts
     assert (alert["alert"], alert["iteration"], alert["value"]) == ("record", 7, 3)
+
+
+def test_a_file_that_went_away_costs_lines_alone(path, monkeypatch, caplog):
+    record = RunRecord.open(path, HEADER, 0)
+
+    def stale(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(os, "fstat", stale)
+        write(record, 1, 2)
+    write(record, 3, 3)
+    assert caplog.text.count("Stale file handle; training goes on") == 1
+    assert iterations(path) == [3]
 
 
 TRAIN = """
