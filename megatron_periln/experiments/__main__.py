@@ -96,11 +96,12 @@ def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_periln.convert.quiet import quiet_megatron
     from megatron_periln.experiments.provenance import provenance
-    from megatron_periln.experiments.running import Launcher, check_flags, prepare
+    from megatron_periln.experiments.running import Launcher, check_flags, prepare, shares_of_gpus
 
     quiet_megatron()
     prepare(study)
     check_flags(study)
+    shares = shares_of_gpus(study, jobs)
     failed: list[str] = []
     counts: Counter[str] = Counter()
     tqdm.monitor_interval = 0  # a thread, which a fork would not have
@@ -117,7 +118,7 @@ def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:
 
         bar.set_description(study.name)
         try:
-            Launcher(study, jobs, provenance()).run(left, on_end)
+            Launcher(study, shares, provenance()).run(left, on_end)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on") from None
     return failed

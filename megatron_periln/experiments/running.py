@@ -19,7 +19,7 @@ from megatron_periln.experiments.measures import LOG_NAME
 from megatron_periln.experiments.state import DONE, CellFolder
 from megatron_periln.experiments.study import Study
 
-__all__ = ["Launcher", "check_flags", "command_line", "is_forked", "prepare"]
+__all__ = ["Launcher", "check_flags", "command_line", "is_forked", "prepare", "shares_of_gpus"]
 
 
 def is_forked(study: Study) -> bool:
@@ -27,8 +27,35 @@ def is_forked(study: Study) -> bool:
 
     Importing Megatron costs seconds, a fork nothing. A process that has used a GPU can't be forked.
     """
-    words = " ".join(study.flags).replace("=", " ").split()
-    return study.ranks == 1 and ("--device", "cpu") in itertools.pairwise(words)
+    return study.ranks == 1 and _on_cpu(study.flags)
+
+
+def _on_cpu(flags: Sequence[str]) -> bool:
+    words = " ".join(flags).replace("=", " ").split()
+    return ("--device", "cpu") in itertools.pairwise(words)
+
+
+def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
+    """Return the ``CUDA_VISIBLE_DEVICES`` of each of ``jobs`` runs at a time, None for those on the CPU.
+
+    Raises
+    ------
+    UsageError
+        If fewer GPUs are visible than such runs need.
+    """
+    if all(_on_cpu(cell.flags) for cell in study.cells()):
+        return [None] * jobs
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < jobs * study.ranks:
+        raise UsageError(
+            f"--jobs {jobs} with ranks: {study.ranks} takes {jobs * study.ranks} GPUs, and {count} are "
+            "visible; give fewer --jobs, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(count)]
+    return [",".join(gpus[job * study.ranks : (job + 1) * study.ranks]) for job in range(jobs)]
 
 
 def prepare(study: Study) -> None:
@@ -85,22 +112,22 @@ def command_line(study: Study, folder: CellFolder) -> list[str]:
 
 @dataclass
 class Launcher:
-    """Starts runs and waits for them, ``jobs`` at a time.
+    """Starts runs and waits for them, as many at a time as there are shares.
 
     Parameters
     ----------
     study
         Theirs.
-    jobs
-        How many run at the same time.
+    shares
+        Of `shares_of_gpus`, those that no run has now.
     about
         What is written beside each result: commit, versions.
     """
 
     study: Study
-    jobs: int
+    shares: list[str | None]
     about: dict[str, Any]
-    _running: dict[int, tuple[CellFolder, int]] = field(default_factory=dict)
+    _running: dict[int, tuple[CellFolder, int, str | None]] = field(default_factory=dict)
 
     def run(self, folders: Sequence[CellFolder], on_end: Callable[[CellFolder, str], None]) -> None:
         """Run all of ``folders``; ``on_end`` is told the status of each as it ends.
@@ -112,7 +139,7 @@ class Launcher:
         waiting = list(reversed(folders))
         try:
             while waiting or self._running:
-                while waiting and len(self._running) < self.jobs:
+                while waiting and self.shares:
                     folder = waiting.pop()
                     if (status := self._start(folder)) is not None:
                         on_end(folder, status)
@@ -134,22 +161,26 @@ class Launcher:
             os.close(lock)
             return status
         folder.begin(self.about)
+        share = self.shares.pop(0)
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            for _, of_another in self._running.values():
+            for _, of_another, _ in self._running.values():
                 os.close(of_another)
             os.set_inheritable(lock, True)  # held as long as the run lives, should this process be killed
+            if share is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = share
             _be_run(self.study, folder)
-        self._running[pid] = (folder, lock)
+        self._running[pid] = (folder, lock, share)
         return None
 
     def _wait(self) -> tuple[CellFolder, str]:
         pid, status = os.waitpid(-1, 0)
         while pid not in self._running:
             pid, status = os.waitpid(-1, 0)
-        folder, lock = self._running.pop(pid)
+        folder, lock, share = self._running.pop(pid)
+        self.shares.append(share)
         outcome = folder.end(os.waitstatus_to_exitcode(status), self.study.diverged_above)
         os.close(lock)
         return folder, outcome

@@ -56,7 +56,10 @@ class CellFolder:
         return state
 
     def lock(self) -> int | None:
-        """Take the folder: return the descriptor that locks it while open, None if another process has it."""
+        """Take the folder: return the descriptor that locks it while open, None if another process has it.
+
+        On a file system without locks nobody has it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
@@ -64,6 +67,8 @@ class CellFolder:
         except BlockingIOError:
             os.close(lock)
             return None
+        except OSError:
+            pass  # no locks here
         return lock
 
     def begin(self, about: dict[str, Any]) -> None:
