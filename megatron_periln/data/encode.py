@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -56,14 +57,17 @@ class EncodedChunk:
         Their tokens, for each key; every key has the same documents.
     bytes
         Their size as they were read, decompressed.
+    left_out
+        Number of documents that were left out, of each kind.
     bad
-        The documents that were left out.
+        Those documents, if they were asked for.
     difference
         Where the encoder and its reference differ, in a sample; None if they agree.
     """
 
     parts: dict[str, Part]
     bytes: int
+    left_out: dict[str, int]
     bad: list[BadDocument]
     difference: str | None
 
@@ -87,6 +91,8 @@ class ChunkEncoder:
         Splits a text into sentences; without it each text is one sequence.
     stop
         Leave the rest of a chunk after its first bad document.
+    keep_bad
+        Keep bad documents, not only their numbers.
     limit
         Largest document to read, in bytes.
     """
@@ -101,13 +107,14 @@ class ChunkEncoder:
         eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
         stop: bool = True,
+        keep_bad: bool = True,
         limit: int = 1 << 28,
     ) -> None:
         self.keys = list(dict.fromkeys(keys))
         self.dtype = dtype
         self._encoder, self._reference = encoder, reference
         self._eod, self._split = eod, split
-        self._stop, self._limit = stop, limit
+        self._stop, self._keep_bad, self._limit = stop, keep_bad, limit
         self._largest_id = int(np.iinfo(dtype).max)
         self._to_sample = float(_SAMPLE_CHARACTERS)
         self._random = random.Random(0)
@@ -127,6 +134,7 @@ class ChunkEncoder:
         """
         parts: dict[str, list[Part]] = {key: [] for key in self.keys}
         bad: list[BadDocument] = []
+        left_out = Counter[str]()
         size, difference = 0, None
         for batch, read in self._batches(task):
             good = [item for item in batch if isinstance(item, Document)]
@@ -137,13 +145,14 @@ class ChunkEncoder:
             except _CannotEncodeError:
                 batch = [self._checked(item) for item in batch]
                 encoded = [self._encode_documents([item]) for item in batch if isinstance(item, Document)]
-            bad.extend(item for item in batch if isinstance(item, BadDocument))
+            wrong = [item for item in batch if isinstance(item, BadDocument)]
+            left_out.update(item.kind for item in wrong)
+            bad += wrong if self._keep_bad else []
             for found in encoded:
                 for key, part in zip(self.keys, found, strict=True):
                     parts[key].append(part)
-        return EncodedChunk(
-            {key: _joined(found, self.dtype) for key, found in parts.items()}, size, bad, difference
-        )
+        joined = {key: _joined(found, self.dtype) for key, found in parts.items()}
+        return EncodedChunk(joined, size, dict(left_out), bad, difference)
 
     def _batches(self, task: Task) -> Iterator[tuple[list[Document | BadDocument], int]]:
         """Yield some documents at a time, and their size as they were read."""

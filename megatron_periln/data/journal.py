@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +17,20 @@ from numpy.typing import NDArray
 
 from megatron_periln.data.documents import BadDocument, Place
 from megatron_periln.data.encode import Part
+from megatron_periln.files import sync
 
-__all__ = ["COMPLETE", "SUFFIXES", "Location", "Record", "Size", "checksum_of", "read_journal", "write_part"]
+__all__ = [
+    "COMPLETE",
+    "SUFFIXES",
+    "Location",
+    "Record",
+    "Size",
+    "bad_documents",
+    "checksum_of",
+    "copy_journal",
+    "read_journal",
+    "write_part",
+]
 
 SUFFIXES = (".bin", ".lengths", ".documents")
 """The files of a growing dataset: tokens, tokens in each sequence, sequences in each document."""
@@ -61,8 +77,10 @@ class Record:
         Size of its documents, decompressed.
     weight
         Its size in the input, in bytes.
+    left_out
+        Number of documents left out, of each kind.
     bad
-        The documents left out.
+        Those documents, if they go in quarantine; they stay in the journal, not in memory.
     """
 
     number: int
@@ -71,11 +89,16 @@ class Record:
     empty: dict[str, int]
     bytes: int
     weight: int
+    left_out: dict[str, int] = field(default_factory=dict)
     bad: list[BadDocument] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return one line."""
         return json.dumps(asdict(self)) + "\n"
+
+    def without_bad(self) -> Record:
+        """Return the same without the documents left out."""
+        return replace(self, bad=[])
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -86,7 +109,8 @@ class Record:
             BadDocument(Place(*place), kind, reason, text)
             for place, kind, reason, text in (document.values() for document in content["bad"])
         ]
-        return cls(**content)
+        kinds = Counter(document.kind for document in content["bad"])
+        return cls(**{"left_out": dict(kinds), **content})
 
 
 def write_part(location: Location, part: Part) -> int:
@@ -130,14 +154,40 @@ def checksum_of(location: Location, size: Size, dtype: np.dtype) -> int | None:
     return checksum
 
 
-def read_journal(text: str) -> tuple[dict[int, Record], bool]:
-    """Return the chunks that a journal has, by number, and whether they are all there are."""
-    records, complete = {}, False
-    for line in text.splitlines():
-        try:
-            complete |= line == COMPLETE
-            record = Record.from_json(line)
-            records[record.number] = record
-        except (ValueError, TypeError, KeyError, AttributeError):  # the last line, cut off
-            continue
-    return records, complete
+def read_journal(path: Path) -> tuple[dict[int, Record], bool]:
+    """Return the chunks that a journal has, by number, and whether they are all there are.
+
+    The documents that were left out are not read into memory.
+    """
+    with path.open("rb") as lines:
+        complete = any(line.rstrip() == COMPLETE.encode() for line in lines)
+    return {record.number: record.without_bad() for _, record in _records(path)}, complete
+
+
+def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
+    """Write a journal with the first ``chunks`` of that at ``path``, and bring it to the disk."""
+    with to.open("w", encoding="utf-8") as stream:
+        for _, record in _records(path):
+            if record.number < chunks:
+                stream.write(record.to_json())
+        stream.write((COMPLETE + "\n") * complete)
+    sync(to)
+
+
+def bad_documents(path: Path) -> Iterator[BadDocument]:
+    """Yield the documents that a journal has as left out, in the order of the input."""
+    starts = {record.number: start for start, record in _records(path)}
+    with path.open("rb") as stream:
+        for number in sorted(starts):
+            stream.seek(starts[number])
+            yield from Record.from_json(stream.readline().decode()).bad
+
+
+def _records(path: Path) -> Iterator[tuple[int, Record]]:
+    """Yield the chunks of a journal as they stand there, and the byte at which each begins."""
+    start = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last line, or one cut off
+                yield start, Record.from_json(line.decode())
+            start += len(line)

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from megatron_periln.data.documents import BadDocument
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.journal import (
     COMPLETE,
@@ -26,7 +27,9 @@ from megatron_periln.data.journal import (
     Location,
     Record,
     Size,
+    bad_documents,
     checksum_of,
+    copy_journal,
     read_journal,
 )
 from megatron_periln.data.plan import difference
@@ -143,7 +146,7 @@ class Outputs:
         with writing(self.folder):
             self._journal.write(record.to_json())
             self._journal.flush()
-        self.records.append(record)
+        self.records.append(record.without_bad())
 
     def stem(self, dataset: Dataset) -> str:
         """Return the path, without suffix, of a growing dataset's files."""
@@ -158,6 +161,10 @@ class Outputs:
         placer = self.new_placer()
         for record in sorted(self.records, key=lambda record: record.number):
             yield record, placer.place(record.sizes)
+
+    def bad(self) -> Iterator[BadDocument]:
+        """Yield the documents that go in quarantine, in order, from the disk."""
+        return bad_documents(self.folder / "journal")
 
     def end(self) -> None:
         """Bring everything to the disk, and note that all chunks were written."""
@@ -229,7 +236,7 @@ class Outputs:
         journal = self.folder / "journal"
         try:
             saved = json.loads((self.folder / "run.json").read_text())
-            found, self.complete = read_journal(journal.read_text(encoding="utf-8", errors="replace"))
+            found, self.complete = read_journal(journal)
         except (FileNotFoundError, ValueError):  # ended before anything was written
             self._start()
             return
@@ -240,9 +247,7 @@ class Outputs:
         self.encoder = saved.get("encoder")
         self._keep_what_is_there(found)
         temporary = journal.with_suffix(".new")
-        lines = [record.to_json() for record in self.records] + [COMPLETE + "\n"] * self.complete
-        temporary.write_text("".join(lines), encoding="utf-8")
-        sync(temporary)
+        copy_journal(journal, temporary, len(self.records), complete=self.complete)
         temporary.replace(journal)
         self._journal = journal.open("a", encoding="utf-8")
         self._started = True

@@ -74,6 +74,7 @@ class _Run:
         keep = plan.rereadable
         try:
             self.outputs.open(resume=plan.resume, overwrite=plan.overwrite)
+            self._check_quarantine()
             if self.outputs.encoder and not plan.encoder:
                 self.choice = choose_encoder(plan.tokenizer, self.outputs.encoder)
                 encoder = self._encoder()
@@ -128,6 +129,7 @@ class _Run:
             eod=end_of_document(plan.tokenizer) if plan.append_eod else None,
             split=plan.split,
             stop=plan.on_error == "stop",
+            keep_bad=plan.on_error != "skip",
             limit=plan.max_document_bytes,
         )
 
@@ -153,6 +155,7 @@ class _Run:
                     empty=chunk.report.empty,
                     bytes=chunk.report.bytes,
                     weight=chunk.task.chunk.weight // plan.partitions,
+                    left_out=chunk.report.left_out,
                     bad=chunk.report.bad,
                 )
                 outputs.add(record)
@@ -164,9 +167,18 @@ class _Run:
         if report.difference:
             raise _EncoderDiffersError(report.difference)
         if report.bad and self.plan.on_error == "stop":
-            (bad,) = number_lines(report.bad[:1])
+            (bad,) = number_lines(lambda: report.bad[:1])
             raise PreprocessError(f"{bad}; --on-error skip or quarantine leaves such documents out")
         return self.outputs.place(report.sizes)
+
+    def _check_quarantine(self) -> None:
+        """Refuse to go on where documents that belong in quarantine were not kept."""
+        left_out = sum(sum(record.left_out.values()) for record in self.outputs.records)
+        if left_out and self.plan.on_error == "quarantine" and left_out > sum(1 for _ in self.outputs.bad()):
+            raise PreprocessError(
+                f"{self.outputs.folder}: documents were left out with --on-error skip, so they cannot be put "
+                f"in quarantine; run as before, or start anew with --overwrite"
+            )
 
     def _fall_back(self, error: _EncoderDiffersError) -> None:
         name, reference = self.choice.encoder.name, self.choice.reference
@@ -189,12 +201,14 @@ class _Run:
         for (key, _), size in self.outputs.datasets().items():
             tokens[key] += size.tokens
         for key in self.plan.keys:
-            if not any(record.sizes[key].documents or record.bad for record in self.outputs.records):
+            if not any(record.sizes[key].documents or record.left_out for record in self.outputs.records):
                 names = " ".join(file.path for file in self.plan.inputs)
                 raise _NothingToKeepError(f"no documents: {names} is empty")
             if not tokens[key]:
                 name = dataset_prefix(self.plan.output_prefix, key, sentences=self.plan.split is not None)
-                left_out = " or was left out" if any(record.bad for record in self.outputs.records) else ""
+                left_out = (
+                    " or was left out" if any(record.left_out for record in self.outputs.records) else ""
+                )
                 raise _NothingToKeepError(
                     f"{name}: every document is empty{left_out}, so there are no tokens to write"
                 )
@@ -206,7 +220,7 @@ class _Run:
             tokens=sum(size.tokens for record in records for size in record.sizes.values()),
             bytes=sum(record.bytes for record in records),
             empty=sum(number for record in records for number in record.empty.values()),
-            left_out=dict(Counter(document.kind for record in records for document in record.bad)),
+            left_out=dict(sum((Counter(record.left_out) for record in records), Counter())),
             encoder=self.choice.encoder.name,
             seconds=time.monotonic() - self.started,
             files=files,
@@ -219,6 +233,6 @@ class _Run:
             documents=next(iter(sizes)).documents,
             bytes=record.bytes,
             tokens=sum(size.tokens for size in sizes),
-            errors=len(record.bad),
+            errors=sum(record.left_out.values()),
             new=new,
         )

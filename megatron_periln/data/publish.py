@@ -63,10 +63,9 @@ def publish_all(plan: Plan, outputs: Outputs, checksums: dict[str, str], encoder
         files += publish(stem, prefix, outputs.dtype, checksums.get(f"{stem}.bin"), sidecar)
     if plan.max_bin_size:
         _remove_outdated(plan, outputs)
-    bad = [document for record, _ in outputs.placed() for document in record.bad]
-    if bad and plan.on_error == "quarantine":
+    if plan.on_error == "quarantine" and any(record.left_out for record in outputs.records):
         path, growing = quarantine_file(plan.output_prefix), outputs.folder / "quarantine"
-        write_quarantine(growing, number_lines(bad))
+        write_quarantine(growing, number_lines(outputs.bad))
         with writing(path):
             growing.replace(path)
         files.append(path)
@@ -91,7 +90,7 @@ def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidec
     for record, starts in outputs.placed():
         for dataset in starts.keys() & sizes.keys():
             bytes_read[dataset] += record.bytes
-            left_out[dataset].update(document.kind for document in record.bad)
+            left_out[dataset].update(record.left_out)
     tokenizer = {
         "type": plan.tokenizer_type,
         "digest": plan.tokenizer.digest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megatron_periln.data.documents import BadDocument
@@ -16,26 +16,29 @@ __all__ = ["number_lines", "write_quarantine"]
 _BLOCK = 1 << 20
 
 
-def number_lines(bad: Iterable[BadDocument]) -> list[BadDocument]:
-    """Return the same documents, those that were read from the middle of a file with their lines.
+def number_lines(bad: Callable[[], Iterable[BadDocument]]) -> Iterator[BadDocument]:
+    """Yield the same documents, those that were read from the middle of a file with their lines.
+
+    Parameters
+    ----------
+    bad
+        Returns the documents; called twice, so that they need not stay in memory.
 
     Raises
     ------
     PreprocessError
         If a file cannot be read.
     """
-    found = list(bad)
     offsets: dict[str, set[int]] = {}
-    for document in found:
+    for document in bad():
         if document.place.number is None and document.place.offset is not None:
             offsets.setdefault(document.place.path, set()).add(document.place.offset)
     lines = {path: _lines_at(path, sorted(wanted)) for path, wanted in offsets.items()}
-    return [
-        document.on_line(lines[document.place.path][document.place.offset])
-        if document.place.number is None and document.place.offset is not None
-        else document
-        for document in found
-    ]
+    for document in bad():
+        if document.place.number is None and document.place.offset is not None:
+            yield document.on_line(lines[document.place.path][document.place.offset])
+        else:
+            yield document
 
 
 def write_quarantine(path: Path, bad: Iterable[BadDocument]) -> None:

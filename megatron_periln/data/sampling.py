@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_periln.data.documents import BadDocument, parse
 from megatron_periln.data.errors import PreprocessError
@@ -60,7 +61,7 @@ def read_texts(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str
         for entry in chunk.entries(_LARGEST):
             document = parse(entry, keys)
             if isinstance(document, BadDocument):
-                raise PreprocessError(str(number_lines([document])[0]))
+                raise PreprocessError(str(next(number_lines(partial(list, [document])))))
             for value in document.values:
                 for text in [value] if isinstance(value, str) else value:
                     yield from _cut(text)

@@ -34,13 +34,14 @@ class Report:
         For each key, how much it has.
     empty
         For each key, its documents without tokens.
-    bytes, bad, difference
+    bytes, left_out, bad, difference
         As in ``EncodedChunk``.
     """
 
     sizes: dict[str, Size]
     empty: dict[str, int]
     bytes: int
+    left_out: dict[str, int]
     bad: list[BadDocument]
     difference: str | None
 
@@ -49,7 +50,7 @@ class Report:
         """Describe ``chunk``."""
         sizes = {key: Size(*map(len, part)) for key, part in chunk.parts.items()}
         empty = {key: part.empty for key, part in chunk.parts.items()}
-        return cls(sizes, empty, chunk.bytes, chunk.bad, chunk.difference)
+        return cls(sizes, empty, chunk.bytes, chunk.left_out, chunk.bad, chunk.difference)
 
 
 @dataclass(frozen=True)

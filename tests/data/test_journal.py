@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from megatron_periln.data.documents import BadDocument, Place
 from megatron_periln.data.encode import Part
-from megatron_periln.data.journal import Location, Record, Size, checksum_of, read_journal, write_part
+from megatron_periln.data.journal import (
+    Location,
+    Record,
+    Size,
+    bad_documents,
+    checksum_of,
+    copy_journal,
+    read_journal,
+    write_part,
+)
 
 UINT16 = np.dtype(np.uint16)
 SIZES = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).map(lambda size: Size(*size))
@@ -27,25 +36,44 @@ BAD = st.builds(
 )
 
 
-@given(
+RECORDS = st.lists(
     st.builds(
         Record,
-        number=st.integers(0),
+        number=st.integers(0, 9),
         sizes=st.dictionaries(st.text(), SIZES),
         checksums=st.dictionaries(st.text(), st.integers(0, 1 << 32)),
         empty=st.dictionaries(st.text(), st.integers(0)),
         bytes=st.integers(0),
         weight=st.integers(0),
+        left_out=st.dictionaries(st.text(), st.integers(1)),
         bad=st.lists(BAD, max_size=3),
     ),
-    st.integers(1),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda record: record.number,
 )
-def test_journal(record: Record, cut: int) -> None:
-    """A line is read as it was written, or not at all if it was cut off."""
-    line = record.to_json()
-    assert read_journal(line) == ({record.number: record}, False)
-    assert read_journal(line + '"complete"\n') == ({record.number: record}, True)
-    assert read_journal(line[: cut % (len(line) - 1)]) == ({}, False)
+
+
+@given(RECORDS, st.integers(1), st.integers(0, 9))
+def test_journal(
+    tmp_path_factory: pytest.TempPathFactory, records: list[Record], cut: int, chunks: int
+) -> None:
+    """Lines are read as they were written, or not at all if cut off; the documents only when asked for."""
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    lines = [record.to_json() for record in records]
+    text, kept = "".join(lines), {record.number: record.without_bad() for record in records}
+    path.write_text(text)
+    assert read_journal(path) == (kept, False)
+    ordered = sorted(records, key=lambda record: record.number)
+    assert list(bad_documents(path)) == [document for record in ordered for document in record.bad]
+    path.write_text(text + '"complete"\n')
+    assert read_journal(path) == (kept, True)
+    copy_journal(path, path.with_name("copy"), chunks, complete=True)
+    first = [line for record, line in zip(records, lines, strict=True) if record.number < chunks]
+    assert path.with_name("copy").read_text() == "".join([*first, '"complete"\n'])
+    path.write_text(text[: -1 - cut % (len(lines[-1]) - 1)])
+    kept.pop(records[-1].number)
+    assert read_journal(path) == (kept, False)
 
 
 def test_writes_that_fall_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,14 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from megatron_periln.data.errors import PreprocessError
+from megatron_periln.data.journal import Record
+from megatron_periln.data.outputs import Outputs
 from tests.data.preprocessing import by_megatron, names, read, to_lines
 
 LIMIT = 1000
@@ -66,6 +70,10 @@ def check_good_ones(tmp_path: Path, number: int) -> None:
     for key, text in (("text", "good {}"), ("title", "{}")):
         expected = by_megatron(tmp_path / "reference", [text.format(n) for n in range(number)])
         assert read(tmp_path / f"out_{key}_document") == expected
+
+
+def fail(error: Exception, *_: object) -> None:
+    raise error
 
 
 def original(content: str) -> bytes:
@@ -186,6 +194,38 @@ def test_more_can_be_left_out_later(tmp_path: Path, run: Callable, refused: Call
     code, stderr = run(*flags, "--resume", "--on-error", "skip")
     assert code == 0, stderr
     assert read(tmp_path / "out_text_document") == by_megatron(tmp_path / "reference", texts)
+
+
+@pytest.mark.parametrize("on_error", ["skip", "quarantine"])
+def test_bad_documents_do_not_stay_in_memory(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, on_error: str
+) -> None:
+    """With skip a worker sends their number alone; with quarantine they stay in the journal."""
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "a"}\n' + b"bad\n" * 99)
+    sent, kept, add = [], [], Outputs.add
+
+    def watched(outputs: Outputs, record: Record) -> None:
+        sent.extend(record.bad)
+        add(outputs, record)
+        kept.extend(outputs.records[-1].bad)
+
+    monkeypatch.setattr(Outputs, "add", watched)
+    flags = ["--output-prefix", tmp_path / "out", "--on-error", on_error]
+    assert run("--input", tmp_path / "in.jsonl", *flags)[0] == 0
+    assert len(sent) == (99 if on_error == "quarantine" else 0)
+    assert kept == []
+
+
+def test_skipped_ones_cannot_go_in_quarantine(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that did not keep them does not go on as if it had."""
+    (tmp_path / "in.jsonl").write_bytes(b'bad\n{"text": "a"}\n')
+    flags = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_periln.data.publish.publish", partial(fail, PreprocessError("full")))
+        assert "full" in refused(*flags, "--on-error", "skip")
+    assert "were left out with --on-error skip" in refused(*flags, "--on-error", "quarantine")
 
 
 @pytest.mark.parametrize("on_error", ["skip", "quarantine"])
