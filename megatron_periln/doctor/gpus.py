@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Literal
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from megatron_periln.doctor.commands import run_command
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.software import Answers
 
@@ -46,10 +46,6 @@ _IN_USE_MIB = 1024
 _HARDWARE_XIDS = {48, 61, 62, 63, 64, 74, 79, 92, 94, 95, 110, 119, 120, 121, 136, 140, 143, 149, 154}
 
 
-def _run(options: Namespace, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=options.timeout)
-
-
 def check_gpus(options: Namespace, answers: Answers) -> Iterator[Row]:
     """Count the GPUs; look for errors, throttling, other processes, and broken links."""
     if shutil.which("nvidia-smi") is None:
@@ -61,7 +57,7 @@ def check_gpus(options: Namespace, answers: Answers) -> Iterator[Row]:
             "install the driver's tools, or pass them into the container (docker run --gpus all)",
         )
         return
-    done = _run(options, "nvidia-smi", "-q", "-x")
+    done = run_command(["nvidia-smi", "-q", "-x"], options.timeout)
     try:
         log = ElementTree.fromstring(done.stdout)
     except ElementTree.ParseError:
@@ -74,8 +70,8 @@ def check_gpus(options: Namespace, answers: Answers) -> Iterator[Row]:
         return
     faults = [row for index, gpu in enumerate(gpus) for row in _faults(index, gpu)]
     yield from faults or [Row("GPU health", "ok", "no memory errors, no throttling")]
-    yield from _nvlink_rows(_run(options, "nvidia-smi", "nvlink", "--status").stdout)
-    yield from _topology_rows(_run(options, "nvidia-smi", "topo", "-m").stdout, len(gpus))
+    yield from _nvlink_rows(run_command(["nvidia-smi", "nvlink", "--status"], options.timeout).stdout)
+    yield from _topology_rows(run_command(["nvidia-smi", "topo", "-m"], options.timeout).stdout, len(gpus))
 
 
 def _count_row(log: Element, gpus: list[Element], answers: Answers) -> Row:
@@ -165,7 +161,7 @@ def check_kernel_log(options: Namespace) -> Iterator[Row]:
     """Look for Xid errors of the hardware since the node was started."""
     if shutil.which("dmesg") is None:
         return
-    done = _run(options, "dmesg")
+    done = run_command(["dmesg"], options.timeout)
     if done.returncode:
         yield Row("Xid errors", "ok", "unknown: the kernel's log can't be read here")
         return

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_periln.doctor.commands import run_command
 from megatron_periln.doctor.probe import ON_A_GPU
 from megatron_periln.doctor.rows import Row
 
@@ -40,13 +41,7 @@ def probe(options: Namespace) -> Answers:
     command = [sys.executable, "-W", "ignore", "-m", "megatron_periln.doctor.probe", options.device]
     stderr = ""
     try:
-        done = subprocess.run(
-            [*command, *options.flags],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=options.timeout,
-        )
+        done = run_command([*command, *options.flags], options.timeout)
         stdout, stderr, end = done.stdout, done.stderr, _how_it_ended(done.returncode)
     except subprocess.TimeoutExpired as expired:
         stdout = expired.stdout.decode(errors="replace") if expired.stdout else ""

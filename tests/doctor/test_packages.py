@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,22 @@ def test_broken_torch(tmp_path, monkeypatch, source, cause):
     rows = {row.check: row for row in software.package_rows(options, answers)}
     assert rows["torch"].status == "failed" and rows["torch"].value.startswith(cause)
     assert rows["CUDA"].status == "failed"
+
+
+def test_an_import_that_cannot_be_killed(tmp_path, monkeypatch):
+    """As in a driver that hangs: it is left behind, and its row says what hung."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(20)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    processes = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: processes.append(process))
+    began = time.monotonic()
+    answers = software.probe(parse(["--timeout", "2"]))
+    assert time.monotonic() - began < 10
+    assert answers["torch"]["error"] == "its import came to no end in 2 s"
+    (left,) = processes
+    assert left.poll() is None
+    left.send_signal(signal.SIGKILL)
+    left.wait()
 
 
 @pytest.mark.parametrize(
