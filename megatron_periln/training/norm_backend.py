@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import torch
+
 from megatron_periln import cpu
-from megatron_periln.errors import UsageError
-from megatron_periln.norms import kernels
+from megatron_periln.errors import RankError, UsageError
+from megatron_periln.norms import PLACEMENTS, kernels
+from megatron_periln.norms.kernels.trial import fault
 
 __all__ = ["choose_norm_backend"]
 
@@ -22,7 +25,8 @@ def choose_norm_backend(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        If the backend asked for can't serve on this device or at this hidden size.
+        If the backend asked for can't serve on this device or at this hidden size; on whichever rank, if
+        Triton's kernels don't compute there what they should.
     """
     if args.norm_backend == "compile" and cpu.is_active():
         raise UsageError(
@@ -34,5 +38,29 @@ def choose_norm_backend(args: Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     kernels.use_backend(args.norm_backend)
+    if choice.backend.name == "triton" and PLACEMENTS[args.norm_placement].output:
+        _try_out(args, choice.backend)
     if args.rank == 0:
         print(f"norm backend: {choice}", flush=True)
+
+
+def _try_out(args: Namespace, backend: kernels.Backend) -> None:
+    """Refuse kernels that the Triton and the GPU of this rank get wrong, before they train a model."""
+    device = torch.device("cpu")
+    if not cpu.is_active():
+        device = torch.device("cuda", args.local_rank % torch.cuda.device_count())
+    wrong = fault(
+        backend,
+        device,
+        args.hidden_size,
+        args.params_dtype,
+        torch.float32 if args.fp32_residual_connection else args.params_dtype,
+        layer_norm=args.normalization == "LayerNorm",
+        zero_centered_gamma=args.layernorm_zero_centered_gamma,
+        joined=args.fuse_pre_mlp_norm,
+    )
+    if wrong is not None:
+        raise RankError(
+            f"rank {args.rank}, norm backend 'triton' {wrong}; give --norm-backend compile, or torch, and "
+            "please report it"
+        )

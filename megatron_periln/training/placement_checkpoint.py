@@ -45,6 +45,13 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
             f"and this run asks for {placement.structure()}; give --norm-placement {theirs.name} {embedding} "
             f"to continue it, or another {flag} (and --save) to start anew{warm}"
         )
+    centered = args.layernorm_zero_centered_gamma
+    if getattr(saved, "layernorm_zero_centered_gamma", centered) != centered:
+        was, other = ("without", "drop") if centered else ("with", "give")
+        raise UsageError(
+            f"the checkpoint in {getattr(args, load_arg)} was trained {was} --apply-layernorm-1p, which "
+            f"stores each gain less 1; {other} that flag"
+        )
     if load_arg != "load" or args.finetune:
         return
     if theirs.output_norm_epsilon != placement.output_norm_epsilon:

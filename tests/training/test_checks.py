@@ -4,10 +4,13 @@ import argparse
 import sys
 
 import pytest
+import torch
 from megatron.training.arguments import parse_args
 from torch.distributed.run import get_args_parser
 
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import RankError, UsageError
+from megatron_periln.norms import kernels
+from megatron_periln.training import norm_backend
 from megatron_periln.training.arguments import add_arguments
 from megatron_periln.training.checks import check_flags
 
@@ -63,3 +66,19 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     assert "--monitor-layers" in own
     assert short_forms_of_torchrun_s(own) == []
     assert short_forms_of_torchrun_s(["--monitor"]) == ["--monitor"]
+
+
+def test_kernels_that_are_off_on_a_rank_are_refused(monkeypatch):
+    monkeypatch.setattr(norm_backend, "fault", lambda *_, **__: "fails here: RuntimeError: no such thing")
+    model = {"hidden_size": 64, "params_dtype": torch.float32, "normalization": "RMSNorm"}
+    off = dict.fromkeys(
+        ["fp32_residual_connection", "layernorm_zero_centered_gamma", "fuse_pre_mlp_norm"], False
+    )
+    args = argparse.Namespace(norm_backend="triton", norm_placement="peri", rank=3, **model, **off)
+    try:
+        with pytest.raises(RankError, match=r"^rank 3, .* no such thing; give --norm-backend compile"):
+            norm_backend.choose_norm_backend(args)
+        args.norm_placement = "pre"
+        norm_backend.choose_norm_backend(args)
+    finally:
+        kernels.use_backend("auto")

@@ -120,6 +120,14 @@ def test_a_pretrained_checkpoint_counts_until_there_is_one_of_the_run(trained, j
     assert [point["iteration"] for point in job.curve] == [7]
 
 
+@pytest.mark.parametrize("more", ["", "--finetune"])
+def test_gains_stored_otherwise_are_refused(trained, refused, more):
+    """Megatron's --use-checkpoint-args leaves that flag as it is."""
+    flags = f"--norm-placement peri --apply-layernorm-1p {more} --load {checkpoints(trained('peri'))}"
+    error = refused(f"one-less{more}", flags)
+    assert "was trained without --apply-layernorm-1p, which stores each gain less 1; drop that flag" in error
+
+
 @pytest.fixture(scope="module")
 def sharded(trained, tmp_path_factory):
     """A checkpoint with arguments of a Peri-LN run, as torch_dcp and fsdp_dtensor lay it out."""
@@ -152,7 +160,7 @@ def test_gains_may_be_frozen_where_there_is_no_optimizer_s_state(tmp_path, no_op
     saved = Namespace(norm_epsilon=1e-5, norm_placement="peri", embedding_norm=True, **no_optimizer)
     torch.save({"args": saved}, folder / "model_optim_rng.pt")
     args = Namespace(load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, finetune=False)
-    args.no_load_optim = None
+    args.no_load_optim, args.layernorm_zero_centered_gamma = None, False
     refuse_other_placement(args, PERI.with_options(freeze_output_norm=True))
     del saved.norm_placement
     torch.save({"args": saved}, folder / "model_optim_rng.pt")
