@@ -14,14 +14,24 @@ _PACKAGES = ("megatron-periln", "megatron-core", "torch", "transformer-engine", 
 
 
 def commit() -> str | None:
-    """Return the commit of this package's repository, with ``-dirty`` after changes; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Return the commit of this package's repository, with ``-dirty`` after changes; None outside of one.
+
+    A repository that holds the package somewhere deeper, such as in an environment's site-packages, is
+    another's.
+    """
+    root = Path(__file__).resolve().parents[2]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
-        )
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=True
+    )
     return done.stdout.strip()
 
 

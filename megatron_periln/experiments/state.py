@@ -72,8 +72,16 @@ class CellFolder:
         return lock
 
     def begin(self, about: dict[str, Any]) -> None:
-        """Write that the run is running, and ``about`` it; the folder must be locked."""
+        """Write that the run is running, and ``about`` it; the folder must be locked.
+
+        What former attempts were made of, where that was something else, is kept as ``earlier``: a run
+        that resumes is theirs, too.
+        """
         state = self.read()
+        earlier = state.get("earlier", [])
+        before = {key: state.get(key) for key in about}
+        if "attempts" in state and before not in (about, *earlier):
+            earlier = [*earlier, before]
         self._write(
             {
                 "status": "running",
@@ -82,6 +90,7 @@ class CellFolder:
                 "seed": self.cell.seed,
                 "attempts": state.get("attempts", 0) + 1,
                 "started": time.time(),
+                "earlier": earlier,
                 **about,
             }
         )

@@ -30,7 +30,8 @@ def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[s
     dict
         ``study``, ``about``, ``command``, ``flags`` of every run; ``made``, the commits and versions that
         occur; ``summary``, one entry a combination; ``runs``, one entry a run, with its status, measures,
-        own flags, and the index of its ``made``; ``profiles``, statistics by depth of each run.
+        own flags, the index of its ``made``, and those of earlier attempts made of something else
+        (``made_before``); ``profiles``, statistics by depth of each run.
     """
     made: list[dict[str, Any]] = []
     runs = [_run(folder, len(study.flags), made) for folder in folders]
@@ -58,10 +59,16 @@ def _run(folder: CellFolder, shared: int, made: list[dict[str, Any]]) -> dict[st
         run["measures"] = measure(folder.path)
     if state["status"] == "pending":
         return run
-    about = {key: state.get(key) for key in ("commit", "versions", "machine")}
+    last, *before = [_index(attempt, made) for attempt in (state, *state.get("earlier", ()))]
+    return run | {"made": last} | ({"made_before": before} if before else {})
+
+
+def _index(attempt: dict[str, Any], made: list[dict[str, Any]]) -> int:
+    """Return the index of what an attempt was made of, which is added if it is new."""
+    about = {key: attempt.get(key) for key in ("commit", "versions", "machine")}
     if about not in made:
         made.append(about)
-    return run | {"made": made.index(about)}
+    return made.index(about)
 
 
 def summarize(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -172,6 +172,18 @@ def test_results_say_what_is_missing_and_what_diverged(tmp_path):
     assert results["runs"][0]["flags"] == ["--norm-placement", "pre", "--seed", "1"]
 
 
+def test_a_run_is_credited_to_all_that_made_it(tmp_path):
+    first, second, *_ = folders(tmp_path)
+    first.path.mkdir()
+    second.path.mkdir()
+    for commit in ("abc", "def", "def"):
+        first.begin({"commit": commit, "versions": {}})
+    second.begin({"commit": "def", "versions": {}})
+    results = collect(study(), [first, second], "python -m x")
+    assert [made["commit"] for made in results["made"]] == ["def", "abc"]
+    assert [(run["made"], run.get("made_before")) for run in results["runs"]] == [(0, [1]), (0, None)]
+
+
 def test_markdown_rounds_and_shows_the_deviation():
     runs = [
         {"choices": {"a": "x|y"}, "seed": s, "status": "finished", "measures": {"validation_loss": 3 + s / 8}}
