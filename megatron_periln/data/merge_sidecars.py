@@ -52,7 +52,7 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
         bytes_read=sum(sidecar.bytes_read for sidecar in sidecars),
         skipped=dict(skipped),
         json_key=_join(sidecar.json_key for sidecar in sidecars),
-        inputs=[item for sidecar in sidecars for item in sidecar.inputs],
+        inputs=list({item["path"]: item for sidecar in sidecars for item in sidecar.inputs}.values()),
         sha256={},
         versions={
             name: _join(sidecar.versions[name] for sidecar in sidecars if name in sidecar.versions)

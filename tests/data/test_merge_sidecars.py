@@ -63,6 +63,18 @@ def test_sums(tmp_path: Path, pair: list[str], run: Callable) -> None:
     }
 
 
+def test_inputs_once(tmp_path: Path, pair: list[str], run: Callable) -> None:
+    """Shards of the same files name each."""
+    inputs = [{"path": f"{name}.jsonl", "bytes": 20} for name in "ba"]
+    for prefix, counts in zip(pair, ((3, 3, 6), (2, 3, 4)), strict=True):
+        changes = dict(zip(("documents", "sequences", "tokens"), counts, strict=True))
+        write_sidecar(prefix, inputs=inputs, **changes)
+    assert run("--inputs", *pair, "--output-prefix", tmp_path / "out")[0] == 0
+    merged = Sidecar.read(tmp_path / "out.json")
+    assert merged.inputs == inputs
+    assert merged.bytes_read == 80
+
+
 def test_not_all_have_one(tmp_path: Path, pair: list[str], run: Callable) -> None:
     """Then the merged has none, and an old one goes."""
     write_sidecar(pair[0], sequences=3)
