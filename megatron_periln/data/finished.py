@@ -44,7 +44,7 @@ def check_finished(plan: Plan) -> str:
                 f"{prefix}.bin exists, and not by this command: {changed}; "
                 f"choose another --output-prefix or pass --overwrite"
             )
-        check_counts(sidecar, IndexArrays.open(prefix))
+        check_counts(sidecar, IndexArrays.open(prefix, may_be_empty=plan.shard[1] > 1))
     return f"Nothing to do: the run has finished before: {' '.join(prefixes)}"
 
 

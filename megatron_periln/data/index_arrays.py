@@ -50,7 +50,7 @@ class IndexArrays:
     modes: NDArray[np.int8] | None
 
     @classmethod
-    def open(cls, prefix: str | Path) -> IndexArrays:
+    def open(cls, prefix: str | Path, *, may_be_empty: bool = False) -> IndexArrays:
         """Check the dataset at ``prefix`` with ``check_indexed_dataset`` and map its index.
 
         Raises
@@ -58,7 +58,7 @@ class IndexArrays:
         IndexedDatasetError
             If Megatron cannot read the dataset.
         """
-        info = check_indexed_dataset(prefix)
+        info = check_indexed_dataset(prefix, may_be_empty=may_be_empty)
         path, offset = Path(f"{prefix}.idx"), HEADER.size
 
         def part(dtype: type, entries: int) -> np.memmap:

@@ -74,7 +74,9 @@ class IndexedDatasetInfo:
     tokens: int
 
 
-def check_indexed_dataset(prefix: str | Path, *, every_sequence: bool = True) -> IndexedDatasetInfo:
+def check_indexed_dataset(
+    prefix: str | Path, *, every_sequence: bool = True, may_be_empty: bool = False
+) -> IndexedDatasetInfo:
     """Check that Megatron can read the indexed dataset at ``prefix``.
 
     Reads the .idx file and only the size of the .bin file, with numpy alone.
@@ -87,6 +89,8 @@ def check_indexed_dataset(prefix: str | Path, *, every_sequence: bool = True) ->
         Look at every sequence, which takes longer the larger the dataset is. Otherwise only the last
         one is looked at, which finds what was truncated where sequences are stored in order, and the
         number of tokens is what the .bin file has room for.
+    may_be_empty
+        Accept a dataset without tokens, as a shard may be. Megatron maps none.
 
     Returns
     -------
@@ -122,7 +126,7 @@ def check_indexed_dataset(prefix: str | Path, *, every_sequence: bool = True) ->
     bytes_there = bin_.stat().st_size
     if not every_sequence:
         tokens = bytes_there // dtype.itemsize
-    if tokens == 0:
+    if tokens == 0 and not may_be_empty:
         raise IndexedDatasetError(
             f"{idx}: the dataset holds no tokens; preprocess a corpus that is not empty"
         )

@@ -132,9 +132,13 @@ def merge_datasets(
         prepare_output(path, flag="--output-prefix", overwrite=overwrite)
     datasets = []
     for prefix in prefixes:
-        datasets.append(IndexArrays.open(prefix))
+        datasets.append(IndexArrays.open(prefix, may_be_empty=True))
         check_layout(datasets[-1])
     _check_fit(datasets, multimodal=multimodal)
+    if not _sum(datasets).tokens:
+        raise PreprocessError(
+            f"{output_prefix}: no dataset to be merged has tokens; preprocess a corpus that is not empty"
+        )
     sidecar = merge_sidecars(datasets, command)
 
     stale = _stale_sidecar(json_, sidecar, overwrite=overwrite)

@@ -7,12 +7,13 @@ are in the journal and lie on the disk as the journal says; what else lies there
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,6 +43,8 @@ Dataset = tuple[str, int]
 """A key, and the number of the dataset among those of its key."""
 
 _LOCK_SECONDS = 5.0
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""How a file system says that it has no locks: then nothing keeps two runs from one folder."""
 
 
 class Placer:
@@ -166,6 +169,13 @@ class Outputs:
         """Yield the documents that go in quarantine, in order, from the disk."""
         return bad_documents(self.folder / "journal")
 
+    def make_empty(self, keys: Iterable[str]) -> None:
+        """Make the dataset of each key, as no chunk did."""
+        with writing(self.folder):
+            for location in self.place(dict.fromkeys(keys, Size(0, 0, 0))).values():
+                for suffix in SUFFIXES:
+                    Path(location.stem + suffix).touch()
+
     def end(self) -> None:
         """Bring everything to the disk, and note that all chunks were written."""
         assert self._journal
@@ -219,6 +229,10 @@ class Outputs:
                 if time.monotonic() > deadline:
                     raise PreprocessError(f"{self.folder}: another run is writing here") from None
                 time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return
 
     def _start(self) -> None:
         self._started = True

@@ -87,6 +87,9 @@ class _Run:
                     self._encode(self._encoder())
                 self._check_tokens()
                 self.outputs.end()
+            if not self.outputs.records:
+                self.progress.note("--shard {}/{} has no input: fewer would do".format(*plan.shard))
+                self.outputs.make_empty(plan.keys)
             files = publish_all(plan, self.outputs, self.checksums.result(), self.choice.encoder.name)
             keep = False
         except _NothingToKeepError:
@@ -113,11 +116,7 @@ class _Run:
             raise PreprocessError("--resume: a pipe cannot be read again; start anew with --overwrite")
         found = sources(plan.inputs, plan.keys, plan.chunk_bytes)
         shard, shards = plan.shard
-        if shards > 1 and found:
-            found = take_shard(found, shard, shards)
-            if not found:
-                raise PreprocessError(f"--shard {shard}/{shards} has no input: use fewer shards")
-        return found
+        return take_shard(found, shard, shards) if shards > 1 else found
 
     def _encoder(self) -> ChunkEncoder:
         plan = self.plan
@@ -196,7 +195,9 @@ class _Run:
         self.outputs.restart(reference.name)
 
     def _check_tokens(self) -> None:
-        """Refuse what Megatron cannot map."""
+        """Refuse what Megatron cannot map; a shard may be empty, as long as not all are."""
+        if self.plan.shard[1] > 1:
+            return
         tokens = Counter[str]()
         for (key, _), size in self.outputs.datasets().items():
             tokens[key] += size.tokens

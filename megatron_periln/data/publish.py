@@ -85,7 +85,7 @@ def _remove_outdated(plan: Plan, outputs: Outputs) -> None:
 
 def _sidecars(plan: Plan, outputs: Outputs, encoder: str) -> dict[Dataset, Sidecar]:
     """Return what describes each dataset, but for its checksums."""
-    sizes = {dataset: size for dataset, size in outputs.datasets().items() if size.tokens}
+    sizes = outputs.datasets()
     bytes_read, left_out = Counter[Dataset](), {dataset: Counter[str]() for dataset in sizes}
     for record, starts in outputs.placed():
         for dataset in starts.keys() & sizes.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -175,6 +176,29 @@ def test_another_run_is_writing(
     write(outputs, 1)
     outputs.close()
     assert kept(folder) == [0, 1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """On a file system that has none the run goes on."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    outputs = open_outputs(folder)
+    write(outputs, 0)
+    outputs.close()
+    assert kept(folder) == [0]
+
+
+def test_locks_that_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(PreprocessError, match="cannot be written: broken"):
+        open_outputs(folder)
 
 
 @pytest.mark.parametrize("renamed", [True, False])

@@ -13,6 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from megatron_periln.data import tables
+from megatron_periln.data.sidecar import Sidecar
+from tests.data.companions import refusal, run_tool
 from tests.data.preprocessing import by_megatron, names, read, to_lines
 
 TEXTS = [f"{n}{'x' * (n * 7 % 50)}" if n % 6 else "" for n in range(60)]
@@ -96,11 +98,49 @@ def test_shards(tmp_path: Path, inputs: list[object], run: Callable, shards: int
     assert merged(prefixes, tmp_path / "merged") == expected
 
 
-def test_empty_shard(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(to_lines(TEXTS)))
-    flags = ["--input", tmp_path / "in.jsonl.gz", "--output-prefix", tmp_path / "out"]
-    assert "--shard 0/2 has no input: use fewer shards" in refused(*flags, "--shard", "0/2")
-    assert names(tmp_path) == []
+EMPTY = {
+    "no line begins": to_lines(["x" * 300]),
+    "documents without text": to_lines(["", "", "", "", "", "", "one"]),
+    "bad documents": b"x" * 49 + b"\n" + to_lines(["one"]),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", EMPTY)
+def test_shards_without_tokens(tmp_path: Path, run: Callable, name: str, compressed: bool) -> None:
+    """They are datasets that can be merged, and the same command finds them finished."""
+    source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
+    source.write_bytes(gzip.compress(EMPTY[name]) if compressed else EMPTY[name])
+    flags = ["--input", source, "--on-error", "skip", "--tokenizer-type", "NullTokenizer"]
+    assert run(*flags, "--output-prefix", tmp_path / "single")[0] == 0
+    prefixes = []
+    for shard in range(3):
+        parts = ["--output-prefix", tmp_path / f"out_{shard}", "--shard", f"{shard}/3", "--resume"]
+        for expected in ("Wrote ", "Nothing to do"):
+            code, stderr = run(*flags, *parts)
+            assert code == 0, stderr
+            assert expected in stderr
+        prefixes.append(tmp_path / f"out_{shard}_text_document")
+    assert 0 in [Path(f"{prefix}.bin").stat().st_size for prefix in prefixes]
+    assert run_tool("merge_datasets", "--inputs", *prefixes, "--output-prefix", tmp_path / "merged").code == 0
+    assert read(tmp_path / "merged") == read(tmp_path / "single_text_document")
+    single, merged = (Sidecar.read(tmp_path / name) for name in ("single_text_document.json", "merged.json"))
+    assert merged.inputs == single.inputs
+    assert (merged.bytes_read, merged.skipped) == (single.bytes_read, single.skipped)
+
+
+def test_only_empty_shards(tmp_path: Path, run: Callable) -> None:
+    """Their merge is refused, as a single run is."""
+    (tmp_path / "in.jsonl").write_bytes(to_lines([""] * 9))
+    prefixes = [tmp_path / f"out_{shard}" for shard in range(2)]
+    for shard, prefix in enumerate(prefixes):
+        flags = ["--output-prefix", prefix, "--shard", f"{shard}/2"]
+        assert run("--input", tmp_path / "in.jsonl", *flags)[0] == 0
+    datasets = [f"{prefix}_text_document" for prefix in prefixes]
+    message = refusal(
+        "merge_datasets", tmp_path, "--inputs", *datasets, "--output-prefix", tmp_path / "merged"
+    )
+    assert f"{tmp_path}/merged: no dataset to be merged has tokens" in message
 
 
 @pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0"])
