@@ -187,7 +187,7 @@ def to_tasks(all_sources: Sequence[Source], partitions: int, limit: int) -> Iter
 def _paths(value: str) -> Iterable[Path]:
     path = Path(value)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in _SUFFIXES)
+        files = sorted(file for file in _files_below(path) if _suffix(file) in _SUFFIXES)
         if not files:
             raise PreprocessError(
                 f"--input {value}: no files in this folder that end with {', '.join(_SUFFIXES)}, "
@@ -203,6 +203,19 @@ def _paths(value: str) -> Iterable[Path]:
     if not files:
         raise PreprocessError(f"--input {value}: no file matches this glob")
     return files
+
+
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders; a link to a folder above is not followed."""
+    if (real := folder.resolve()) in above:
+        return
+    with reading(str(folder)):
+        paths = list(folder.iterdir())
+    for path in paths:
+        if path.is_dir():
+            yield from _files_below(path, above | {real})
+        elif path.is_file():
+            yield path
 
 
 def _describe(path: Path, format: str) -> InputFile:

@@ -47,6 +47,20 @@ def test_folder(folder: Path) -> None:
     ]
 
 
+def test_links_to_folders(folder: Path) -> None:
+    """They are followed, but for one to a folder above, which would never end."""
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "y.jsonl").touch()
+    (folder / "elsewhere" / "up").symlink_to(folder / "c")
+    (folder / "c" / "link").symlink_to(folder / "elsewhere")
+    (folder / "c" / "nowhere").symlink_to("absent")
+    assert found("c") == [
+        ("c/a.json", "jsonl"),
+        ("c/d/x.ndjson.zst", "jsonl"),
+        ("c/link/y.jsonl", "jsonl"),
+    ]
+
+
 def test_globs(folder: Path) -> None:
     assert found("*.jsonl*") == [("a.jsonl.gz", "jsonl"), ("b.jsonl", "jsonl")]
     assert found("[de].txt*") == [("d.txt", "text"), ("e.txt.gz", "text")]
