@@ -78,14 +78,26 @@ def _chosen(args: argparse.Namespace, folders: list[CellFolder]) -> list[CellFol
         return [folders[args.cell]]
     shard = args.shard
     if shard is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        task, first, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
-        shard = f"{task - first}/{count}"
+        shard = _task_of_array()
     if shard is None:
         return folders
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UsageError(f"--shard {shard} is not I/N with I from 0 to N - 1, such as 0/8")
     return folders[int(index) :: int(count)]
+
+
+def _task_of_array() -> str:
+    """Return this task's share in a SLURM array; one without its first tasks doesn't say how many there are."""
+    task, first, last, count = (
+        int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
+    )
+    if first != 0 or last != count - 1 or count == 1:
+        raise UsageError(
+            f"SLURM_ARRAY_TASK_MIN {first}, _MAX {last}, _COUNT {count}: not a whole array, from "
+            f"--array=0 on; give --shard {task}/N, where N tasks share all runs, or --cell K"
+        )
+    return f"{task}/{count}"
 
 
 def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:

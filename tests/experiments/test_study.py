@@ -132,6 +132,21 @@ def test_wrong_flags_are_one_clear_error(arguments, parts, write, tmp_path, caps
     assert not (tmp_path / "runs").exists()
 
 
+def in_array(monkeypatch, task, tasks):
+    for name, value in {"ID": task, "MIN": min(tasks), "MAX": max(tasks), "COUNT": len(tasks)}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+
+
+@pytest.mark.parametrize("tasks", [(3, 7), (3,), (0,), (0, 2), (1, 2)])
+def test_tasks_of_an_array_without_the_others_are_refused(tasks, write, tmp_path, monkeypatch, capsys):
+    in_array(monkeypatch, tasks[0], tasks)
+    assert main([str(write(STUDY)), "--output", str(tmp_path / "runs")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: SLURM_ARRAY_TASK_MIN {tasks[0]}, _MAX {tasks[-1]}, _COUNT {len(tasks)}: ")
+    assert f"--shard {tasks[0]}/N" in line and "--cell K" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_shards_share_the_runs_and_slurm_s_array_is_one(write, tmp_path, monkeypatch):
     from megatron_periln.experiments import __main__ as command
 
@@ -143,9 +158,8 @@ def test_shards_share_the_runs_and_slurm_s_array_is_one(write, tmp_path, monkeyp
     arguments = [str(write(STUDY)), "--output", str(tmp_path / "runs")]
     for index in range(3):
         assert main([*arguments, "--shard", f"{index}/3"]) == 0
-    for task in ("4", "5", "6"):
-        for name, value in (("ID", task), ("MIN", "4"), ("COUNT", "3")):
-            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    for task in range(3):
+        in_array(monkeypatch, task, (0, 1, 2))
         assert main(arguments) == 0
     assert seen[:3] == seen[3:]
     assert sorted(name for share in seen[:3] for name in share) == sorted(everything)
