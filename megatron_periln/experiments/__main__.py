@@ -88,14 +88,14 @@ def _chosen(args: argparse.Namespace, folders: list[CellFolder]) -> list[CellFol
 
 
 def _task_of_array() -> str:
-    """Return this task's share in a SLURM array; one without its first tasks doesn't say how many there are."""
+    """Return this task's share in a SLURM array; some tasks of one don't know how many the whole has."""
     task, first, last, count = (
         int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
     )
     if first != 0 or last != count - 1 or count == 1:
         raise UsageError(
-            f"SLURM_ARRAY_TASK_MIN {first}, _MAX {last}, _COUNT {count}: not a whole array, from "
-            f"--array=0 on; give --shard {task}/N, where N tasks share all runs, or --cell K"
+            f"SLURM_ARRAY_TASK_MIN {first}, _MAX {last}, _COUNT {count}: not a whole array, "
+            f"which counts from 0; give --shard {task}/N, where N tasks share all runs, or --cell K"
         )
     return f"{task}/{count}"
 
