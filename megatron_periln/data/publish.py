@@ -7,7 +7,8 @@ from importlib import metadata
 from itertools import count
 from pathlib import Path
 
-from megatron_periln.data.outputs import Dataset, Outputs
+from megatron_periln.data.outputs import Outputs
+from megatron_periln.data.placer import Dataset
 from megatron_periln.data.plan import Plan, dataset_prefix, quarantine_file
 from megatron_periln.data.quarantine import number_lines, write_quarantine
 from megatron_periln.data.sidecar import Sidecar, utc_now

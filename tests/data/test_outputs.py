@@ -17,7 +17,8 @@ from megatron_periln.data import outputs as outputs_module
 from megatron_periln.data.encode import Part
 from megatron_periln.data.errors import PreprocessError
 from megatron_periln.data.journal import Record, Size, write_part
-from megatron_periln.data.outputs import Outputs, Placer
+from megatron_periln.data.outputs import Outputs
+from megatron_periln.data.placer import Placer
 
 UINT16 = np.dtype(np.uint16)
 SIZES = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).map(lambda size: Size(*size))

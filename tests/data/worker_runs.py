@@ -11,7 +11,7 @@ from megatron_periln.data.encode import ChunkEncoder
 from megatron_periln.data.encoders import choose_encoder
 from megatron_periln.data.inputs import Task
 from megatron_periln.data.journal import Location
-from megatron_periln.data.outputs import Placer
+from megatron_periln.data.placer import Placer
 from megatron_periln.data.resolve import wrap_tokenizer
 from megatron_periln.data.sources import Block
 from megatron_periln.data.worker import Report
