@@ -151,7 +151,10 @@ def _rows(batch: Any) -> list[dict[str, object]]:
 def _is_text(kind: Any) -> bool:
     import pyarrow
 
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 @contextmanager

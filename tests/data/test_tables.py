@@ -47,6 +47,21 @@ def test_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: in
     assert [n for n, content in enumerate(found) if isinstance(content, Oversized)] == large
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
+    """Whatever a library calls them: pandas' categories, the views of polars."""
+    path, texts, lists = str(tmp_path / "in.parquet"), ["a", "", None, "a"], [["a", "b"], [], None, ["b"]]
+    parquet.write_table(
+        pa.table({"text": pa.array(texts, kind), "list": pa.array(lists, pa.list_(kind))}), path
+    )
+    entries = [entry for part in row_ranges(path, ["text", "list"]) for entry in part.entries(1000)]
+    assert [entry.content for entry in entries] == [
+        {"text": text, "list": list_} for text, list_ in zip(texts, lists, strict=True)
+    ]
+
+
 def test_no_rows(tmp_path: Path) -> None:
     path = str(tmp_path / "in.parquet")
     parquet.write_table(pa.table({"text": pa.array([], pa.string())}), path)
