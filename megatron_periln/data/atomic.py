@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megatron_periln.data.errors import PreprocessError
@@ -53,7 +55,8 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
 
     The temporary files are brought to the disk and renamed in the order given. The last of several is
     the one that readers look for: an old one goes before any is renamed, so that it never stands beside
-    new ones. A block that fails leaves no file of its own.
+    new ones. A block that fails leaves no file of its own; what a killed process left is removed when the
+    same path is written again.
 
     Parameters
     ----------
@@ -69,7 +72,11 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
     """
     temporary = [Path(f"{path}.{os.getpid()}.tmp") for path in paths]
     renaming = False
+    held = ExitStack()
     try:
+        for path, file in zip(paths, temporary, strict=True):
+            _remove_abandoned(path)
+            held.enter_context(_held(file, os.O_CREAT | os.O_EXCL))
         yield temporary
         for path in temporary:
             sync(path)
@@ -89,3 +96,33 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
                 f"{paths[0]}: cannot be written: {error.strerror or error}; nothing was left there"
             ) from error
         raise
+    finally:
+        held.close()
+
+
+@contextmanager
+def _held(path: Path, flags: int = 0) -> Iterator[bool]:
+    """Lock a file, as long as the process lives at most.
+
+    Yields False if another process has locked it, or the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of ``path`` that no process holds: a run that was killed left them."""
+    temporary = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
+    for file in path.parent.iterdir():
+        if temporary.fullmatch(file.name):
+            with suppress(OSError), _held(file) as abandoned:
+                if abandoned:
+                    file.unlink()

@@ -144,11 +144,11 @@ def merge_datasets(
     stale = _stale_sidecar(json_, sidecar, overwrite=overwrite)
     files = [bin_, idx] if sidecar is None else [bin_, json_, idx]
     with published(*files, stale=stale) as temporary:
-        with temporary[0].open("xb", buffering=0) as stream:
+        with temporary[0].open("wb", buffering=0) as stream:
             for number, dataset in enumerate(datasets, start=1):
                 append_file(dataset.bin, stream)
                 progress(f"Copied {number} of {len(datasets)} datasets: {dataset.prefix}")
-        with temporary[-1].open("xb") as stream:
+        with temporary[-1].open("wb") as stream:
             _write_index(datasets, stream)
         if sidecar is not None:
             checksums = {"bin": sha256_of(temporary[0]), "idx": sha256_of(temporary[-1])}

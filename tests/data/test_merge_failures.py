@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Buffer, Callable
@@ -43,6 +45,25 @@ def run() -> Callable[..., Result]:
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     return partial(refusal, "merge_datasets", tmp_path)
+
+
+def test_what_a_killed_merge_left_goes(tmp_path: Path, pair: list[str], run: Callable) -> None:
+    """With the next merge to the same name; not what a process holds, nor what has another name."""
+    killed = (
+        "import os, signal, sys; from megatron_periln.data import merge\n"
+        "merge.append_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "merge.merge_datasets(sys.argv[1:3], sys.argv[3])"
+    )
+    output = str(tmp_path / "out")
+    ended = subprocess.run([sys.executable, "-c", killed, *pair, output], cwd=TOOLS.parent, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert {path.suffixes[0] for path in tmp_path.glob("out.*.tmp")} == {".bin", ".idx"}
+    other, held = tmp_path / "out.bin.other.tmp", tmp_path / "out.idx.1.tmp"
+    other.touch()
+    with held.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert run("--inputs", *pair, "--output-prefix", output)[0] == 0
+    assert sorted(tmp_path.glob("out*.tmp")) == [other, held]
 
 
 def full(*_: object) -> int:
