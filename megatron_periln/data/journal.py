@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ __all__ = [
 
 SUFFIXES = (".bin", ".lengths", ".documents")
 """The files of a growing dataset: tokens, tokens in each sequence, sequences in each document."""
+
+_NUMBER = re.compile(rb'\{"number": (\d+),')
 
 COMPLETE = '"complete"'
 """The line of a journal that has all chunks."""
@@ -175,9 +178,14 @@ def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
 
 
 def bad_documents(path: Path) -> Iterator[BadDocument]:
-    """Yield the documents that a journal has as left out, in the order of the input."""
-    starts = {record.number: start for start, record in _records(path)}
+    """Yield the documents that a journal of whole lines has as left out, in the order of the input."""
+    starts: dict[int, int] = {}
     with path.open("rb") as stream:
+        start = 0
+        for line in stream:
+            if found := _NUMBER.match(line):
+                starts[int(found[1])] = start
+            start += len(line)
         for number in sorted(starts):
             stream.seek(starts[number])
             yield from Record.from_json(stream.readline().decode()).bad
