@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["new_folder", "sync", "write_whole"]
+__all__ = ["held", "new_folder", "remove_abandoned", "sync", "write_whole"]
 
 
 def sync(path: Path) -> None:
@@ -49,12 +49,12 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        remove_abandoned(path)
         temporary.mkdir()
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
     try:
-        with _held(temporary):
+        with held(temporary):
             yield temporary
             for inner in sorted(temporary.rglob("*"), reverse=True):
                 sync(inner)
@@ -66,31 +66,33 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Lock a folder, as long as the process lives at most.
+def held(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool]:
+    """Lock a file or a folder, opened with ``flags``, as long as the process lives at most.
 
     Yields False if another process has locked it, or the file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
+        locked = True
     except OSError:
-        held = False
+        locked = False
     try:
-        yield held
+        yield locked
     finally:
         os.close(descriptor)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of ``path`` that no process holds."""
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files and folders of ``path`` that no process holds: what killed ones left."""
     temporary = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
-    for folder in path.parent.iterdir():
-        if temporary.fullmatch(folder.name) and folder.is_dir():
-            with _held(folder) as abandoned:
+    for left in path.parent.iterdir():
+        if temporary.fullmatch(left.name):
+            # An exclusive lock on a file over NFS needs it open for writing.
+            flags = os.O_RDONLY if left.is_dir() else os.O_RDWR
+            with suppress(OSError), held(left, flags) as abandoned:
                 if abandoned:
-                    shutil.rmtree(folder)
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

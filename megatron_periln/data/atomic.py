@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_periln.data.errors import PreprocessError
-from megatron_periln.files import sync
+from megatron_periln.files import held, remove_abandoned, sync
 
 __all__ = ["prepare_output", "published"]
 
@@ -72,11 +70,11 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
     """
     temporary = [Path(f"{path}.{os.getpid()}.tmp") for path in paths]
     renaming = False
-    held = ExitStack()
+    locks = ExitStack()
     try:
         for path, file in zip(paths, temporary, strict=True):
-            _remove_abandoned(path)
-            held.enter_context(_held(file, os.O_CREAT | os.O_EXCL))
+            remove_abandoned(path)
+            locks.enter_context(held(file, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         yield temporary
         for path in temporary:
             sync(path)
@@ -97,32 +95,4 @@ def published(*paths: Path, stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
             ) from error
         raise
     finally:
-        held.close()
-
-
-@contextmanager
-def _held(path: Path, flags: int = 0) -> Iterator[bool]:
-    """Lock a file, as long as the process lives at most.
-
-    Yields False if another process has locked it, or the file system has no locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of ``path`` that no process holds: a run that was killed left them."""
-    temporary = re.compile(re.escape(path.name) + r"\.\d+\.tmp")
-    for file in path.parent.iterdir():
-        if temporary.fullmatch(file.name):
-            with suppress(OSError), _held(file) as abandoned:
-                if abandoned:
-                    file.unlink()
+        locks.close()
