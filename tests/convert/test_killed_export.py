@@ -158,5 +158,5 @@ def test_exports_killed_one_after_the_other_leave_one_folder(checkpoint, exporte
 
 def test_what_a_running_export_writes_is_not_removed(tmp_path):
     with files.new_folder(tmp_path / "model", flag="--output") as running:
-        files._remove_abandoned(tmp_path / "model")
+        files.remove_abandoned(tmp_path / "model")
         assert running.is_dir()
