@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -12,13 +11,12 @@ from types import SimpleNamespace
 from megatron_periln.doctor import ranks, software
 from megatron_periln.doctor.__main__ import main
 from tests.doctor.conftest import FOUND
+from tests.ports import free_port
 
 
 def run(folder, flags, faults, by_srun=False):
     """Return the exit codes, and what each rank wrote; call ``faults[rank]``, of this module, there."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     names = (
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if by_srun else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )

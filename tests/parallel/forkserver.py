@@ -12,10 +12,11 @@ import json
 import multiprocessing.util
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
+
+from tests.ports import free_port
 
 
 def warm_up():
@@ -33,12 +34,6 @@ def warm_up():
 
     MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
     torch.set_num_threads(1)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_rank(job, rank, port):
