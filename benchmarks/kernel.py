@@ -34,25 +34,30 @@ WAY = f"{'GB/s':>7}{'share':>7}"
 COLUMNS = f"{'hidden':>7}  {'contestant':<34}{'forward':>10}{WAY}{'backward':>11}{WAY}"
 
 
-def milliseconds(prepare: Callable[[], Callable[[], Any]], device: str, repeats: int = 30) -> float:
-    """Return the median time of what ``prepare`` returns, which is called once.
+def milliseconds(
+    function: Callable[..., Any],
+    device: str,
+    prepare: Callable[[], tuple[Any, ...]] = tuple,
+    repeats: int = 30,
+) -> float:
+    """Return the median time of ``function(*prepare())``, without that of ``prepare``.
 
     On a GPU nothing of it is in the L2 cache, and the GPU sleeps while the call is queued, so that what
     Python takes for that is not counted.
     """
     if device == "cpu":
-        function, start = prepare(), time.perf_counter()
-        function()
+        arguments, start = prepare(), time.perf_counter()
+        function(*arguments)
         return 1e3 * (time.perf_counter() - start)
     cache = torch.zeros(L2_CLEARING_BYTES // 4, device=device)
     events = []
     for _ in range(WARM_UP + repeats):
-        function = prepare()
+        arguments = prepare()
         cache.sum()
         torch.cuda._sleep(SLEEP_CYCLES)
         start_and_end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         start_and_end[0].record()
-        function()
+        function(*arguments)
         start_and_end[1].record()
         events.append(start_and_end)
     torch.cuda.synchronize()
@@ -70,14 +75,14 @@ def inputs(tokens: int, hidden_size: int, device: str) -> tuple[list[Tensor], Te
 def time_both_ways(join: Any, leaves: list[Tensor], grad: Tensor, device: str) -> tuple[float, float]:
     """Return the milliseconds of the forward and of the backward pass."""
 
-    def backward() -> Callable[[], Any]:
+    def forward() -> tuple[Tensor, ...]:
         out = join(*leaves)
-        outs = out if isinstance(out, tuple) else (out,)
-        grads = [grad] * len(outs)
-        return functools.partial(torch.autograd.grad, outs, leaves, grads, allow_unused=True)
+        return out if isinstance(out, tuple) else (out,)
 
-    forward = functools.partial(functools.partial, join, *leaves)
-    return milliseconds(forward, device), milliseconds(backward, device)
+    def backward(*outs: Tensor) -> None:
+        torch.autograd.grad(outs, leaves, [grad] * len(outs), allow_unused=True)
+
+    return milliseconds(forward, device), milliseconds(backward, device, prepare=forward)
 
 
 def measure(
@@ -172,7 +177,7 @@ def main() -> None:
     for hidden_size in options.hidden_sizes:
         torch._dynamo.reset()  # compile for this size, not for any
         leaves, grad = inputs(tokens, hidden_size, device)
-        copy = functools.partial(functools.partial, torch.empty_like(grad).copy_, grad)
+        copy = functools.partial(torch.empty_like(grad).copy_, grad)
         copied = statistics.median(milliseconds(copy, device) for _ in range(5))
         copies[hidden_size] = 2 * grad.nbytes / 1e9 / (copied / 1e3)
         print(f"{hidden_size:>7}  {'copy':<34}{copied:>10.4f}{copies[hidden_size]:>7.0f}")

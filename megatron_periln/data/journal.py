@@ -164,13 +164,13 @@ def read_journal(path: Path) -> tuple[dict[int, Record], bool]:
     """
     with path.open("rb") as lines:
         complete = any(line.rstrip() == COMPLETE.encode() for line in lines)
-    return {record.number: record.without_bad() for _, record in _records(path)}, complete
+    return {record.number: record.without_bad() for record in _records(path)}, complete
 
 
 def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
     """Write a journal with the first ``chunks`` of that at ``path``, and bring it to the disk."""
     with to.open("w", encoding="utf-8") as stream:
-        for _, record in _records(path):
+        for record in _records(path):
             if record.number < chunks:
                 stream.write(record.to_json())
         stream.write((COMPLETE + "\n") * complete)
@@ -191,11 +191,9 @@ def bad_documents(path: Path) -> Iterator[BadDocument]:
             yield from Record.from_json(stream.readline().decode()).bad
 
 
-def _records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Yield the chunks of a journal as they stand there, and the byte at which each begins."""
-    start = 0
+def _records(path: Path) -> Iterator[Record]:
+    """Yield the chunks of a journal as they stand there."""
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last line, or one cut off
-                yield start, Record.from_json(line.decode())
-            start += len(line)
+                yield Record.from_json(line.decode())

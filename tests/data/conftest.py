@@ -224,3 +224,10 @@ def stub(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
         monkeypatch.setattr(tool, "resolve_tokenizer", lambda _: wrap_tokenizer(Characters(act)))
 
     return use
+
+
+@pytest.fixture
+def chunks_of_20_bytes(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
+    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 20)
+    stub(lambda text: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,7 @@ import pytest
 
 from tests.data.preprocessing import FILES, TEXTS, names, to_lines
 
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 20)
-    stub(lambda text: None)
+pytestmark = pytest.mark.usefixtures("chunks_of_20_bytes")
 
 
 @pytest.fixture

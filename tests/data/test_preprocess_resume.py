@@ -16,11 +16,7 @@ from tests.data.preprocessing import FILES, TEXTS, by_megatron, names, read, to_
 Interrupted = Callable[..., list[object]]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 20)
-    stub(lambda text: None)
+pytestmark = pytest.mark.usefixtures("chunks_of_20_bytes")
 
 
 @pytest.fixture
