@@ -13,7 +13,7 @@ OTHER := $(VENV)-transformers-4
 LLAMA := $(OTHER)/llama-cpp-python
 export OMP_NUM_THREADS ?= 1
 # A folder of tests at a time in each process.
-PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8
 
 # For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
 WHEELS ?=

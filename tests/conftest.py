@@ -6,7 +6,6 @@ tests/gpu need ``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` set
 
 import logging
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 DEVICE = os.environ.get("MEGATRON_PERILN_TEST_DEVICE", "cpu")
@@ -18,6 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.folders import pytest_xdist_make_scheduler  # noqa: F401
+
 # No test depends on the machine's speed, or on chance.
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
@@ -28,13 +29,6 @@ if DEVICE == "cpu":
     cpu.activate()
 
 torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items):
-    """Keep a folder's tests in one process under pytest-xdist: they share what is slow to make."""
-    for item in items:
-        folder = Path(item.path).parent.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group(str(folder)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,17 @@
+"""A folder's tests run in one process under pytest-xdist: they share what is slow to make.
+
+Its own groups of tests would do, but pytest 9.2 takes no notice of them (pytest-xdist #1386).
+"""
+
+import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Folders(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid.partition("::")[0].rpartition("/")[0]
+
+    return Folders(config, log)
