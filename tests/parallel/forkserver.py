@@ -6,8 +6,11 @@ Importing torch and Megatron costs seconds a process; a fork costs nothing, and 
 nothing speaks against it.
 """
 
+import argparse
 import contextlib
+import functools
 import importlib
+import inspect
 import json
 import multiprocessing.util
 import os
@@ -28,11 +31,15 @@ def warm_up():
     import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
+    from megatron.training.arguments import add_megatron_arguments
 
     import megatron_periln.training.run  # noqa: F401
     from tests.parallel import probe  # noqa: F401
 
     MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
+    # Megatron takes its flags' help from its sources, for each of a run's three parsers: 0.2 s a rank.
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(argparse.ArgumentParser())
     torch.set_num_threads(1)
 
 

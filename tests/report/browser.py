@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DESKTOP", "PHONE", "Opened", "executable", "open_report"]
+__all__ = ["DESKTOP", "PHONE", "Opened", "browser", "executable", "open_report"]
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1200, "height": 900}}
 PHONE: dict[str, Any] = {
@@ -41,28 +41,31 @@ class Opened:
 
 
 @contextmanager
-def open_report(path: Path, **device: Any) -> Iterator[Opened]:
-    """Open a report, with options of Playwright's ``new_context``, and wait till it is drawn or fails."""
+def browser() -> Iterator[Any]:
+    """Start Chromium (Playwright's ``Browser``)."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
+        started = playwright.chromium.launch(
             executable_path=executable(), args=_FLAGS, chromium_sandbox=False
         )
         try:
-            page = browser.new_context(**device).new_page()
-            opened = Opened(page)
-            page.on(
-                "console", lambda told: told.type in ("error", "warning") and opened.errors.append(told.text)
-            )
-            page.on("pageerror", lambda error: opened.errors.append(str(error)))
-            page.on("request", lambda request: opened.requests.append(request.url))
-            page.add_init_script("addEventListener('error', () => document.documentElement.id = 'failed')")
-            page.goto(path.absolute().as_uri())
-            page.wait_for_selector("[data-drawn], #failed", state="attached")
-            yield opened
+            yield started
         finally:
-            browser.close()
+            started.close()
+
+
+def open_report(browser: Any, path: Path, **device: Any) -> Opened:
+    """Open a report, with options of Playwright's ``new_context``, and wait till it is drawn or fails."""
+    opened = Opened(browser.new_context(**device).new_page())
+    page = opened.page
+    page.on("console", lambda told: told.type in ("error", "warning") and opened.errors.append(told.text))
+    page.on("pageerror", lambda error: opened.errors.append(str(error)))
+    page.on("request", lambda request: opened.requests.append(request.url))
+    page.add_init_script("addEventListener('error', () => document.documentElement.id = 'failed')")
+    page.goto(path.absolute().as_uri())
+    page.wait_for_selector("[data-drawn], #failed", state="attached")
+    return opened
 
 
 def main() -> None:
@@ -72,8 +75,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, device, height in (("desktop", DESKTOP, 1830), ("phone", PHONE, 1500)):
-        with open_report(options.report, **device, device_scale_factor=1.25) as opened:
+    with browser() as started:
+        for name, device, height in (("desktop", DESKTOP, 1830), ("phone", PHONE, 1500)):
+            opened = open_report(started, options.report, **device, device_scale_factor=1.25)
             clip = {"x": 0, "y": 0, "width": device["viewport"]["width"], "height": height}
             opened.page.screenshot(path=options.output / f"report-{name}.png", full_page=True, clip=clip)
 

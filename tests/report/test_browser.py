@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 
 import pytest
 
-from tests.report.browser import DESKTOP, PHONE, executable, open_report
+from tests.report.browser import DESKTOP, PHONE, browser, executable, open_report
 
 pytestmark = pytest.mark.skipif(
     executable() is None and "CI" not in os.environ, reason="there is no Chromium to open the report with"
 )
 
 DEVICES = {"desktop": DESKTOP, "phone": PHONE}
-each_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+each_device = pytest.mark.parametrize("device", DEVICES)
 
 DRAWN = """() => Object.fromEntries([...document.querySelectorAll('.plot')].map(plot => [plot.id,
     plot.querySelectorAll('.scatterlayer > .trace').length]))"""
@@ -34,6 +35,18 @@ def page(tool, four_runs, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def opened_on(chromium, page):
+    """Return the report as a device shows it; opened once."""
+    return functools.cache(lambda device: open_report(chromium, page, **DEVICES[device]))
+
+
 def expected_traces(path):
     text = path.read_text(encoding="utf-8")
     figures = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["figures"]
@@ -41,33 +54,32 @@ def expected_traces(path):
 
 
 @each_device
-def test_everything_is_drawn_without_errors_or_network(page, device):
-    with open_report(page, **device) as opened:
-        assert opened.page.evaluate(DRAWN) == expected_traces(page)
-        assert opened.errors == []
-        assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [
-            page.absolute().as_uri()
-        ]
+def test_everything_is_drawn_without_errors_or_network(opened_on, page, device):
+    opened = opened_on(device)
+    assert opened.page.evaluate(DRAWN) == expected_traces(page)
+    assert opened.errors == []
+    assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [
+        page.absolute().as_uri()
+    ]
 
 
 @each_device
-def test_nothing_is_wider_than_the_screen(page, device):
-    with open_report(page, **device) as opened:
-        assert opened.page.evaluate(OUTSIDE) == []
-        width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert opened.page.evaluate(width) == 0
+def test_nothing_is_wider_than_the_screen(opened_on, device):
+    opened = opened_on(device)
+    assert opened.page.evaluate(OUTSIDE) == []
+    width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert opened.page.evaluate(width) == 0
 
 
-def test_what_is_too_wide_is_noticed(page, tmp_path):
+def test_what_is_too_wide_is_noticed(chromium, page, tmp_path):
     wide = tmp_path / "wide.html"
     wide.write_text(
         page.read_text(encoding="utf-8").replace("<main>", '<main><p style="min-width:2000px">wide</p>')
     )
-    with open_report(wide, **DESKTOP) as opened:
-        assert opened.page.evaluate(OUTSIDE) != []
+    assert open_report(chromium, wide, **DESKTOP).page.evaluate(OUTSIDE) != []
 
 
-def test_what_fails_is_noticed(page, tmp_path):
+def test_what_fails_is_noticed(chromium, page, tmp_path):
     text = page.read_text(encoding="utf-8")
     faults = {
         "undefined_name": ("draw().then(", "draw(undefined_name).then("),
@@ -77,26 +89,25 @@ def test_what_fails_is_noticed(page, tmp_path):
         assert right in text
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(right, wrong), encoding="utf-8")
-        with open_report(broken, **DESKTOP) as opened:
-            assert told in " ".join(opened.errors)
+        assert told in " ".join(open_report(chromium, broken, **DESKTOP).errors)
 
 
-def test_a_run_can_be_hidden(page):
+def test_a_run_can_be_hidden(opened_on):
     shown = "() => document.querySelectorAll('#loss-0 .scatterlayer > .trace').length"
-    with open_report(page, **DESKTOP) as opened:
-        everything = opened.page.evaluate(shown)
-        button = opened.page.get_by_role("button", name="peri")
-        button.click()
-        opened.page.wait_for_function(f"({shown})() < {everything}")
-        assert button.get_attribute("aria-pressed") == "false"
-        button.click()
-        opened.page.wait_for_function(f"({shown})() === {everything}")
-        assert opened.errors == []
+    opened = opened_on("desktop")
+    everything = opened.page.evaluate(shown)
+    button = opened.page.get_by_role("button", name="peri")
+    button.click()
+    opened.page.wait_for_function(f"({shown})() < {everything}")
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    opened.page.wait_for_function(f"({shown})() === {everything}")
+    assert opened.errors == []
 
 
-def test_it_prints_on_pages(page, tmp_path):
-    with open_report(page, **DESKTOP) as opened:
-        opened.page.pdf(path=tmp_path / "report.pdf", format="A4", prefer_css_page_size=True)
-        assert opened.errors == []
+def test_it_prints_on_pages(opened_on, tmp_path):
+    opened = opened_on("desktop")
+    opened.page.pdf(path=tmp_path / "report.pdf", format="A4", prefer_css_page_size=True)
+    assert opened.errors == []
     content = (tmp_path / "report.pdf").read_bytes()
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 12
