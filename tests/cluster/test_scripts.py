@@ -227,6 +227,16 @@ def test_sweep(node):
     assert (finished.returncode, "sbatch --array=0-11" in finished.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("tasks", [1, 8])
+def test_a_sweep_without_torchrun_needs_a_task_for_each_gpu(node, tasks):
+    environment = {"SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_GPUS_ON_NODE": "8"}
+    finished, calls = node.start(
+        script="sweep.sbatch", LAUNCHER="pretrain_srun.sbatch", SLURM_NTASKS="16", **environment
+    )
+    outcome = finished.returncode, "sbatch --ntasks-per-node=8" in finished.stderr, bool(calls)
+    assert outcome == ((1, True, False) if tasks == 1 else (0, False, True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
