@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ class Record:
 
     def to_json(self) -> str:
         """Return one line."""
-        return json.dumps(asdict(self)) + "\n"
+        return json.dumps(vars(self), default=vars) + "\n"
 
     def without_bad(self) -> Record:
         """Return the same without the documents left out."""
