@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DESKTOP", "PHONE", "Opened", "browser", "executable", "open_report"]
+__all__ = ["DESKTOP", "PHONE", "Opened", "chromium", "executable", "open_report"]
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1200, "height": 900}}
 PHONE: dict[str, Any] = {
@@ -41,18 +41,18 @@ class Opened:
 
 
 @contextmanager
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     """Start Chromium (Playwright's ``Browser``)."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
+        browser = playwright.chromium.launch(
             executable_path=executable(), args=_FLAGS, chromium_sandbox=False
         )
         try:
-            yield started
+            yield browser
         finally:
-            started.close()
+            browser.close()
 
 
 def open_report(browser: Any, path: Path, **device: Any) -> Opened:
@@ -75,9 +75,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    with browser() as started:
+    with chromium() as browser:
         for name, device, height in (("desktop", DESKTOP, 1830), ("phone", PHONE, 1500)):
-            opened = open_report(started, options.report, **device, device_scale_factor=1.25)
+            opened = open_report(browser, options.report, **device, device_scale_factor=1.25)
             clip = {"x": 0, "y": 0, "width": device["viewport"]["width"], "height": height}
             opened.page.screenshot(path=options.output / f"report-{name}.png", full_page=True, clip=clip)
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from tests.report.browser import DESKTOP, PHONE, browser, executable, open_report
+from tests.report.browser import DESKTOP, PHONE, chromium, executable, open_report
 
 pytestmark = pytest.mark.skipif(
     executable() is None and "CI" not in os.environ, reason="there is no Chromium to open the report with"
@@ -36,15 +36,15 @@ def page(tool, four_runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    with browser() as started:
-        yield started
+def browser():
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
-def opened_on(chromium, page):
+def opened_on(browser, page):
     """Return the report as a device shows it; opened once."""
-    return functools.cache(lambda device: open_report(chromium, page, **DEVICES[device]))
+    return functools.cache(lambda device: open_report(browser, page, **DEVICES[device]))
 
 
 def expected_traces(path):
@@ -71,15 +71,15 @@ def test_nothing_is_wider_than_the_screen(opened_on, device):
     assert opened.page.evaluate(width) == 0
 
 
-def test_what_is_too_wide_is_noticed(chromium, page, tmp_path):
+def test_what_is_too_wide_is_noticed(browser, page, tmp_path):
     wide = tmp_path / "wide.html"
     wide.write_text(
         page.read_text(encoding="utf-8").replace("<main>", '<main><p style="min-width:2000px">wide</p>')
     )
-    assert open_report(chromium, wide, **DESKTOP).page.evaluate(OUTSIDE) != []
+    assert open_report(browser, wide, **DESKTOP).page.evaluate(OUTSIDE) != []
 
 
-def test_what_fails_is_noticed(chromium, page, tmp_path):
+def test_what_fails_is_noticed(browser, page, tmp_path):
     text = page.read_text(encoding="utf-8")
     faults = {
         "undefined_name": ("draw().then(", "draw(undefined_name).then("),
@@ -89,7 +89,7 @@ def test_what_fails_is_noticed(chromium, page, tmp_path):
         assert right in text
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(right, wrong), encoding="utf-8")
-        assert told in " ".join(open_report(chromium, broken, **DESKTOP).errors)
+        assert told in " ".join(open_report(browser, broken, **DESKTOP).errors)
 
 
 def test_a_run_can_be_hidden(opened_on):
