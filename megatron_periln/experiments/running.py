@@ -7,7 +7,6 @@ import multiprocessing.util
 import os
 import shlex
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -203,7 +202,8 @@ def _be_run(study: Study, folder: CellFolder) -> NoReturn:
             torchrun += ["--nproc-per-node", str(study.ranks), "-m", "megatron_periln.pretrain"]
             os.execv(sys.executable, [*torchrun, f"@{flags}"])
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        # Port 0: nobody else has to know where the only rank's store listens.
+        os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         from megatron_periln import pretrain
 
         sys.argv = ["pretrain", f"@{flags}"]
@@ -219,9 +219,3 @@ def _be_run(study: Study, folder: CellFolder) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
