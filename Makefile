@@ -30,7 +30,7 @@ quickstart: install  ## Train small GPTs from raw text, on the GPU if there is o
 study: install  ## Run the small ones of examples/paper/studies on the CPU, three hours of a core: STUDY, JOBS
 	$(PY) examples/quickstart/corpus.py runs/studies/data
 	for study in $(STUDY); do \
-		$(PY) -m megatron_periln.experiments examples/paper/studies/$$study.yaml --jobs $(JOBS) || exit; done
+		$(PY) -m megatron_periln.studies examples/paper/studies/$$study.yaml --jobs $(JOBS) || exit; done
 
 test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
 	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)

@@ -34,7 +34,7 @@ MEAN_TOKENS = 50
 
 def write_dataset(prefix: Path, documents: int, seed: int) -> None:
     """Write ``documents`` of 1 to 99 tokens; the tokens are zeros that take no disk."""
-    from megatron_periln.data.indexed import HEADER, MAGIC, VERSION
+    from megatron_periln.data.indexed.format import HEADER, MAGIC, VERSION
 
     lengths = np.random.default_rng(seed).integers(1, 2 * MEAN_TOKENS, documents, dtype=np.int32)
     ends = 2 * np.cumsum(lengths, dtype=np.int64)

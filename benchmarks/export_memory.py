@@ -31,7 +31,7 @@ def write_checkpoint(folder: Path, options: argparse.Namespace) -> None:
 
     from megatron_periln.convert.architecture import Architecture, Rope
     from megatron_periln.convert.megatron_flags import parsed
-    from megatron_periln.convert.one_process import build_model, megatron_config, save_model, single_process
+    from megatron_periln.models.one_process import build_model, megatron_config, save_model, single_process
     from megatron_periln.norms import PERI
 
     architecture = Architecture(

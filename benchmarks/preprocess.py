@@ -26,7 +26,7 @@ from preprocess_peers.measure import Measurement, measure
 from preprocess_peers.results import Row, as_json, goals, peer_versions, table
 from preprocess_peers.train import TOKENIZERS, tokenizer_files
 
-from megatron_periln.data.indexed import DTYPES, HEADER
+from megatron_periln.data.indexed.format import DTYPES, HEADER
 
 REFERENCE = "megatron-0.19"
 SLOW_SAMPLING = 0.02  # the share of a core that sampling the memory of a timed run may take

@@ -150,11 +150,11 @@ class Trainer:
         from megatron.core.transformer.module import Float16Module
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        from megatron_periln import fixes
         from megatron_periln.models import GPTModelBuilder, GPTModelConfig
         from megatron_periln.norms import PERI
+        from megatron_periln.patches import faults
 
-        fixes.apply()
+        faults.apply()
         size, options = self.size, self.options
         engine = options.transformer_impl == "transformer_engine"
         fp8 = {} if options.fp8 is None else {"fp8": "hybrid", "fp8_recipe": options.fp8}

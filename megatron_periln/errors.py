@@ -1,6 +1,6 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend: each message says what was wrong, where, and what to do."""
 
-__all__ = ["RankError", "UsageError"]
+__all__ = ["PreprocessError", "RankError", "ReportError", "UsageError"]
 
 
 class UsageError(Exception):
@@ -9,3 +9,11 @@ class UsageError(Exception):
 
 class RankError(UsageError):
     """One that the other ranks don't know of: told by the rank that raises it, not by the first alone."""
+
+
+class PreprocessError(UsageError):
+    """What is wrong with a corpus, a dataset or a tokenizer, or the flags or the machine, in one line."""
+
+
+class ReportError(UsageError):
+    """A run that cannot be read, or a page that cannot be written."""

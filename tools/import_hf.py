@@ -1,57 +1,7 @@
 """Import a model of transformers as a checkpoint to go on training, proven by its logits."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from megatron_periln.convert.paths import check_model_folder, check_output
-from megatron_periln.convert.quiet import quiet_megatron
-from megatron_periln.data.command_line import exit_code, parse_flags, run_command
-
-__all__ = ["build_parser", "main"]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", required=True, type=Path, help="folder with config.json and safetensors files"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="the folder to write, for --load")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the checkpoint; default: as in the model",
-    )
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="skip the proof, which runs both models in fp32; for models too large for that",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Import and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return exit_code(lambda: _import(parse_flags(build_parser(), argv)))
-
-
-def _import(args: argparse.Namespace) -> None:
-    check_model_folder(args.model)
-    check_output(args.output)
-    quiet_megatron()
-    import torch
-
-    from megatron_periln import cpu
-
-    cpu.activate(hide_gpu=True)
-    from megatron_periln.convert.import_model import ImportOptions, import_model
-
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    import_model(args.model, args.output, ImportOptions(dtype=dtype, verify=not args.no_verify))
-
+from megatron_periln.command_line import run_command
+from megatron_periln.tools.import_hf import main
 
 if __name__ == "__main__":
     run_command(main)

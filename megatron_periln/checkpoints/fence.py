@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.restart_attempt import Incarnation
 from megatron_periln.errors import UsageError
 from megatron_periln.files import sync
 

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_periln.checkpoints import sums, upstream
-from megatron_periln.checkpoints.choice import iteration_of
+from megatron_periln.checkpoints import sums
 from megatron_periln.checkpoints.fence import Fence
-from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.intact import iteration_of
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
-from megatron_periln.checkpoints.ranks import Ranks
+from megatron_periln.checkpoints.rendezvous import Ranks
+from megatron_periln.checkpoints.restart_attempt import Incarnation
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.files import sync
+from megatron_periln.patches import checkpoint_saving as upstream
 
 __all__ = ["SaveGuard", "failure", "install", "put_back", "tidy"]
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_periln.convert import proof
+from megatron_periln.checkpoints.reader import Checkpoint
+from megatron_periln.convert import parity_check as proof
 from megatron_periln.convert.architecture import Architecture, obstacles
-from megatron_periln.convert.checkpoint import Checkpoint
 from megatron_periln.convert.choice import choose, refuse
-from megatron_periln.convert.config_json import SpecialTokens, generation_config, model_config
-from megatron_periln.convert.one_process import megatron_config
+from megatron_periln.convert.hf_config import SpecialTokens, generation_config, model_config
 from megatron_periln.convert.safetensors_folder import write_tensors
 from megatron_periln.convert.targets import Target
 from megatron_periln.convert.tensors import exported_tensors
 from megatron_periln.convert.tokenizer_files import copy_tokenizer
 from megatron_periln.files import new_folder
+from megatron_periln.models.one_process import megatron_config
 
 __all__ = ["ExportOptions", "export"]
 

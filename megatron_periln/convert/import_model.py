@@ -12,21 +12,21 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_periln.convert import proof
+from megatron_periln.convert import parity_check as proof
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.imported import imported_tensor, without_scales
 from megatron_periln.convert.megatron_flags import flag_file, parsed
-from megatron_periln.convert.one_process import (
-    build_model,
-    megatron_config,
-    save_model,
-    single_process,
-)
 from megatron_periln.convert.roles import GLOBAL_NAMES, LAYER_NAMES
 from megatron_periln.convert.safetensors_folder import Tensors
 from megatron_periln.convert.source import read_config, source_architecture
 from megatron_periln.convert.targets import Target
 from megatron_periln.files import new_folder
+from megatron_periln.models.one_process import (
+    build_model,
+    megatron_config,
+    save_model,
+    single_process,
+)
 
 __all__ = ["FLAG_FILE", "ImportOptions", "import_model"]
 

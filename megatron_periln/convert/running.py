@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_periln.convert.checkpoint import Checkpoint
-from megatron_periln.convert.one_process import load_model, megatron_config, megatron_logits, single_process
+from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.errors import UsageError
+from megatron_periln.models.one_process import load_model, megatron_config, megatron_logits, single_process
 
 __all__ = ["RunningModel", "checkpoint_model", "load_transformers", "transformers_model"]
 

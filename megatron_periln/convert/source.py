@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.convert.architecture import Architecture, Rope
-from megatron_periln.convert.config_json import LLAMA3_SCALING
+from megatron_periln.convert.hf_config import LLAMA3_SCALING
 from megatron_periln.convert.paths import check_model_folder
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.errors import UsageError

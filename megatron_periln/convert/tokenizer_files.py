@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_periln.convert.config_json import SpecialTokens
+from megatron_periln.convert.hf_config import SpecialTokens
 from megatron_periln.errors import UsageError
 
 __all__ = ["copy_tokenizer"]

@@ -17,20 +17,20 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_periln.checkpoints.reader import Checkpoint
+from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.convert.architecture import obstacles
-from megatron_periln.convert.checkpoint import Checkpoint
 from megatron_periln.convert.choice import refuse
-from megatron_periln.convert.one_process import (
+from megatron_periln.errors import UsageError
+from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows, window_length
+from megatron_periln.files import new_folder
+from megatron_periln.models.one_process import (
     load_model,
     megatron_config,
     megatron_logits,
     save_model,
     single_process,
 )
-from megatron_periln.errors import UsageError
-from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows, window_length
-from megatron_periln.files import new_folder
-from megatron_periln.models.saved import placement_of
 from megatron_periln.norms import OutputNormAdd
 
 __all__ = ["calibrated_output_norms", "insert_output_norms"]

@@ -44,12 +44,13 @@ def activate(*, hide_gpu: bool = False) -> None:
             "this machine has a GPU, and --device cpu would hide it; drop --device cpu to use the GPU, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU all the same"
         )
-    from megatron_periln.cpu import cuda_surface, device_alias, megatron
+    from megatron_periln.cpu import cuda_surface, device_alias
+    from megatron_periln.patches import cpu
 
     # Megatron asks for this setting, which orders kernels on a GPU, whenever ranks communicate.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_surface.install()
     device_alias.install()
-    megatron.install_before_import()
+    cpu.install_before_import()
     _active = True
-    megatron.install_after_import()
+    cpu.install_after_import()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_periln.data.errors import PreprocessError
+from megatron_periln.errors import PreprocessError
 from megatron_periln.files import held, remove_abandoned, sync
 
 __all__ = ["prepare_output", "published"]

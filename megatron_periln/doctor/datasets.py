@@ -26,7 +26,7 @@ def check_datasets(options: Namespace) -> Iterator[Row]:
         else:
             yield Row(_CHECK, "warning", "not checked", "give --data-path, as for pretraining")
         return
-    from megatron_periln.data.indexed import check_indexed_dataset
+    from megatron_periln.data.indexed.format import check_indexed_dataset
 
     tokens = size = 0
     failed = False

@@ -85,7 +85,7 @@ def _parameters(flags: list[str]) -> dict[str, Any]:
 
 def _vocabulary_of(data_path: list[str]) -> int | None:
     """Return the tokenizer's vocabulary size as the datasets' sidecars have it."""
-    from megatron_periln.data.sidecar import Sidecar, is_sidecar, sidecar_path
+    from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sidecar_path
 
     sidecars = (sidecar_path(word) for word in data_path)
     return next((Sidecar.read(path).tokenizer["vocab_size"] for path in sidecars if is_sidecar(path)), None)

@@ -26,10 +26,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as upstream
 from torch import nn
 
-from megatron_periln.models.latent_attention import mend_latent_attention
-from megatron_periln.models.local import complete_local_spec
+from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, JoinedNorm, NormPlacement, ResidualNorm
+from megatron_periln.patches.latent_attention import mend_latent_attention
 
 __all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
 

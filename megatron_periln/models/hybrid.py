@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.training.models import hybrid as upstream
 
 from megatron_periln.models.gpt import finish_model
-from megatron_periln.models.local import complete_local_spec
+from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import PERI, NoNorm, NormPlacement

@@ -13,7 +13,6 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_periln.errors import UsageError
-from megatron_periln.monitor import upstream
 from megatron_periln.monitor.alerts import Alert, Watch
 from megatron_periln.monitor.collector import Collector
 from megatron_periln.monitor.gradients import count_parameters
@@ -21,6 +20,7 @@ from megatron_periln.monitor.record import RunRecord
 from megatron_periln.monitor.tensorboard import Board
 from megatron_periln.monitor.thresholds import STOPS
 from megatron_periln.norms import NormPlacement
+from megatron_periln.patches import training_loop as upstream
 from megatron_periln.version import __version__
 
 __all__ = ["RunMonitor", "install"]

@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_periln.norms.norm import Norm
+from megatron_periln.norms.modules import Norm
 
 __all__ = ["EmbeddingNorm"]
 

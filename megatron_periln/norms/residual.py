@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
-from megatron_periln.norms.norm import JoinedNorm, SlotNorm
+from megatron_periln.norms.modules import JoinedNorm, SlotNorm
 from megatron_periln.norms.placement import NormPlacement
 
 __all__ = ["AddNorm", "OutputNormAdd", "ResidualNorm"]

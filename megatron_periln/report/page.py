@@ -10,9 +10,9 @@ from string import Template
 
 import orjson
 
+from megatron_periln.errors import ReportError
 from megatron_periln.report.colors import PALETTES, css_variables
 from megatron_periln.report.depth_figures import depth_figures
-from megatron_periln.report.errors import ReportError
 from megatron_periln.report.figures import Figure
 from megatron_periln.report.runs import ReportedRun
 from megatron_periln.report.tables import Table, alert_table, flag_table, remarks, summary_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_periln.errors import ReportError
 from megatron_periln.files import write_whole
-from megatron_periln.report.errors import ReportError
 from megatron_periln.report.page import render_page
 from megatron_periln.report.runs import load_runs
 

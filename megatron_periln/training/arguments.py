@@ -14,12 +14,12 @@ from megatron.training.global_vars import set_global_variables
 from megatron_periln import cpu
 from megatron_periln.checkpoints.arguments import GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.arguments import add_checkpoint_arguments
-from megatron_periln.checkpoints.choice import choose_intact_checkpoint, loads_from
 from megatron_periln.checkpoints.guard import put_back
+from megatron_periln.checkpoints.intact import choose_intact_checkpoint, loads_from
+from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.cpu.flags import adapt_arguments
-from megatron_periln.data.tokenizer import check_tokenizer_files
+from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
-from megatron_periln.models.saved import placement_of
 from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
 from megatron_periln.norms.kernels import BACKENDS, MAX_JOINED_HIDDEN_SIZE

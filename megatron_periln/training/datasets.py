@@ -24,10 +24,9 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_periln.data.errors import PreprocessError
-from megatron_periln.data.indexed import IndexedDatasetInfo, check_indexed_dataset
-from megatron_periln.data.sidecar import Sidecar, sidecar_path
-from megatron_periln.errors import UsageError
+from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexed_dataset
+from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
+from megatron_periln.errors import PreprocessError, UsageError
 
 __all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets"]
 

@@ -9,7 +9,7 @@ import torch
 from megatron_periln import cpu
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.norms import PLACEMENTS, kernels
-from megatron_periln.norms.kernels.trial import fault
+from megatron_periln.norms.kernels.self_test import fault
 
 __all__ = ["choose_norm_backend"]
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_periln.checkpoints.choice import loads_from
+from megatron_periln.checkpoints.intact import loads_from
+from megatron_periln.checkpoints.saved_arguments import (
+    STOCK_PLACEMENT,
+    checkpoint_path,
+    placement_of,
+    saved_arguments,
+)
 from megatron_periln.errors import UsageError
-from megatron_periln.models.saved import STOCK_PLACEMENT, checkpoint_path, placement_of, saved_arguments
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["adopt_saved_placement", "refuse_other_placement"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from megatron_periln.checkpoints.fence import Fence, SupersededError
-from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.restart_attempt import Incarnation
 from megatron_periln.errors import UsageError
 
 
@@ -106,7 +106,7 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from megatron_periln.checkpoints.fence import Fence
-from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.restart_attempt import Incarnation
 Fence.take(Path(sys.argv[1]), Incarnation.from_environment({}))
 print("taken", flush=True)
 time.sleep(60)

@@ -11,8 +11,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.arguments import parse_args
 
-from megatron_periln.convert.one_process import build_model, megatron_config, megatron_logits
-from megatron_periln.models.saved import placement_of
+from megatron_periln.checkpoints.saved_arguments import placement_of
+from megatron_periln.models.one_process import build_model, megatron_config, megatron_logits
 from megatron_periln.training.arguments import add_arguments
 
 LAYERS, VOCABULARY, POSITIONS = 3, 160, 64

@@ -1,7 +1,6 @@
 """tools/evaluate.py measures checkpoints and exported models alike."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import numpy as np
 import pytest
@@ -14,11 +13,7 @@ from tests.convert import checkpoints
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_periln.tools.evaluate")
 
 
 @pytest.fixture(scope="module")

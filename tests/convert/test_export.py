@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_periln.convert import export as exporting
 from megatron_periln.convert.export import ExportOptions, export
-from megatron_periln.convert.proof import compare
+from megatron_periln.convert.parity_check import compare
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.convert.tensors import exported_tensors
 from megatron_periln.errors import UsageError

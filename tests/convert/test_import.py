@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from megatron_periln import flag_files
 from megatron_periln.checkpoints.manifest import MANIFEST, Manifest
-from megatron_periln.convert.checkpoint import Checkpoint
+from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
-from megatron_periln.convert.one_process import build_model, megatron_config
-from megatron_periln.convert.proof import compare, logits_of_checkpoint
+from megatron_periln.convert.parity_check import compare, logits_of_checkpoint
 from megatron_periln.errors import UsageError
+from megatron_periln.models.one_process import build_model, megatron_config
 from tests.convert import checkpoints
 
 SIZES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_periln.convert.checkpoint import Checkpoint
+from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.errors import UsageError
 from tests.parallel.jobs import load_tensors

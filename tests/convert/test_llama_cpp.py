@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_periln.convert.export import ExportOptions, export
-from megatron_periln.convert.proof import compare
+from megatron_periln.convert.parity_check import compare
 from megatron_periln.convert.targets import TARGETS
 from tests.convert import checkpoints
 from tests.convert.cases import CASES

@@ -5,7 +5,7 @@ import pytest
 from megatron_periln.convert import export as exporting
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.layout import separate
-from megatron_periln.convert.proof import TOLERANCE
+from megatron_periln.convert.parity_check import TOLERANCE
 from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
 
@@ -103,7 +103,7 @@ def test_a_missing_tensor_is_refused(saved, tmp_path, monkeypatch):
 
 
 def test_tokens_of_the_proof_are_not_those_of_the_tests():
-    from megatron_periln.convert.proof import sample_tokens
+    from megatron_periln.convert.parity_check import sample_tokens
 
     ours = sample_tokens(checkpoints.VOCABULARY, checkpoints.POSITIONS)
     assert ours.shape == (2, 64)

@@ -1,8 +1,7 @@
 """The exported folder appears whole, or not at all."""
 
-import importlib.util
+import importlib
 import os
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +15,7 @@ FILES = {"config.json", "generation_config.json", "model.safetensors"}
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools" / "export_hf.py"
-    spec = importlib.util.spec_from_file_location("export_hf", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_periln.tools.export_hf")
 
 
 def quietly(_):

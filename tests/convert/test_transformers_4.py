@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_periln.convert.proof import compare
+from megatron_periln.convert.parity_check import compare
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
 

@@ -1,16 +1,15 @@
 """Output norms for a Pre-LN checkpoint: only when asked for, with the gains that fit best."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import pytest
 import torch
 
 from megatron_periln.checkpoints.manifest import Manifest
-from megatron_periln.convert.checkpoint import Checkpoint
-from megatron_periln.convert.one_process import build_model, load_model, megatron_config
+from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.warm_start import calibrated_output_norms, insert_output_norms
 from megatron_periln.errors import UsageError
+from megatron_periln.models.one_process import build_model, load_model, megatron_config
 from megatron_periln.norms import OutputNormAdd
 from tests.convert import checkpoints
 
@@ -26,11 +25,7 @@ def trained(jobs):
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[2] / "tools" / "warm_start.py"
-    spec = importlib.util.spec_from_file_location("warm_start", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_periln.tools.warm_start")
 
 
 @pytest.fixture(scope="module")

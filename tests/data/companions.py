@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import io
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_periln.data.sidecar import Sidecar
+from megatron_periln.data.indexed.sidecar import Sidecar
 
 TOOLS = Path(__file__).parents[2] / "tools"
 WITHOUT_MEGATRON = (
@@ -101,13 +100,8 @@ class Result(NamedTuple):
     stderr: str
 
 
-@cache
 def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"megatron_periln.tools.{name}")
 
 
 def run_tool(name: str, *argv: object) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
-import importlib.util
+import importlib
 import inspect
 import json
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from megatron_periln.data.resolve import wrap_tokenizer
+from megatron_periln.data.tokenizers.resolve import wrap_tokenizer
 from tests.data.characters import Characters
 from tests.data.worker_runs import Started
 
@@ -39,17 +39,13 @@ def few_characters() -> Iterator[None]:
     """Compare encoders on few characters; test_encoder_characters.py does it on all."""
     with pytest.MonkeyPatch.context() as patch:
         parts = (range(0x80, 0x800), range(0xA780, 0xA800))
-        patch.setattr("megatron_periln.data.encoders.characters._ASSIGNABLE", parts)
+        patch.setattr("megatron_periln.data.tokenizers.encoders.characters._ASSIGNABLE", parts)
         yield
 
 
 @pytest.fixture(scope="session")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_periln.tools.preprocess_data")
 
 
 @pytest.fixture
@@ -229,5 +225,5 @@ def stub(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
 @pytest.fixture
 def chunks_of_20_bytes(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.plan._CHUNK_BYTES", 20)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 20)
     stub(lambda text: None)

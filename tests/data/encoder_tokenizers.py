@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_periln.data.encoders import gigatoken
-from megatron_periln.data.resolve import ResolvedTokenizer, wrap_tokenizer
-from megatron_periln.data.tokenizer import add_tokenizer_args, build_tokenizer
+from megatron_periln.data.tokenizers.encoders import gigatoken
+from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args, build_tokenizer
+from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer, wrap_tokenizer
 
 TEXT = [line for line in inspect.getsource(textwrap).splitlines() if line.strip()] * 2
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

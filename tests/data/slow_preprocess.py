@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_periln.data import plan
-from megatron_periln.data.command_line import run_command
-from megatron_periln.data.encode import ChunkEncoder, EncodedChunk
-from megatron_periln.data.inputs import Task
-from tools import preprocess_data
+from megatron_periln.command_line import run_command
+from megatron_periln.data.preprocess import plan
+from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk
+from megatron_periln.data.readers.inputs import Task
+from megatron_periln.tools import preprocess_data
 
 plan._CHUNK_BYTES = int(sys.argv.pop(1))
 seconds = float(sys.argv.pop(1))

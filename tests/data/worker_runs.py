@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_periln.data.encode import ChunkEncoder
-from megatron_periln.data.encoders import choose_encoder
-from megatron_periln.data.inputs import Task
-from megatron_periln.data.journal import Location
-from megatron_periln.data.placer import Placer
-from megatron_periln.data.resolve import wrap_tokenizer
-from megatron_periln.data.sources import Block
-from megatron_periln.data.worker import Report
-from megatron_periln.data.workers import Written, encode_and_write
+from megatron_periln.data.preprocess.encode import ChunkEncoder
+from megatron_periln.data.preprocess.journal import Location
+from megatron_periln.data.preprocess.placer import Placer
+from megatron_periln.data.preprocess.worker import Report
+from megatron_periln.data.preprocess.workers import Written, encode_and_write
+from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.readers.sources import Block
+from megatron_periln.data.tokenizers.encoders import choose_encoder
+from megatron_periln.data.tokenizers.resolve import wrap_tokenizer
 from tests.data.characters import Characters
 from tests.data.preprocessing import to_lines
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_periln.data.indexed import HEADER, MAGIC, VERSION
+from megatron_periln.data.indexed.format import HEADER, MAGIC, VERSION
 from megatron_periln.doctor import software, storage
 from megatron_periln.doctor.__main__ import main
 

@@ -13,11 +13,11 @@ import tiktoken
 import torch
 
 from megatron_periln import flag_files
-from megatron_periln.experiments.running import check_flags
-from megatron_periln.experiments.study import read_study
-from megatron_periln.experiments.table import markdown, summarize
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import PLACEMENTS
+from megatron_periln.studies.running import check_flags
+from megatron_periln.studies.study import read_study
+from megatron_periln.studies.table import markdown, summarize
 from megatron_periln.training.arguments import add_arguments, placement_from_args
 
 ROOT = Path(__file__).parents[2]

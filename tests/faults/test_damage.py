@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_periln.checkpoints.choice import choose_intact_checkpoint
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.guard import SaveGuard, put_back, tidy
-from megatron_periln.checkpoints.incarnation import Incarnation
+from megatron_periln.checkpoints.intact import choose_intact_checkpoint
 from megatron_periln.checkpoints.manifest import MANIFEST
+from megatron_periln.checkpoints.restart_attempt import Incarnation
 from megatron_periln.errors import UsageError
 from tests.checkpoints.test_manifest import flip_a_bit
 from tests.faults.test_fencing import ONE_BY_ONE

@@ -11,7 +11,7 @@ import torch
 from megatron_periln.norms import PERI, OutputNormAdd, kernels
 from megatron_periln.norms.kernels import backends, reference
 from tests.norms import formulas
-from tests.norms.test_norm import config
+from tests.norms.test_modules import config
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_periln.norms import OUTPUT, PERI, AddNorm, OutputNormAdd, ResidualNorm
-from megatron_periln.norms.norm import Norm
+from megatron_periln.norms.modules import Norm
 from tests.norms import formulas
-from tests.norms.test_norm import config, gammas, kinds, perturbed
+from tests.norms.test_modules import config, gammas, kinds, perturbed
 
 slots = pytest.mark.parametrize("slot_class", [OutputNormAdd, AddNorm])
 

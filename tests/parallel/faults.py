@@ -1,7 +1,7 @@
 """Mistakes that a comparison with one process must notice; each is made by every rank of a job."""
 
 from megatron_periln.models import gpt
-from megatron_periln.norms import embedding, norm, residual
+from megatron_periln.norms import embedding, modules, residual
 
 
 def untag_output_gains():
@@ -47,7 +47,7 @@ def embedding_norm_on_the_second_stage():
         if model.pre_process:
             model.embedding.norm.bypassed = True
         else:
-            receive, second = model.set_input_tensor, norm.Norm(model.config)
+            receive, second = model.set_input_tensor, modules.Norm(model.config)
 
             def normed(tensors):
                 tensors = tensors if isinstance(tensors, list) else [tensors]
@@ -73,5 +73,5 @@ def skip_the_embedding_norms_gradient():
 
 
 def leave_latent_attention_as_it_is():
-    """Undo `megatron_periln.models.latent_attention`."""
+    """Undo `megatron_periln.patches.latent_attention`."""
     gpt.mend_latent_attention = lambda model: None

@@ -23,10 +23,11 @@ from tests.ports import free_port
 
 
 def warm_up():
-    from megatron_periln import cpu, fixes
+    from megatron_periln import cpu
+    from megatron_periln.patches import faults
 
     cpu.activate()
-    fixes.apply()
+    faults.apply()
     import torch
     import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard

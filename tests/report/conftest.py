@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +16,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
 @pytest.fixture(scope="session")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report_tool", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_periln.tools.report")
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_periln.data.indexed import check_indexed_dataset
-from megatron_periln.data.sidecar import Sidecar, sidecar_path
+from megatron_periln.data.indexed.format import check_indexed_dataset
+from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
 from megatron_periln.training import datasets
 from megatron_periln.training.datasets import check_data

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_periln.checkpoints.saved_arguments import saved_arguments
 from megatron_periln.errors import UsageError
-from megatron_periln.models.saved import saved_arguments
 from megatron_periln.norms import PERI, PLACEMENTS
 from megatron_periln.training.placement_checkpoint import refuse_other_placement
 from tests.training.model import MODEL

@@ -1,0 +1,121 @@
+"""Reading a distributed checkpoint tensor by tensor, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
+from megatron_periln.errors import UsageError
+
+__all__ = ["Checkpoint"]
+
+_LAYERS = "decoder.layers."
+_TABLE = "embedding.word_embeddings.weight"
+
+
+class Checkpoint:
+    """A distributed checkpoint (``--ckpt-format torch_dist``), read without building its model.
+
+    Parameters
+    ----------
+    folder
+        What ``--load`` takes.
+    step
+        Which iteration; None for the latest.
+
+    Attributes
+    ----------
+    path
+        The iteration's folder.
+    args
+        Megatron's arguments, saved with it.
+    dtype
+        Of the model's parameters.
+
+    Raises
+    ------
+    UsageError
+        If there is no such checkpoint, or it can't be read this way.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        wanted = Namespace(load=str(folder), ckpt_step=step)
+        path = checkpoint_path(wanted)
+        if path is None:
+            raise UsageError(
+                f"--load {folder}: there is no checkpoint; give the folder that --save wrote, "
+                "which holds latest_checkpointed_iteration.txt"
+            )
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+            raise UsageError(
+                f"--load {folder}: {path.name} is not a distributed checkpoint; load it with Megatron and "
+                "save it with --ckpt-format torch_dist"
+            )
+        args = saved_arguments(wanted)
+        if args is None:
+            raise UsageError(f"--load {folder}: {path.name} holds no arguments, so its model is unknown")
+        self.path, self.args = path, args
+        self._reader = FileSystemReader(path)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors: Mapping[str, Any] = metadata.state_dict_metadata
+        self.dtype: torch.dtype = self._entry(_TABLE).properties.dtype
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """Return a tensor of the model at its full shape, in the dtype that it was saved in.
+
+        Parameters
+        ----------
+        name
+            Megatron's name; within a layer, where ``layer`` is given.
+        layer
+            The layer's index from 0.
+
+        Raises
+        ------
+        UsageError
+            If the checkpoint has no such tensor.
+        """
+        key = name if layer is None else f"{_LAYERS}{name}"
+        if layer is not None and key not in self._tensors:  # --hetereogenous-dist-checkpoint
+            key, layer = f"{_LAYERS}{layer}.{name}", None
+        entry = self._entry(key)
+        offsets, sizes = [0] * len(entry.size), list(entry.size)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        target = torch.empty(sizes, dtype=entry.properties.dtype, device="cpu")
+        plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [region]))
+        self._reader.read_data(plan, _Into(target))
+        return target if layer is None else target.squeeze(0)
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self._tensors.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UsageError(f"{self.path} has no tensor {key}, which its arguments promise")
+        return entry
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts whatever is read into its place in one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.target

@@ -1,0 +1,114 @@
+"""What a checkpoint says about its model.
+
+Megatron saves its arguments with a checkpoint, ours among them. A checkpoint without ours comes
+from stock Megatron, which is Pre-LN.
+"""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.training import checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_periln.checkpoints.intact import iteration_of
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import NormPlacement
+from megatron_periln.patches import checkpoint_loading
+
+__all__ = ["STOCK_PLACEMENT", "checkpoint_path", "placement_of", "saved_arguments"]
+
+STOCK_PLACEMENT: dict[str, Any] = {
+    "norm_placement": "pre",
+    "embedding_norm": False,
+    "output_norm_init": "ones",
+    "freeze_output_norm": False,
+    "output_norm_epsilon": None,
+}
+"""The placement's arguments, and what they are in stock Megatron."""
+
+
+def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
+    """Return the folder of the iteration that ``args`` would load, None if there is none.
+
+    Parameters
+    ----------
+    args
+        Has the attribute ``load_arg``, and ``ckpt_step``, which is honoured.
+    load_arg
+        ``"load"`` or ``"pretrained_checkpoint"``.
+
+    Raises
+    ------
+    UsageError
+        If the folder names an iteration that is not there, or is a single checkpoint itself.
+    """
+    folder, flag = getattr(args, load_arg), f"--{load_arg.replace('_', '-')}"
+    if folder is None:
+        return None
+    if dist_checkpointing.check_is_distributed_checkpoint(folder):
+        raise UsageError(f"{flag} {folder} is one checkpoint; give the folder above it, and --ckpt-step")
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
+    if tracker.is_file():
+        named = tracker.read_text().strip()
+        if not named.isdecimal() and named != "release":
+            raise UsageError(f"{tracker} names no iteration but {named!r}; write the number of one into it")
+    elif not args.ckpt_step:
+        return None
+    path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+    if not path.is_dir():
+        numbers = sorted(number for inner in Path(folder).glob("iter_*") if (number := iteration_of(inner)))
+        mend = "give another --ckpt-step" if args.ckpt_step else f"mend {tracker.name}, or give --ckpt-step"
+        raise UsageError(
+            f"{flag} {folder}: there is no {path.name}, but {', '.join(map(str, numbers)) or 'none'}; {mend}"
+        )
+    return path
+
+
+def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:
+    """Return the arguments saved with the checkpoint that ``args`` would load, None if there is none.
+
+    Parameters are those of `checkpoint_path`, and errors, and one if the checkpoint can't be read.
+    """
+    path = checkpoint_path(args, load_arg)
+    if path is None:
+        return None
+    checkpoint_loading.restrict()
+    state: dict[str, Any] = {}
+    try:
+        if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+            state = dist_checkpointing.load_common_state_dict(str(path))
+        elif (path / ".metadata").is_file():  # torch_dcp, fsdp_dtensor
+            state = {"args": None}
+            if "args" in dcp.FileSystemReader(path).read_metadata().state_dict_metadata:
+                dcp.load(state, checkpoint_id=path, no_dist=True)
+        elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
+            state = torch.load(ranks[0], map_location="cpu", mmap=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()), (error,))[0]
+        raise UsageError(f"{path} can't be read: {reason}") from error
+    except (pickle.UnpicklingError, OSError, RuntimeError) as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    return state.get("args")
+
+
+def placement_of(args: Namespace) -> NormPlacement:
+    """Return the placement that ``args`` ask for, parsed or saved; stock Megatron's ask for Pre-LN.
+
+    Raises
+    ------
+    ValueError
+        If they contradict each other.
+    """
+    name, embedding, init, freeze, epsilon = (
+        getattr(args, name, stock) for name, stock in STOCK_PLACEMENT.items()
+    )
+    return NormPlacement.named(name).with_options(
+        embedding=embedding, output_norm_init=init, freeze_output_norm=freeze, output_norm_epsilon=epsilon
+    )

@@ -1,0 +1,127 @@
+"""The arrays of an indexed dataset's .idx file, mapped and read in blocks, and a check of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_periln.data.indexed.format import (
+    HEADER,
+    IndexedDatasetError,
+    IndexedDatasetInfo,
+    check_indexed_dataset,
+)
+
+__all__ = ["BLOCK", "IndexArrays", "blocks", "check_layout"]
+
+BLOCK = 1 << 20
+"""Entries of an index read at a time."""
+
+
+@dataclass(frozen=True)
+class IndexArrays:
+    """An indexed dataset with the arrays of its .idx file mapped, not read.
+
+    Parameters
+    ----------
+    prefix
+        The dataset is ``{prefix}.bin`` and ``{prefix}.idx``.
+    info
+        Dtype and counts.
+    lengths
+        ``[sequences]``, int32: tokens in each sequence.
+    pointers
+        ``[sequences]``, int64: byte offset of each sequence in the .bin file.
+    document_ends
+        ``[documents + 1]``, int64: 0, and the sequence at which each document ends.
+    modes
+        ``[sequences]``, int8, in multimodal datasets.
+    """
+
+    prefix: str
+    info: IndexedDatasetInfo
+    lengths: NDArray[np.int32]
+    pointers: NDArray[np.int64]
+    document_ends: NDArray[np.int64]
+    modes: NDArray[np.int8] | None
+
+    @classmethod
+    def open(cls, prefix: str | Path, *, may_be_empty: bool = False) -> IndexArrays:
+        """Check the dataset at ``prefix`` with ``check_indexed_dataset`` and map its index.
+
+        Raises
+        ------
+        IndexedDatasetError
+            If Megatron cannot read the dataset.
+        """
+        info = check_indexed_dataset(prefix, may_be_empty=may_be_empty)
+        path, offset = Path(f"{prefix}.idx"), HEADER.size
+
+        def part(dtype: type, entries: int) -> np.memmap:
+            nonlocal offset
+            array = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(entries,))
+            offset += array.nbytes
+            return array
+
+        lengths, pointers = part(np.int32, info.sequences), part(np.int64, info.sequences)
+        document_ends = part(np.int64, info.documents + 1)
+        modes = part(np.int8, info.sequences) if path.stat().st_size > offset else None
+        return cls(str(prefix), info, lengths, pointers, document_ends, modes)
+
+    @property
+    def bin(self) -> Path:
+        """The .bin file."""
+        return Path(f"{self.prefix}.bin")
+
+    @property
+    def idx(self) -> Path:
+        """The .idx file."""
+        return Path(f"{self.prefix}.idx")
+
+
+def blocks[Entry: np.generic](array: NDArray[Entry]) -> Iterator[NDArray[Entry]]:
+    """Yield ``array`` in blocks of at most ``BLOCK`` entries, in memory."""
+    for start in range(0, len(array), BLOCK):
+        yield np.array(array[start : start + BLOCK])
+
+
+def check_layout(dataset: IndexArrays) -> None:
+    """Check that a dataset is laid out as Megatron's builder lays it out, and its .bin file is no longer.
+
+    Megatron reads a dataset whose sequences stand in any order, with gaps. Megatron-LM's merge does not:
+    it copies the .bin file and counts new offsets.
+
+    Raises
+    ------
+    IndexedDatasetError
+        If sequences are not back to back in order, documents do not start at 0 and follow each other,
+        or the .bin file holds more than the sequences.
+    """
+    advice = "copy or preprocess the dataset again"
+    offset = 0
+    lengths, pointers = blocks(dataset.lengths), blocks(dataset.pointers)
+    for block, starts in zip(lengths, pointers, strict=True):
+        if (block < 0).any():
+            raise IndexedDatasetError(f"{dataset.idx}: a sequence has a negative length; {advice}")
+        ends = offset + np.cumsum(block, dtype=np.int64) * dataset.info.dtype.itemsize
+        if starts[0] != offset or (starts[1:] != ends[:-1]).any():
+            raise IndexedDatasetError(
+                f"{dataset.idx}: the sequences are not back to back in {dataset.bin.name}; {advice}"
+            )
+        offset = int(ends[-1])
+    previous = 0
+    for ends in blocks(dataset.document_ends):
+        if ends[0] < previous or (np.diff(ends) < 0).any():
+            raise IndexedDatasetError(f"{dataset.idx}: a document ends before it starts; {advice}")
+        previous = int(ends[-1])
+    if dataset.document_ends[0] != 0:
+        start = dataset.document_ends[0]
+        raise IndexedDatasetError(f"{dataset.idx}: the first document starts at {start}, not 0; {advice}")
+    if (size := dataset.bin.stat().st_size) != offset:
+        raise IndexedDatasetError(
+            f"{dataset.bin}: too long: {size} bytes, but {dataset.idx.name} accounts for {offset}; {advice}"
+        )

@@ -1,0 +1,238 @@
+"""Merging of indexed datasets, with the bytes of Megatron's ``IndexedDatasetBuilder.add_index``.
+
+Source: ``IndexedDatasetBuilder`` (megatron/core/datasets/indexed_dataset.py) and tools/merge_datasets.py
+of Megatron-LM. Memory does not grow with the datasets.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_periln.data.atomic import prepare_output, published
+from megatron_periln.data.indexed.copying import append_file
+from megatron_periln.data.indexed.format import (
+    DTYPES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    IndexedDatasetInfo,
+    without_suffix,
+)
+from megatron_periln.data.indexed.index_arrays import IndexArrays, blocks, check_layout
+from megatron_periln.data.indexed.merge_sidecars import merge_sidecars
+from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sha256_of
+from megatron_periln.errors import PreprocessError
+
+__all__ = ["Merged", "find_datasets", "merge_datasets"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote.
+
+    Parameters
+    ----------
+    info
+        Dtype and counts of the dataset.
+    datasets
+        Number of datasets merged.
+    files
+        The files written.
+    """
+
+    info: IndexedDatasetInfo
+    datasets: int
+    files: list[Path]
+
+    def __str__(self) -> str:
+        return (
+            f"Merged {self.datasets} datasets, {self.info.documents} documents, {self.info.sequences} "
+            f"sequences, {self.info.tokens} tokens ({self.info.dtype}): {' '.join(map(str, self.files))}"
+        )
+
+
+def find_datasets(inputs: Sequence[str]) -> list[str]:
+    """Return the prefixes of the datasets that the command line names.
+
+    Parameters
+    ----------
+    inputs
+        Prefixes, with or without .bin or .idx; globs of prefixes; folders. The datasets of a glob or
+        a folder are taken in natural order: ``part_2`` before ``part_10``.
+
+    Raises
+    ------
+    PreprocessError
+        If a folder holds no dataset, a glob matches none, or a dataset is named twice.
+    """
+    prefixes: list[str] = []
+    for name in inputs:
+        if Path(name).is_dir():
+            found = _datasets_among(Path(name).iterdir())
+            if not found:
+                raise PreprocessError(f"{name}: no .bin and .idx files in this folder")
+        elif not glob.has_magic(name) or any(Path(name + suffix).exists() for suffix in ("", ".idx")):
+            found = [without_suffix(name)]
+        else:
+            matches = glob.glob(f"{without_suffix(name)}.idx") + glob.glob(f"{without_suffix(name)}.bin")  # noqa: PTH207
+            found = _datasets_among(map(Path, matches))
+            if not found:
+                raise PreprocessError(f"{name}: no dataset matches this glob")
+        prefixes.extend(found)
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        path = Path(f"{prefix}.idx").resolve()
+        if path in seen:
+            raise PreprocessError(f"{prefix}: given twice; name each dataset once, and quote globs")
+        seen.add(path)
+    return prefixes
+
+
+def merge_datasets(
+    prefixes: Sequence[str],
+    output_prefix: str,
+    *,
+    overwrite: bool = False,
+    multimodal: bool = False,
+    command: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda line: None,
+) -> Merged:
+    """Merge the datasets at ``prefixes``, in that order, into one at ``output_prefix``.
+
+    All inputs are checked first; the dataset appears when it is complete. If each input has a sidecar,
+    so has the output.
+
+    Parameters
+    ----------
+    prefixes
+        The datasets.
+    output_prefix
+        Writes ``{output_prefix}.bin`` and ``.idx``.
+    overwrite
+        Replace a dataset that exists.
+    multimodal
+        Insist that the datasets have modes. They are merged where there are any.
+    command
+        The command, for the sidecar.
+    progress
+        Is called with a line for each dataset.
+
+    Raises
+    ------
+    PreprocessError
+        If the output cannot be written, exists, or is an input, or if the inputs do not fit each other.
+    IndexedDatasetError
+        If an input is damaged.
+    """
+    if not prefixes:
+        raise PreprocessError("no datasets to merge: name at least one")
+    _refuse_output_among(prefixes, output_prefix)
+    bin_, json_, idx = (Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx"))
+    for path in (bin_, idx):
+        prepare_output(path, flag="--output-prefix", overwrite=overwrite)
+    datasets = []
+    for prefix in prefixes:
+        datasets.append(IndexArrays.open(prefix, may_be_empty=True))
+        check_layout(datasets[-1])
+    _check_fit(datasets, multimodal=multimodal)
+    if not _sum(datasets).tokens:
+        raise PreprocessError(
+            f"{output_prefix}: no dataset to be merged has tokens; preprocess a corpus that is not empty"
+        )
+    sidecar = merge_sidecars(datasets, command)
+
+    stale = _stale_sidecar(json_, sidecar, overwrite=overwrite)
+    files = [bin_, idx] if sidecar is None else [bin_, json_, idx]
+    with published(*files, stale=stale) as temporary:
+        with temporary[0].open("wb", buffering=0) as stream:
+            for number, dataset in enumerate(datasets, start=1):
+                append_file(dataset.bin, stream)
+                progress(f"Copied {number} of {len(datasets)} datasets: {dataset.prefix}")
+        with temporary[-1].open("wb") as stream:
+            _write_index(datasets, stream)
+        if sidecar is not None:
+            checksums = {"bin": sha256_of(temporary[0]), "idx": sha256_of(temporary[-1])}
+            temporary[1].write_text(replace(sidecar, sha256=checksums).to_json(), encoding="utf-8")
+    return Merged(info=_sum(datasets), datasets=len(datasets), files=files)
+
+
+def _datasets_among(paths: Iterable[Path]) -> list[str]:
+    found = {str(path.with_suffix("")) for path in paths if path.suffix in (".bin", ".idx")}
+    return sorted(
+        found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    )
+
+
+def _refuse_output_among(prefixes: Sequence[str], output_prefix: str) -> None:
+    for prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            source, output = Path(prefix + suffix), Path(output_prefix + suffix)
+            if source.exists() and output.exists() and source.samefile(output):
+                raise PreprocessError(
+                    f"{output}: is the output and an input ({source}): choose another --output-prefix"
+                )
+
+
+def _stale_sidecar(path: Path, new: Sidecar | None, *, overwrite: bool) -> list[Path]:
+    """Return the file at ``path`` if it is to be removed; a corpus of that name is left alone."""
+    if not path.exists() or (new is None and not is_sidecar(path)):
+        return []
+    prepare_output(path, flag="--output-prefix", overwrite=overwrite)
+    if not is_sidecar(path):
+        raise PreprocessError(f"{path} exists and is no sidecar of a dataset: choose another --output-prefix")
+    return [path]
+
+
+def _check_fit(datasets: Sequence[IndexArrays], *, multimodal: bool) -> None:
+    """Check that all datasets have one dtype, and that all or none have modes."""
+    by_dtype: dict[str, list[str]] = {}
+    for dataset in datasets:
+        by_dtype.setdefault(dataset.info.dtype.name, []).append(dataset.prefix)
+    if len(by_dtype) > 1:
+        names = "; ".join(f"{dtype}: {', '.join(those)}" for dtype, those in by_dtype.items())
+        raise PreprocessError(
+            f"the datasets have tokens of different dtypes ({names}): preprocess all with the same tokenizer"
+        )
+    without = [dataset.prefix for dataset in datasets if dataset.modes is None]
+    if without and (multimodal or len(without) < len(datasets)):
+        others = "--multimodal was given" if multimodal else "other datasets have them"
+        raise PreprocessError(f"{without[0]}: has no modes, but {others}: merge datasets of one kind")
+
+
+def _sum(datasets: Sequence[IndexArrays]) -> IndexedDatasetInfo:
+    return IndexedDatasetInfo(
+        dtype=datasets[0].info.dtype,
+        sequences=sum(dataset.info.sequences for dataset in datasets),
+        documents=sum(dataset.info.documents for dataset in datasets),
+        tokens=sum(dataset.info.tokens for dataset in datasets),
+    )
+
+
+def _write_index(datasets: Sequence[IndexArrays], stream: BinaryIO) -> None:
+    info = _sum(datasets)
+    code = next(code for code, dtype in DTYPES.items() if dtype == info.dtype)
+    stream.write(HEADER.pack(MAGIC, VERSION, code, info.sequences, info.documents + 1))
+    for dataset in datasets:
+        for block in blocks(dataset.lengths):
+            stream.write(block.tobytes())
+    offset = 0
+    for dataset in datasets:
+        for pointers in blocks(dataset.pointers):
+            stream.write((pointers + offset).tobytes())
+        offset += dataset.info.tokens * info.dtype.itemsize
+    stream.write(np.zeros(1, dtype=np.int64).tobytes())
+    offset = 0
+    for dataset in datasets:
+        for ends in blocks(dataset.document_ends[1:]):
+            stream.write((ends + offset).tobytes())
+        offset += dataset.info.sequences
+    for dataset in datasets:
+        for modes in blocks(dataset.modes) if dataset.modes is not None else ():
+            stream.write(modes.tobytes())

@@ -1,0 +1,209 @@
+"""What a dataset was made of: ``{prefix}.json`` beside ``{prefix}.bin`` and ``{prefix}.idx``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from megatron_periln.data.atomic import published
+from megatron_periln.errors import PreprocessError
+
+__all__ = ["FORMAT_VERSION", "Sidecar", "is_sidecar", "sha256_of", "sidecar_path", "utc_now"]
+
+FORMAT_VERSION = 1
+
+_MOST_BYTES = 1 << 28
+
+_TOKENIZER: dict[str, Any] = {
+    "type": str,
+    "digest": str | None,
+    "vocab_size": int,
+    "eod": int | None,
+    "encoder": str,
+}
+_INPUT: dict[str, Any] = {"path": str, "bytes": int}
+_SHA256: dict[str, Any] = {"bin": str, "idx": str}
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a dataset holds, what it was made of, and by what.
+
+    Parameters
+    ----------
+    documents, sequences, tokens
+        Counts, as ``check_indexed_dataset`` returns them.
+    dtype
+        The dtype of the tokens, such as ``uint16``.
+    bytes_read
+        Size of the documents read, decompressed.
+    skipped
+        Number of documents left out, for each reason.
+    tokenizer
+        ``type``, ``digest`` (of its files, or None), ``vocab_size``, ``eod`` (an id or None) and ``encoder``
+        (what tokenized, such as ``megatron``).
+    append_eod
+        Whether each document ends with the end-of-document token.
+    json_key
+        The JSON key of the texts; several, joined by commas, if datasets of several were merged.
+    inputs
+        ``path`` and ``bytes`` of each input file.
+    sha256
+        Checksums in hex: ``bin`` and ``idx``.
+    versions
+        The version of each package that matters.
+    command
+        The command that wrote the dataset.
+    created
+        When, in ISO 8601, UTC.
+    format_version
+        Version of this format.
+    plan
+        What decided the bytes, by name; empty where several datasets were merged, and in older sidecars.
+    parts
+        How many datasets its run wrote for the key: more than one with ``--max-bin-size``.
+    """
+
+    documents: int
+    sequences: int
+    tokens: int
+    dtype: str
+    bytes_read: int
+    skipped: dict[str, int]
+    tokenizer: dict[str, Any]
+    append_eod: bool
+    json_key: str
+    inputs: list[dict[str, Any]]
+    sha256: dict[str, str]
+    versions: dict[str, str]
+    command: list[str]
+    created: str
+    format_version: int = FORMAT_VERSION
+    plan: dict[str, Any] = field(default_factory=dict)
+    parts: int = 1
+
+    def to_json(self) -> str:
+        """Return the sidecar as indented JSON with a line end."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write to ``path``; an old file there is replaced at once.
+
+        Raises
+        ------
+        PreprocessError
+            If the file cannot be written.
+        """
+        with published(Path(path)) as (temporary,):
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Sidecar:
+        """Read ``path``; fields that this version does not know are left out.
+
+        Raises
+        ------
+        PreprocessError
+            If the file cannot be read, is malformed, is of a newer format, or lacks a field.
+        """
+        try:
+            if (size := Path(path).stat().st_size) > _MOST_BYTES:
+                raise PreprocessError(f"{path}: {size} bytes, too many for the sidecar of a dataset")
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PreprocessError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PreprocessError(f"{path}: malformed JSON: {error}; preprocess the corpus again") from error
+        if not isinstance(content, dict):
+            raise PreprocessError(f"{path}: not a JSON object, so not the sidecar of a dataset")
+        content.setdefault("plan", {})
+        version = content.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            raise PreprocessError(
+                f"{path}: format version {version}, only {FORMAT_VERSION} and older can be read; "
+                f"update megatron-periln"
+            )
+        _check_fields(path, content, get_type_hints(cls), "")
+        _check_fields(path, content["tokenizer"], _TOKENIZER, "tokenizer.")
+        _check_fields(path, content["sha256"], _SHA256, "sha256.")
+        for number, item in enumerate(content["inputs"]):
+            _check_fields(path, item, _INPUT, f"inputs[{number}].")
+        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """Return the path of the sidecar of the dataset at ``prefix``."""
+    return Path(f"{prefix}.json")
+
+
+def is_sidecar(path: str | Path) -> bool:
+    """Whether the file at ``path`` is a sidecar that can be read."""
+    try:
+        Sidecar.read(path)
+    except PreprocessError:
+        return False
+    return True
+
+
+def sha256_of(path: str | Path, block: int = 1 << 22) -> str:
+    """Return the SHA-256 of a file in hex, reading ``block`` bytes at a time.
+
+    Raises
+    ------
+    PreprocessError
+        If the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            while chunk := stream.read(block):
+                digest.update(chunk)
+    except OSError as error:
+        raise PreprocessError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def utc_now() -> str:
+    """Return the time in ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _check_fields(path: str | Path, content: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    for name, kind in fields.items():
+        if name not in content:
+            raise PreprocessError(
+                f"{path}: field {where + name!r} is missing; restore the file or preprocess the corpus again"
+            )
+        if not _is_of(content[name], kind):
+            raise PreprocessError(
+                f"{path}: field {where + name!r} is {json.dumps(content[name])[:60]}, "
+                f"not {_name_of(kind)}; restore the file or preprocess the corpus again"
+            )
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of a type; a boolean is no integer."""
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_of(item, get_args(kind)[1]) for item in value.values())
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is types.UnionType:
+        return any(_is_of(value, choice) for choice in get_args(kind))
+    return kind is Any or type(value) is kind
+
+
+def _name_of(kind: Any) -> str:
+    names = {int: "an integer", str: "a string", bool: "true or false", types.NoneType: "null"}
+    if get_origin(kind) is types.UnionType:
+        return " or ".join(names[choice] for choice in get_args(kind))
+    if get_origin(kind) is list:
+        return "a list" if get_args(kind)[0] not in names else f"a list, each {names[get_args(kind)[0]]}"
+    if get_origin(kind) is dict:
+        return "an object" if get_args(kind)[1] is Any else f"an object, each {names[get_args(kind)[1]]}"
+    return names[kind]

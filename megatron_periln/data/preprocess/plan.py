@@ -1,0 +1,208 @@
+"""What a preprocessing run shall do, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_periln.data.atomic import prepare_output
+from megatron_periln.data.readers.inputs import InputFile
+from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+
+__all__ = [
+    "Plan",
+    "Summary",
+    "dataset_prefix",
+    "difference",
+    "growing_folder",
+    "prepare_outputs",
+    "quarantine_file",
+]
+
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to encode, how, and where to.
+
+    Parameters
+    ----------
+    inputs
+        The input files, in order.
+    output_prefix
+        The datasets are ``{output_prefix}_{key}_document``, or ``_sentence``.
+    tokenizer, tokenizer_type
+        The tokenizer, and its name among Megatron's.
+    keys
+        The JSON keys to encode, a dataset for each.
+    append_eod
+        End each document that is not empty with the end-of-document token.
+    split, split_name
+        Splits a text into sentences; and what that is, for people.
+    encoder
+        The name of the encoder to use; None for the fastest that is exact.
+    workers
+        Number of worker processes.
+    partitions
+        The order of the documents: see ``to_tasks``.
+    shard
+        Which part of the input to encode, from 0, and of how many.
+    max_bin_size
+        Bytes after which a dataset goes on in another; None for no limit.
+    max_document_bytes
+        Size of the largest document to read.
+    on_error
+        ``stop``, ``skip`` or ``quarantine`` documents that cannot be encoded.
+    resume, overwrite
+        Take up an unfinished run; replace datasets that exist.
+    command
+        The command line, for the sidecar.
+    chunk_bytes
+        Size of the parts in which the input is read.
+    """
+
+    inputs: list[InputFile]
+    output_prefix: str
+    tokenizer: ResolvedTokenizer
+    tokenizer_type: str
+    keys: list[str]
+    append_eod: bool = False
+    split: Callable[[str], list[str]] | None = None
+    split_name: str | None = None
+    encoder: str | None = None
+    workers: int = 1
+    partitions: int = 1
+    shard: tuple[int, int] = (0, 1)
+    max_bin_size: int | None = None
+    max_document_bytes: int = 256 << 20
+    on_error: str = "stop"
+    resume: bool = False
+    overwrite: bool = False
+    command: list[str] = field(default_factory=list)
+    chunk_bytes: int = field(default_factory=lambda: _CHUNK_BYTES)
+
+    @property
+    def rereadable(self) -> bool:
+        """Whether the inputs can be read again: none is a pipe."""
+        return all(file.regular for file in self.inputs)
+
+    def identity(self, dtype: np.dtype) -> dict[str, Any]:
+        """Return what decides the bytes of the output, by the name that errors give it."""
+        return {
+            "the input": [[file.path, file.format, file.bytes, file.modified] for file in self.inputs],
+            "--json-keys": self.keys,
+            "--append-eod": self.append_eod,
+            "--split-sentences": self.split_name,
+            "the tokenizer": self.tokenizer.digest,
+            "the dtype": str(dtype),
+            "--partitions": self.partitions,
+            "--shard": list(self.shard),
+            "--max-bin-size": self.max_bin_size,
+            "--max-document-bytes": self.max_document_bytes,
+            "the size of a chunk": self.chunk_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run read and wrote.
+
+    Parameters
+    ----------
+    documents
+        Number of documents written.
+    tokens
+        Number of tokens written, over all keys.
+    bytes
+        Size of the documents read, decompressed.
+    empty
+        Number of documents without tokens, over all keys.
+    left_out
+        Number of documents that were left out, for each reason.
+    encoder
+        What encoded them.
+    seconds
+        Wall time.
+    files
+        The files written.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    empty: int
+    left_out: dict[str, int]
+    encoder: str
+    seconds: float
+    files: list[Path]
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        empty = f" ({self.empty} empty)" if self.empty else ""
+        reasons = ", ".join(f"{number} {kind}" for kind, number in sorted(self.left_out.items()))
+        left_out = f"Left out {sum(self.left_out.values())} documents: {reasons}\n" if reasons else ""
+        return (
+            f"{left_out}Wrote {self.documents} documents{empty}, {self.tokens} tokens, "
+            f"from {self.bytes} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s, {self.encoder}): "
+            f"{' '.join(map(str, self.files))}"
+        )
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first thing that decides the bytes and is not as it was, given two identities of plans.
+
+    Parameters
+    ----------
+    before
+        As it was read from JSON.
+    now
+        As ``Plan.identity`` returns it.
+    """
+    for name, value in json.loads(json.dumps(now)).items():
+        if before.get(name) != value:
+            return f"{name} was {before.get(name)!r} and is {value!r}"
+    return None
+
+
+def dataset_prefix(prefix: str, key: str, *, sentences: bool = False, number: int | None = None) -> str:
+    """Return the prefix of a dataset: ``{prefix}_{key}_document``, or ``_sentence``.
+
+    Where datasets have a size limit, they are numbered: ``..._document_00000``.
+    """
+    name = f"{prefix}_{key}_{'sentence' if sentences else 'document'}"
+    return name if number is None else f"{name}_{number:05d}"
+
+
+def prepare_outputs(
+    output_prefix: str, prefixes: Iterable[str], *, quarantine: bool, resume: bool, overwrite: bool
+) -> None:
+    """Make the output folders, and check that the datasets can be written.
+
+    Raises
+    ------
+    PreprocessError
+        If a folder cannot be made or written to, or if an output exists that shall not be replaced.
+    """
+    # A run that is taken up may have published some of its datasets.
+    resumes = resume and growing_folder(output_prefix).exists()
+    files = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+    if quarantine:
+        files.append(str(quarantine_file(output_prefix)))
+    for file in files:
+        prepare_output(file, flag="--output-prefix", overwrite=overwrite or resumes)
+
+
+def quarantine_file(output_prefix: str) -> Path:
+    """Return the file that documents go to that are left out."""
+    return Path(f"{output_prefix}_quarantine.jsonl")
+
+
+def growing_folder(output_prefix: str) -> Path:
+    """Return the folder in which a run keeps what it has done."""
+    return Path(f"{output_prefix}.partial")

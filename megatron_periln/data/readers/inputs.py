@@ -1,0 +1,237 @@
+"""From the values of ``--input`` to files, and to chunks that workers read."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_periln.data.readers.opening import open_input, reading
+from megatron_periln.data.readers.parquet import row_ranges
+from megatron_periln.data.readers.sources import ByteRange, Chunk, Source, Stream, TextFiles
+from megatron_periln.errors import PreprocessError
+
+__all__ = ["FORMATS", "STDIN", "InputFile", "Task", "find_inputs", "sources", "take_shard", "to_tasks"]
+
+FORMATS = ("auto", "jsonl", "parquet", "text")
+STDIN = "-"
+_COMPRESSED = (".gz", ".zst")
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An input.
+
+    Parameters
+    ----------
+    path
+        The file; ``-`` is standard input.
+    format
+        ``jsonl``, ``parquet`` or ``text``.
+    bytes
+        Size of the file.
+    modified
+        Time of its last change, in ns.
+    """
+
+    path: str
+    format: str
+    bytes: int = 0
+    modified: int = 0
+
+    @property
+    def regular(self) -> bool:
+        """Whether it can be read again: a file, no pipe."""
+        return self.path != STDIN and Path(self.path).is_file()
+
+    @property
+    def seekable(self) -> bool:
+        """Whether it can be read from the middle."""
+        return self.regular and not self.path.endswith(_COMPRESSED)
+
+
+class Task(NamedTuple):
+    """Documents ``skip``, ``skip + step``, ... of a chunk, counted from 0."""
+
+    chunk: Chunk
+    skip: int = 0
+    step: int = 1
+
+
+def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
+    """Return the input files that ``--input`` names, in the order of the output.
+
+    Parameters
+    ----------
+    values
+        Files; globs, whose matches are taken in sorted order; folders, which stand for the files
+        below them with a known suffix; ``-`` for standard input.
+    format
+        One of ``FORMATS``. ``auto`` goes by the suffix; what has none that is known is JSON Lines.
+
+    Raises
+    ------
+    PreprocessError
+        If there is no such file, a glob or a folder has none, or standard input is not alone.
+    """
+    found: list[InputFile] = []
+    for value in values:
+        if value == STDIN:
+            if len(values) > 1:
+                raise PreprocessError("--input -: standard input must be the only input")
+            found.append(InputFile(STDIN, "jsonl" if format == "auto" else format))
+        else:
+            found.extend(_describe(path, format) for path in _paths(value))
+    for file in found:
+        if file.format == "text" and not file.regular:
+            raise PreprocessError(f"{file.path}: plain text cannot come through a pipe: give the file itself")
+        if file.format == "text" and format == "auto":
+            _refuse_json(file)
+        if file.format == "parquet" and not file.seekable:
+            raise PreprocessError(
+                f"{file.path}: Parquet cannot be compressed or a pipe: give the file itself"
+            )
+    return found
+
+
+def sources(inputs: Sequence[InputFile], keys: Sequence[str], chunk_bytes: int) -> list[Source]:
+    """Return the sources of ``inputs``, in order: what can be read from the middle is cut in pieces.
+
+    Raises
+    ------
+    PreprocessError
+        If a Parquet file cannot be read or lacks a column, or plain text shall have several keys.
+    """
+    found: list[Source] = []
+    texts: list[InputFile] = []
+
+    def flush() -> None:
+        if texts:
+            found.append(TextFiles(tuple(file.path for file in texts), sum(file.bytes for file in texts)))
+            texts.clear()
+
+    for file in inputs:
+        if file.format == "text":
+            if len(keys) > 1:
+                raise PreprocessError(f"{file.path}: plain text has no keys: give one --json-keys")
+            texts.append(file)
+            if sum(text.bytes for text in texts) >= chunk_bytes:
+                flush()
+            continue
+        flush()
+        if file.format == "parquet":
+            found.extend(row_ranges(file.path, keys))
+        elif file.seekable:
+            cuts = range(0, file.bytes, chunk_bytes)
+            found.extend(ByteRange(file.path, at, min(at + chunk_bytes, file.bytes)) for at in cuts)
+        else:
+            found.append(Stream(file.path, chunk_bytes, file.bytes))
+    flush()
+    return found
+
+
+def take_shard(all_sources: Sequence[Source], shard: int, shards: int) -> list[Source]:
+    """Return the part of the sources that shard ``shard`` of ``shards`` encodes.
+
+    The shards are consecutive and of about the same size, so their datasets, merged in order, are
+    that of one run. A compressed file is in one shard.
+    """
+    weights = [max(source.weight, 1) for source in all_sources]
+    total = sum(weights)
+    middles = [2 * end - weight for end, weight in zip(accumulate(weights), weights, strict=True)]
+    return [
+        source
+        for source, middle in zip(all_sources, middles, strict=True)
+        if middle * shards // (2 * total) == shard
+    ]
+
+
+def to_tasks(all_sources: Sequence[Source], partitions: int, limit: int) -> Iterator[Task]:
+    """Yield the tasks of the sources, in the order in which their documents are written.
+
+    With several partitions Megatron-LM deals documents out to them in turn and then joins the
+    partitions (``main`` in tools/preprocess_data.py), so the order is documents 0, n, 2n, ... of
+    all inputs, then 1, n + 1, ... The inputs are then read once for each.
+
+    Parameters
+    ----------
+    all_sources
+        What to read.
+    partitions
+        Number of partitions.
+    limit
+        The largest size of a document, in bytes.
+
+    Raises
+    ------
+    PreprocessError
+        If a file cannot be read.
+    """
+    if partitions == 1:
+        for source in all_sources:
+            for chunk in source.chunks(limit):
+                yield Task(chunk)
+        return
+    for partition in range(partitions):
+        first = 0
+        for source in all_sources:
+            for chunk in source.chunks(limit):
+                yield Task(chunk, skip=(partition - first) % partitions, step=partitions)
+                first += chunk.count()
+
+
+def _paths(value: str) -> Iterable[Path]:
+    path = Path(value)
+    if path.is_dir():
+        files = sorted(file for file in _files_below(path) if _suffix(file) in _SUFFIXES)
+        if not files:
+            raise PreprocessError(
+                f"--input {value}: no files in this folder that end with {', '.join(_SUFFIXES)}, "
+                f"or with those and {' or '.join(_COMPRESSED)}"
+            )
+        return files
+    if path.exists():
+        return [path]
+    if not glob.has_magic(value):
+        raise PreprocessError(f"--input {value}: no such file")
+    matches = [Path(match) for match in sorted(glob.glob(value, recursive=True))]  # noqa: PTH207 (Path.glob takes no absolute glob)
+    files = [match for match in matches if not match.is_dir()]
+    if not files:
+        raise PreprocessError(f"--input {value}: no file matches this glob")
+    return files
+
+
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders; a link to a folder above is not followed."""
+    if (real := folder.resolve()) in above:
+        return
+    with reading(str(folder)):
+        paths = list(folder.iterdir())
+    for path in paths:
+        if path.is_dir():
+            yield from _files_below(path, above | {real})
+        elif path.is_file():
+            yield path
+
+
+def _describe(path: Path, format: str) -> InputFile:
+    if format == "auto":
+        format = _SUFFIXES.get(_suffix(path), "jsonl")
+    status = path.stat()
+    return InputFile(str(path), format, status.st_size, status.st_mtime_ns)
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _refuse_json(file: InputFile) -> None:
+    with reading(file.path), open_input(file.path) as opened:
+        if file.bytes and opened.stream.read(64).lstrip().startswith(b'{"'):
+            raise PreprocessError(
+                f"{file.path}: JSON Lines by its look, plain text by its name: choose with --input-format"
+            )

@@ -1,0 +1,147 @@
+"""Tokenizers that were trained, before and as they are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_periln.data.atomic import published
+from megatron_periln.data.tokenizer_training.folder import write_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["HuggingFaceFiles", "Measured", "SentencePieceModel", "Trained", "measure"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a tokenizer does on a text.
+
+    Parameters
+    ----------
+    bytes, tokens
+        Size of the text in UTF-8, and in tokens.
+    pieces, restored
+        Number of pieces of text, and of those that decoding restores to the byte.
+    """
+
+    bytes: int
+    tokens: int
+    pieces: int
+    restored: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bytes / max(self.tokens, 1):.3f} bytes a token ({self.bytes:,} bytes; "
+            f"{self.restored} of {self.pieces} pieces decode to the same text)"
+        )
+
+
+class Trained(Protocol):
+    """A tokenizer that was trained."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def eod(self) -> int:
+        """Id that Megatron takes for the end-of-document token."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``."""
+
+    def write(self, path: Path) -> None:
+        """Write the tokenizer, whole or not at all."""
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A SentencePiece model: the content of its file."""
+
+    model: bytes
+
+    @cached_property
+    def _processor(self) -> Any:
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self._processor.get_piece_size()
+
+    @property
+    def eod(self) -> int:
+        """Id that Megatron takes for the end-of-document token."""
+        return self._processor.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``."""
+        return self._processor.decode(ids)
+
+    def write(self, path: Path) -> None:
+        """Write the model file."""
+        with published(path) as (temporary,):
+            temporary.write_bytes(self.model)
+
+
+@dataclass(frozen=True)
+class HuggingFaceFiles:
+    """A Hugging Face tokenizer: the content of each file of its folder."""
+
+    files: dict[str, str]
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.files["tokenizer.json"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def eod(self) -> int:
+        """Id that Megatron takes for the end-of-document token."""
+        token = json.loads(self.files["tokenizer_config.json"])["eos_token"]
+        return self._tokenizer.get_vocab()[token]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def write(self, path: Path) -> None:
+        """Write the folder."""
+        write_folder(path, self.files)
+
+
+def measure(tokenizer: Trained, texts: Iterable[bytes]) -> Measured:
+    """Encode and decode pieces of text, in UTF-8."""
+    size, tokens, restored = 0, 0, []
+    for piece in texts:
+        text = piece.decode("utf-8")
+        ids = tokenizer.encode(text)
+        size += len(piece)
+        tokens += len(ids)
+        restored.append(tokenizer.decode(ids) == text)
+    return Measured(size, tokens, len(restored), sum(restored))

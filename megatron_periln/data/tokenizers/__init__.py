@@ -1,0 +1,1 @@
+"""Megatron's tokenizers, and encoders that give their ids faster."""

@@ -1,0 +1,150 @@
+"""What was learned about a tokenizer, kept on disk under the content of its files and the versions in use."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_periln.version import __version__
+
+__all__ = ["cache_folder", "content_key", "read_entry", "versions", "write_entry"]
+
+_OWN_CODE = (
+    *("cache.py", "megatron_tokenizer.py", "parts.py", "probes.py", "resolve.py"),
+    "encoders/gigatoken.py",
+)
+_PACKAGES = ("megatron-core", "transformers", "tokenizers", "tiktoken", "sentencepiece", "gigatoken")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
+_MAX_FILES = 1000
+_MAX_BYTES = 1 << 29
+_READS_THE_HUB = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
+_FLAGS_WITHOUT_EFFECT = ("padded_vocab_size", "pad_vocab_size", "chat_template", "vocab_extra_ids")
+_PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
+
+
+def cache_folder() -> Path:
+    """Return the folder of all entries, below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or "~/.cache").expanduser() / "megatron-periln" / "tokenizers"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what tokenizes; of installed packages without importing any."""
+    names = "|".join(name.replace("-", "[-_]") for name in _PACKAGES)
+    pattern = re.compile(rf"({names})-([^-]+)\.(?:dist|egg)-info", re.IGNORECASE)
+    found = {"megatron-periln": __version__}
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(folder or "."):  # noqa: PTH208  half the time of Path.iterdir
+                if match := pattern.fullmatch(entry):
+                    found.setdefault(match[1].lower().replace("_", "-"), match[2])
+    return dict(sorted(found.items()))
+
+
+def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
+    """Return the key of a tokenizer: a sha256 of its files, its flags, and the versions and code in use.
+
+    Parameters
+    ----------
+    args
+        The tokenizer flags.
+    flags
+        The names (``dest``) of the flags that make up the key, with their defaults.
+
+    Returns
+    -------
+    None where the files cannot be known: a name on the Hugging Face hub of which there is no local copy, a
+    type that reads the hub whatever its flags, files that cannot be read, or a folder with more than half a
+    gigabyte beside the weights.
+    """
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for name in _OWN_CODE:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    values = {name: getattr(args, name, default) for name, default in flags.items()}
+    for name in _FLAGS_WITHOUT_EFFECT:
+        values.pop(name, None)
+    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    named = [value for name in _PATHS if (value := values.get(name))]
+    if not named or args.tokenizer_type in _READS_THE_HUB:
+        return None
+    try:
+        for value in named:
+            path = Path(value) if Path(value).exists() else _hub_snapshot(value)
+            if path is None or (files := _files(path)) is None:
+                return None
+            # AutoTokenizer may read the kind of model from the folder's name.
+            digest.update(str(path.absolute()).encode())
+            for file in files:
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(f"\0{file.name}\0{content}".encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path] | None:
+    if path.is_file():
+        return [path]
+    entries = sorted(path.iterdir())
+    files = [entry for entry in entries if entry.is_file() and entry.suffix not in _WEIGHTS]
+    if len(files) > _MAX_FILES or sum(file.stat().st_size for file in files) > _MAX_BYTES:
+        return None
+    return files
+
+
+def _hub_snapshot(name: str) -> Path | None:
+    home = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    )
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = hub / ("models--" + name.replace("/", "--"))
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return snapshot if snapshot.is_dir() else None
+
+
+def read_entry(key: str) -> dict[str, bytes] | None:
+    """Return the files of an entry by name; None if there is none or it is damaged."""
+    folder = cache_folder() / key
+    try:
+        sums = json.loads((folder / "sha256.json").read_bytes())
+        files = {name: (folder / name).read_bytes() for name in sums}
+        if all(hashlib.sha256(files[name]).hexdigest() == expected for name, expected in sums.items()):
+            return files
+    except (OSError, ValueError, TypeError):
+        pass
+    return None
+
+
+def write_entry(key: str, files: Mapping[str, bytes]) -> bool:
+    """Write an entry whole or not at all; return whether it could be written."""
+    parent = cache_folder()
+    temporary = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        for name, content in {**files, "sha256.json": json.dumps(sums).encode()}.items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        if (parent / key).exists() and read_entry(key) is None:
+            shutil.rmtree(parent / key, ignore_errors=True)
+        temporary.rename(parent / key)
+    except OSError:
+        return read_entry(key) is not None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True

@@ -1,0 +1,27 @@
+"""Encoders of batches of texts, each giving the token ids of Megatron's tokenizer."""
+
+from megatron_periln.data.tokenizers.encoders.base import (
+    BatchEncoder,
+    Encoded,
+    EncoderUnavailableError,
+    token_dtype,
+)
+from megatron_periln.data.tokenizers.encoders.selection import (
+    Choice,
+    available_encoders,
+    choose_encoder,
+    first_difference,
+    open_encoder,
+)
+
+__all__ = [
+    "BatchEncoder",
+    "Choice",
+    "Encoded",
+    "EncoderUnavailableError",
+    "available_encoders",
+    "choose_encoder",
+    "first_difference",
+    "open_encoder",
+    "token_dtype",
+]

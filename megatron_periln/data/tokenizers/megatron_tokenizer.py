@@ -1,0 +1,211 @@
+"""Megatron's tokenizer: its flags, and one clear error where building it fails.
+
+Importing this module, parsing the flags and checking the files they name need neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from megatron_periln.data.tokenizers.hub import check_hub
+from megatron_periln.errors import PreprocessError
+
+__all__ = [
+    "TOKENIZER_FLAGS",
+    "Tokenizer",
+    "add_tokenizer_args",
+    "build_tokenizer",
+    "check_tokenizer_files",
+    "end_of_document",
+]
+
+_TYPES = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "GPT2BPETokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "MultimodalTokenizer",
+    "NullTokenizer",
+    "NullMultimodalTokenizer",
+    "SFTTokenizer",
+)
+_SWITCH: dict[str, Any] = {"action": "store_true"}
+
+TOKENIZER_FLAGS: dict[str, dict[str, Any]] = {
+    "--vocab-size": {"type": int, "help": "size of the vocabulary, before padding"},
+    "--padded-vocab-size": {"type": int, "help": "size of the model's vocabulary; not used here"},
+    "--no-pad-vocab-size --disable-pad-vocab-size": {
+        "action": "store_false",
+        "dest": "pad_vocab_size",
+        "help": "leave the model's vocabulary unpadded; not used here",
+    },
+    "--vocab-file": {"type": str, "help": "vocabulary file of a BPE or WordPiece tokenizer"},
+    "--merge-file": {"type": str, "help": "merges file of a BPE tokenizer"},
+    "--vocab-extra-ids": {"type": int, "default": 0, "help": "sentinel tokens of T5; not used here"},
+    "--tokenizer-type": {"type": str, "choices": _TYPES, "help": "kind of tokenizer"},
+    "--tokenizer-model": {"type": str, "help": "model file, folder or Hugging Face name of the tokenizer"},
+    "--tokenizer-metadata": {"dest": "metadata_path", "type": str, "help": "Megatron's metadata, in JSON"},
+    "--tokenizer-special-tokens": {
+        "dest": "special_tokens",
+        "type": str,
+        "nargs": "+",
+        "help": "special tokens; for TikTokenizer with <unk> <s> </s> <mask> <pad> <cls> <sep> among them",
+    },
+    "--tiktoken-pattern": {"type": str, "choices": ("v1", "v2"), "help": "how TikTokenizer splits words"},
+    "--tiktoken-num-special-tokens": {
+        "type": int,
+        "default": 1000,
+        "help": "number of ids that TikTokenizer keeps for special tokens",
+    },
+    "--tokenizer-sentencepiece-legacy": {**_SWITCH, "help": "let SentencePiece have added special tokens"},
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces "
+    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces": {
+        "action": "store_false",
+        "dest": "tokenizer_sentencepiece_ignore_extra_whitespaces",
+        "help": "keep the extra white space that a SentencePiece model would remove",
+    },
+    "--tokenizer-hf-no-use-fast": {**_SWITCH, "help": "use the slow Hugging Face tokenizer"},
+    "--tokenizer-hf-no-include-special-tokens": {
+        **_SWITCH,
+        "help": "leave out the special tokens that a Hugging Face tokenizer adds to a text",
+    },
+    "--trust-remote-code": {**_SWITCH, "help": "run code that comes with a Hugging Face tokenizer"},
+    "--null-tokenizer-eod-id": {"type": int, "help": "end-of-document token of NullTokenizer"},
+    "--null-tokenizer-pad-id": {"type": int, "default": -1, "help": "padding token of NullTokenizer"},
+    "--chat-template": {"type": str, "help": "chat template, in Jinja; not used here"},
+}
+"""Megatron's tokenizer flags (``TokenizerConfig`` in megatron/training/config/training_config.py)."""
+
+_NEEDS_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
+_TAKES_HUB_NAME = ("HuggingFaceTokenizer", "SFTTokenizer")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+class EndsDocuments(Protocol):
+    """What may have an end-of-document token."""
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the end-of-document token; None or negative where there is none."""
+
+
+class Tokenizer(EndsDocuments, Protocol):
+    """What preprocessing uses of Megatron's tokenizers.
+
+    Source: ``MegatronTokenizerText`` (megatron/core/tokenizers/text/text_tokenizer.py).
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Return the token ids of ``text``."""
+
+
+def add_tokenizer_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add Megatron's tokenizer flags to ``parser`` and return it, without importing Megatron.
+
+    Source: ``_add_tokenizer_args`` (megatron/training/arguments.py).
+    """
+    group = parser.add_argument_group("tokenizer")
+    for names, options in TOKENIZER_FLAGS.items():
+        group.add_argument(*names.split(), **options)
+    return parser
+
+
+def build_tokenizer(args: Namespace) -> Tokenizer:
+    """Build the tokenizer that Megatron's tokenizer flags describe.
+
+    Parameters
+    ----------
+    args
+        The flags of ``_add_tokenizer_args`` (megatron/training/arguments.py).
+
+    Raises
+    ------
+    PreprocessError
+        If a file is missing or Megatron cannot build the tokenizer from what it holds.
+    """
+    check_tokenizer_files(args)
+    if args.tokenizer_type in _TAKES_HUB_NAME and args.tokenizer_model:
+        check_hub(args.tokenizer_model)
+    from megatron.core.tokenizers.utils import build_tokenizer as megatron_tokenizers
+
+    # Padding of the vocabulary concerns the model and would need its flags.
+    args = Namespace(**{**vars(args), "pad_vocab_size": False})
+    try:
+        return cast(Tokenizer, megatron_tokenizers.build_tokenizer(args))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "check --tokenizer-model and the other tokenizer flags"
+        if args.tokenizer_type == "TikTokenizer":
+            hint = (
+                "it needs a JSON list of rank, token_bytes and token_str, and --vocab-size must be "
+                "its length plus --tiktoken-num-special-tokens"
+            )
+        elif args.tokenizer_model and not Path(args.tokenizer_model).exists():
+            hint = f"{args.tokenizer_model} is no local folder, and the Hugging Face hub did not provide it"
+        raise PreprocessError(f"{args.tokenizer_type} cannot be built: {reason}; {hint}") from error
+
+
+def end_of_document(tokenizer: EndsDocuments) -> int:
+    """Return the id of the end-of-document token.
+
+    Raises
+    ------
+    PreprocessError
+        If the tokenizer has none, such as a HuggingFace tokenizer without an eos token.
+    """
+    try:
+        eod = tokenizer.eod
+    except (AttributeError, NotImplementedError):
+        eod = None
+    if eod is None or eod < 0:
+        raise PreprocessError(
+            "--append-eod: this tokenizer has no end-of-document token; "
+            "give it an eos token or drop --append-eod"
+        )
+    return eod
+
+
+def check_tokenizer_files(args: Namespace) -> None:
+    """Check that there is a tokenizer type, and that the files exist that its flags name.
+
+    Raises
+    ------
+    PreprocessError
+        Naming the flag and the file.
+    """
+    if not args.tokenizer_type:
+        raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
+    named = args.tokenizer_model or (args.vocab_file and args.tokenizer_type in _TAKES_HUB_NAME)
+    if args.tokenizer_type in (*_NEEDS_FILE, *_TAKES_HUB_NAME) and not named:
+        raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model")
+    flags = {
+        "--tokenizer-model": args.tokenizer_model,
+        "--vocab-file": args.vocab_file,
+        "--merge-file": args.merge_file,
+        "--tokenizer-metadata": args.metadata_path,
+    }
+    for flag, value in flags.items():
+        hub = (
+            flag == "--tokenizer-model"
+            and args.tokenizer_type in _TAKES_HUB_NAME
+            and _HUB_NAME.fullmatch(value or "")
+        )
+        if value and not hub and not Path(value).exists():
+            raise PreprocessError(f"{flag} {value}: no such file")
+    if args.tokenizer_type in _TAKES_HUB_NAME and Path(args.tokenizer_model or "").is_file():
+        raise PreprocessError(
+            f"--tokenizer-model {args.tokenizer_model}: a file, and {args.tokenizer_type} takes a folder: "
+            f"name the one that holds tokenizer_config.json"
+        )

@@ -1,0 +1,176 @@
+"""Building and running a checkpoint's model in this process alone, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.argument_utils import gpt_config_from_args
+from torch import Tensor
+
+from megatron_periln.checkpoints.manifest import Manifest
+from megatron_periln.checkpoints.saved_arguments import placement_of
+from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+
+__all__ = ["build_model", "load_model", "megatron_config", "megatron_logits", "save_model", "single_process"]
+
+# Arguments that say how a model is run, not what it computes.
+_HOW: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "hierarchical_context_parallel_sizes": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "overlap_p2p_comm": False,
+    "tp_comm_overlap": False,
+    "transformer_impl": "local",
+    "attention_backend": AttnBackend.auto,
+    "use_transformer_engine_op_fuser": False,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "fp16": False,
+    "bf16": False,
+    "fp8": None,
+    "fp8_param_gather": False,
+    "fp4": None,
+    "fp4_param_gather": False,
+    "te_precision_config_file": None,
+    "fp32_residual_connection": False,
+    "cpu_offloading": False,
+    "fine_grained_activation_offloading": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "distribute_saved_activations": False,
+    "cuda_graph_impl": "none",
+    "te_rng_tracker": False,
+    "mtp_num_layers": None,
+    "perform_initialization": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "yaml_cfg": None,
+}
+
+
+def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTModelConfig:
+    """Return the configuration of a checkpoint's model, to run in one process.
+
+    Parameters
+    ----------
+    args
+        Megatron's saved arguments, of a model without ``obstacles``.
+    dtype
+        Of the parameters.
+    """
+    alone = copy.copy(args)
+    for name, value in _HOW.items():
+        setattr(alone, name, value)
+    alone.params_dtype = dtype
+    alone.bf16, alone.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+    config = gpt_config_from_args(alone, model_config_cls=GPTModelConfig)
+    config.norm_placement = placement_of(args)
+    return config
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Set up Megatron's parallel state for one process, unless it stands already."""
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def build_model(config: GPTModelConfig) -> GPTModel:
+    """Build the model of a configuration, whole, in evaluation mode; within `single_process`."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    return model.to(config.transformer.params_dtype).eval()  # upstream's local norms are built in fp32
+
+
+def load_model(path: Path, config: GPTModelConfig, absent: tuple[str, ...] = ()) -> GPTModel:
+    """Build the model of a configuration, and load a checkpoint of any layout into it.
+
+    Parameters
+    ----------
+    path
+        The checkpoint's folder, of one iteration.
+    config
+        As `megatron_config` returns it.
+    absent
+        Parts of names: parameters that the checkpoint does not have, and that keep their
+        initial values.
+    """
+    model = build_model(config)
+    state = {
+        name: sharded
+        for name, sharded in model.sharded_state_dict().items()
+        if not any(part in name for part in absent)
+    }
+    loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
+    left = model.load_state_dict(loaded, strict=False)
+    assert not left.unexpected_keys, left
+    assert all(any(part in name for part in absent) for name in left.missing_keys), left
+    return model
+
+
+def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
+    """Save a model as the checkpoint that training starts from, with its manifest, and return its folder.
+
+    Megatron calls such a checkpoint a release: it has no optimizer, and training starts at
+    iteration 0.
+
+    Parameters
+    ----------
+    folder
+        What ``--load`` will take.
+    args
+        Megatron's arguments, to be saved with it.
+    model
+        One that `build_model` has built.
+    """
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    path = folder / "release"
+    path.mkdir()
+    state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+    state["model"] = model.sharded_state_dict()
+    dist_checkpointing.save(state, str(path), async_strategy="mcore")
+    Manifest.of(path, sums=True).write(path)
+    return path
+
+
+def megatron_logits(model: GPTModel, tokens: Tensor) -> Tensor:
+    """Return the logits ``[batch, sequence, vocabulary]`` of ``tokens``, ``[batch, sequence]``."""
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    with torch.inference_mode():
+        return model(tokens, positions, None)

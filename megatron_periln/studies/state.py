@@ -1,0 +1,139 @@
+"""What is known of a run in its folder: ``cell.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_periln.errors import UsageError
+from megatron_periln.files import write_whole
+from megatron_periln.monitor.schema import FILE_NAME
+from megatron_periln.studies.measures import LOG_NAME, broken_off, measure
+from megatron_periln.studies.study import Cell
+
+__all__ = ["DONE", "CellFolder"]
+
+DONE = ("finished", "diverged")
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The folder of a run, and what became of it.
+
+    The status is ``pending``, ``running`` (or cut off while it was), ``finished``, ``diverged`` or
+    ``failed``; only finished and diverged runs are not run again.
+    """
+
+    path: Path
+    cell: Cell
+
+    def read(self) -> dict[str, Any]:
+        """Return what ``cell.json`` says, or that the run is pending.
+
+        Raises
+        ------
+        UsageError
+            If it can't be read, or if the folder is that of a run with other flags.
+        """
+        file = self.path / "cell.json"
+        try:
+            state: dict[str, Any] = json.loads(file.read_text())
+        except FileNotFoundError:
+            return {"status": "pending"}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file}: cannot be read ({error}); remove it to run this cell again") from error
+        if state.get("flags") != list(self.cell.flags):
+            raise UsageError(
+                f"{self.path}: holds a run with other flags than the study has now; give another --output, "
+                "or remove it"
+            )
+        return state
+
+    def lock(self) -> int | None:
+        """Take the folder: return the descriptor that locks it while open, None if another process has it.
+
+        On a file system without locks nobody has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except OSError:
+            pass  # no locks here
+        return lock
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Write that the run is running, and ``about`` it; the folder must be locked.
+
+        What former attempts were made of, where that was something else, is kept as ``earlier``: a run
+        that resumes is theirs, too.
+        """
+        state = self.read()
+        earlier = state.get("earlier", [])
+        before = {key: state.get(key) for key in about}
+        if "attempts" in state and before not in (about, *earlier):
+            earlier = [*earlier, before]
+        self._write(
+            {
+                "status": "running",
+                "flags": list(self.cell.flags),
+                "choices": self.cell.choices,
+                "seed": self.cell.seed,
+                "attempts": state.get("attempts", 0) + 1,
+                "started": time.time(),
+                "earlier": earlier,
+                **about,
+            }
+        )
+
+    def end(self, exit_code: int, diverged_above: float | None) -> str:
+        """Write what became of the run, and return its status."""
+        state = self.read()
+        status, reason = self._outcome(exit_code, diverged_above)
+        done = {"status": status, "reason": reason, "exit_code": exit_code, "ended": time.time()}
+        self._write({**state, **done})
+        return status
+
+    def _outcome(self, exit_code: int, diverged_above: float | None) -> tuple[str, str | None]:
+        try:
+            not_finite, early = broken_off(self.path)
+        except UsageError as error:
+            return "failed", self._last_words() if exit_code else str(error)
+        if not_finite is not None:
+            return "diverged", not_finite
+        if exit_code or early is not None:
+            return "failed", self._last_words() if exit_code else early
+        values = measure(self.path)
+        loss = values["training_loss"] if values["validation_loss"] is None else values["validation_loss"]
+        if loss is None or not math.isfinite(loss):
+            return "diverged", "the loss at the end is not finite"
+        if diverged_above is not None and loss > diverged_above:
+            return "diverged", f"the loss at the end is {loss:.3f}, above {diverged_above}"
+        return "finished", None
+
+    def _last_words(self) -> str:
+        """Return the line of the log that says why the run failed."""
+        try:
+            log = (self.path / LOG_NAME).read_text(errors="replace")
+        except OSError:
+            log = ""
+        lines = [line for line in log.splitlines() if line.strip()] or ["it left no log"]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors or lines)[-1].removeprefix("error: ")
+
+    def _write(self, state: dict[str, Any]) -> None:
+        write_whole(self.path / "cell.json", json.dumps(state, indent=1) + "\n")
+
+    @property
+    def record(self) -> Path:
+        """The monitor's file."""
+        return self.path / FILE_NAME

@@ -1,0 +1,136 @@
+"""Rows of Parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from megatron_periln.data.readers.documents import Entry, Oversized, Place
+from megatron_periln.data.readers.parquet import row_ranges
+from megatron_periln.errors import PreprocessError
+
+
+@pytest.fixture
+def refused_rows(tmp_path: Path, stub: Callable, refused: Callable[..., str]) -> Callable[..., str]:
+    stub(lambda text: None)
+
+    def run_refused(columns: dict[str, Any], *flags: object) -> str:
+        parquet.write_table(pa.table(columns), tmp_path / "in.parquet")
+        return refused("--input", tmp_path / "in.parquet", "--output-prefix", tmp_path / "out", *flags)
+
+    return run_refused
+
+
+@pytest.mark.parametrize("range_bytes", [1, 5000, 1 << 25])
+def test_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
+    """Cuts within row groups of many batches; places are rows of the file."""
+    monkeypatch.setattr("megatron_periln.data.readers.parquet._RANGE_BYTES", range_bytes)
+    rows = [{"text": f"{n} {'x' * (n % 50)}", "list": [str(n), "a"][: n % 3]} for n in range(1700)]
+    path = str(tmp_path / "in.parquet")
+    parquet.write_table(pa.Table.from_pylist([{"id": 1, **row} for row in rows]), path, row_group_size=800)
+    ranges = row_ranges(path, ["list", "text"])
+    pieces = {1: 1700, 5000: len(ranges), 1 << 25: 3}
+    assert len(ranges) == pieces[range_bytes] > 2
+    assert [part.count() for part in ranges] == [len(list(part.entries(1000))) for part in ranges]
+    entries = [entry for part in ranges for entry in part.entries(1000)]
+    assert entries == [Entry(Place(path, None, n), row) for n, row in enumerate(rows, 1)]
+    assert 0 < sum(part.weight for part in ranges) <= Path(path).stat().st_size
+    large = [n for n, row in enumerate(rows) if len(row["text"]) + sum(map(len, row["list"])) > 40]
+    found = [entry.content for part in ranges for entry in part.entries(40)]
+    assert [n for n, content in enumerate(found) if isinstance(content, Oversized)] == large
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
+    """Whatever a library calls them: pandas' categories, the views of polars."""
+    path, texts, lists = str(tmp_path / "in.parquet"), ["a", "", None, "a"], [["a", "b"], [], None, ["b"]]
+    parquet.write_table(
+        pa.table({"text": pa.array(texts, kind), "list": pa.array(lists, pa.list_(kind))}), path
+    )
+    entries = [entry for part in row_ranges(path, ["text", "list"]) for entry in part.entries(1000)]
+    assert [entry.content for entry in entries] == [
+        {"text": text, "list": list_} for text, list_ in zip(texts, lists, strict=True)
+    ]
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    path = str(tmp_path / "in.parquet")
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert row_ranges(path, ["text"]) == []
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.list_(pa.string())])
+def test_columns_of_texts(tmp_path: Path, kind: Any) -> None:
+    path = str(tmp_path / "in.parquet")
+    value = ["a"] if pa.types.is_list(kind) else "a"
+    parquet.write_table(pa.table({"text": pa.array([value], kind)}), path)
+    (part,) = row_ranges(path, ["text"])
+    assert [entry.content for entry in part.entries(10)] == [{"text": value}]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1], "int64"),
+        ([b"a"], "binary"),
+        ([[1]], "list<element: int64>"),
+        ([{"a": "b"}], "struct<a: string>"),
+    ],
+)
+def test_columns_of_something_else(refused_rows: Callable[..., str], values: list[Any], kind: str) -> None:
+    message = refused_rows({"text": values})
+    assert f"in.parquet: column 'text' has {kind}; it must be strings or lists of strings" in message
+
+
+def test_missing_column(refused_rows: Callable[..., str]) -> None:
+    message = refused_rows({"body": ["a"], "id": [1]})
+    assert "in.parquet: no column 'text'; the columns there are: 'body', 'id'; choose with" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["a", None], "in.parquet:2: key 'text' has null; it must be a string"),
+        ([["a"], ["b", None]], "in.parquet:2: key 'text' has a list with null;"),
+    ],
+)
+def test_nulls(refused_rows: Callable[..., str], values: list[Any], expected: str) -> None:
+    assert expected in refused_rows({"text": values})
+
+
+def test_not_parquet(tmp_path: Path) -> None:
+    (tmp_path / "in.parquet").write_text("text")
+    with pytest.raises(PreprocessError, match=r"in.parquet: cannot be read: .*[Pp]arquet"):
+        row_ranges(str(tmp_path / "in.parquet"), ["text"])
+
+
+def broken_text(values: list[bytes], *, lists: bool) -> pa.Array:
+    """Return strings that are not UTF-8, which Parquet stores as they are."""
+    array = pa.array(values, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+    return pa.ListArray.from_arrays(list(range(len(array) + 1)), text) if lists else text
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_not_utf8(
+    tmp_path: Path, refused_rows: Callable[..., str], run: Callable[..., tuple[int, str]], lists: bool
+) -> None:
+    columns = {"text": broken_text([b"ok", b"a\xff", "é".encode()], lists=lists)}
+    message = refused_rows(columns)
+    assert "in.parquet:2: not UTF-8 at byte 2 of the value: invalid start byte" in message
+    flags = ["--output-prefix", tmp_path / "out", "--on-error", "quarantine"]
+    code, stderr = run("--input", tmp_path / "in.parquet", *flags)
+    assert code == 0, stderr
+    (entry,) = map(json.loads, (tmp_path / "out_quarantine.jsonl").read_text().splitlines())
+    assert (entry["number"], entry["byte"], entry["kind"]) == (2, None, "not UTF-8")
+    value = json.loads(entry["content"])["text"]
+    assert (value[0] if lists else value).encode(errors="surrogateescape") == b"a\xff"
+    assert (tmp_path / "out_text_document.bin").read_bytes() == b"o\0k\0\xe9\0"

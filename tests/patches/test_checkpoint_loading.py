@@ -1,0 +1,167 @@
+"""Loading a checkpoint runs no code from it, on any path."""
+
+import io
+import os
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem
+
+from megatron_periln.checkpoints.reader import Checkpoint
+from megatron_periln.checkpoints.saved_arguments import saved_arguments
+from megatron_periln.errors import UsageError
+from megatron_periln.patches import checkpoint_loading
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    bomb = Bomb(tmp_path / "exploded")
+    yield bomb
+    assert not bomb.path.exists()
+
+
+@pytest.fixture
+def step(tmp_path):
+    """The folder of an iteration that a tracker names."""
+    folder = tmp_path / "checkpoints" / "iter_0000003"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    return folder
+
+
+@pytest.fixture
+def distributed(step, single_process):
+    """A checkpoint that Megatron saved."""
+    state = {"args": Namespace(norm_placement="peri", num_layers=2), "iteration": 3}
+    dist_checkpointing.save(state, str(step), async_strategy="mcore")
+    return step
+
+
+def load(step):
+    return saved_arguments(Namespace(load=str(step.parent), ckpt_step=None))
+
+
+def test_the_bomb_explodes_where_nothing_stops_it(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()
+
+
+def test_what_megatron_saves_is_loaded(distributed):
+    assert load(distributed).norm_placement == "peri"
+
+
+def test_metadata(distributed, bomb):
+    (distributed / ".metadata").write_bytes(pickle.dumps(bomb))
+    for read in (load, lambda step: Checkpoint(step.parent)):
+        with pytest.raises(UsageError, match=r"can't be read: .*\.mkdir has no place"):
+            read(distributed)
+    with pytest.raises(pickle.UnpicklingError, match="has no place"):
+        FileSystemReader(distributed).read_metadata()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"ctorch.distributed.checkpoint.metadata\nos.system\n(S'false'\ntR.",
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"ctorch\nload\n(S'x'\ntR.",
+        b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93.",
+    ],
+)
+def test_metadata_by_other_names(distributed, code):
+    (distributed / ".metadata").write_bytes(code)
+    with pytest.raises(UsageError, match="has no place"):
+        load(distributed)
+
+
+def test_metadata_inside_what_is_allowed(distributed, bomb):
+    metadata = FileSystemReader(distributed).read_metadata()
+    metadata.planner_data = bomb
+    (distributed / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UsageError, match="has no place"):
+        load(distributed)
+
+
+def test_objects_in_distcp(distributed, bomb):
+    """Arguments and other objects that are no tensors."""
+    metadata = FileSystemReader(distributed).read_metadata()
+    (place,) = (place for index, place in metadata.storage_data.items() if "common_state" in index.fqn)
+    path = distributed / place.relative_path
+    torch.save([{"args": bomb}], path)
+    place.offset, place.length = 0, path.stat().st_size
+    (distributed / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UsageError, match="can't be read: Weights only load failed"):
+        load(distributed)
+
+
+def test_torch_still_needs_the_second_restriction(distributed, tmp_path, monkeypatch):
+    """Once this fails, the half of checkpoint_loading that it is about can go."""
+    value = io.BytesIO()
+    torch.save(Bomb(tmp_path / "exploded"), value)
+    value.seek(0)
+    checked = DefaultLoadPlanner.load_bytes
+    (original,) = (cell.cell_contents for cell in checked.__closure__)
+    planner = SimpleNamespace(flatten_state_dict=False, state_dict={})
+    with pytest.raises(pickle.UnpicklingError):
+        checked(planner, SimpleNamespace(dest_index=SimpleNamespace(fqn="x")), value)
+    assert not (tmp_path / "exploded").exists()
+    value.seek(0)
+    original(planner, SimpleNamespace(dest_index=SimpleNamespace(fqn="x")), value)
+    assert (tmp_path / "exploded").exists()
+
+
+def test_common_pt(step, bomb):
+    torch.save({"args": bomb}, step / "common.pt")
+    with pytest.raises(UsageError, match="can't be read: Weights only load failed"):
+        load(step)
+
+
+def test_the_torch_format(step, bomb):
+    (step / "metadata.json").unlink()
+    (step / "mp_rank_00").mkdir()
+    torch.save({"args": bomb}, step / "mp_rank_00" / "model_optim_rng.pt")
+    with pytest.raises(UsageError, match="can't be read: Weights only load failed"):
+        load(step)
+    torch.save({"args": Namespace(norm_placement="post")}, step / "mp_rank_00" / "model_optim_rng.pt")
+    assert load(step).norm_placement == "post"
+
+
+def test_torch_still_needs_the_restriction(distributed, tmp_path, monkeypatch):
+    """Once this fails, the half of checkpoint_loading that it is about can go."""
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+    (distributed / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(AttributeError):
+        FileSystemReader(distributed).read_metadata()
+    assert (tmp_path / "exploded").exists()
+
+
+def test_no_part_of_the_package_asks_for_more():
+    package = Path(checkpoint_loading.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        if path != Path(checkpoint_loading.__file__):  # which speaks of it
+            assert "weights_only=False" not in path.read_text(), path
+
+
+def test_remote_code_of_tokenizers_is_off_unless_asked_for(monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    from megatron_periln.training.arguments import add_arguments
+
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    assert parse_args(add_arguments).trust_remote_code is False
+    monkeypatch.setattr("sys.argv", ["pretrain", "--trust-remote-code"])
+    assert parse_args(add_arguments).trust_remote_code is True
