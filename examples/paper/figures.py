@@ -12,7 +12,7 @@ from typing import Any
 
 from svg import Line, Panel, draw
 
-from megatron_periln.files import write_whole
+from megatron_periln.files import write_text
 from megatron_periln.report.colors import PLACEMENT_COLORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def main() -> None:
     of_figures.add_argument("--output", type=Path, default=ROOT / "docs/images")
     options = of_figures.parse_args()
     for name, text in figures(reader(options.results)).items():
-        write_whole(options.output / f"reproduction-{name}.svg", text)
+        write_text(options.output / f"reproduction-{name}.svg", text)
         print(options.output / f"reproduction-{name}.svg")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from megatron_periln.checkpoints.rendezvous import Ranks
 from megatron_periln.checkpoints.restart_attempt import Incarnation
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
-from megatron_periln.files import sync
+from megatron_periln.files import replacing
 from megatron_periln.patches import checkpoint_saving as upstream
 
 __all__ = ["SaveGuard", "failure", "install", "put_back", "tidy"]
@@ -182,26 +181,20 @@ class SaveGuard:
         """Write the manifest, and replace the tracker, whole, if this run may still write."""
         assert self.fence is not None
         folder = tracker.parent / (text if text == "release" else f"iter_{int(text):07d}")
-        temporary = tracker.with_name(f"{tracker.name}.{os.getpid()}.tmp")
         try:
             self.fence.check()
             if self.verify != "off":
                 Manifest.of(folder, sums=self.verify == "full").write(folder)
-            temporary.write_text(text)
-            sync(temporary)
-            # After a file was made in the folder: NFS then lists it anew.
-            self.fence.check()
-            temporary.replace(tracker)
-            sync(tracker.parent)
+            with replacing(tracker) as (temporary,):
+                temporary.write_text(text)
+                # After a file was made in the folder: NFS then lists it anew.
+                self.fence.check()
         except BrokenCheckpointError as error:
             raise UsageError(
                 f"{folder}: the disk holds something else than was saved: {error}; {_WHAT_IS_LEFT}"
             ) from error
         except OSError as error:
             raise UsageError(_unwritable(folder, error)) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
         self.watch.end()
         with suppress(OSError):
             _discard(_replaced(folder))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_periln.checkpoints.sums import SIDECAR, read_sidecar, sum_file
-from megatron_periln.files import sync, write_whole
+from megatron_periln.files import sync, write_text
 
 __all__ = ["MANIFEST", "BrokenCheckpointError", "Entry", "Manifest"]
 
@@ -112,7 +112,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put the manifest in its place, whole, and remove the sidecars."""
         content = {"version": _VERSION, "files": [asdict(entry) for entry in self.files]}
-        write_whole(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+        write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
         sync(folder)
         for path in folder.rglob(f"*{SIDECAR}"):
             path.unlink()

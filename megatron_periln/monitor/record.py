@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from megatron_periln.files import sync
+from megatron_periln.files import replacing
 from megatron_periln.monitor.lines import read_lines
 from megatron_periln.monitor.schema import HEADER, SCHEMA_VERSION, STATISTICS, RecordError, to_json
 
@@ -65,20 +65,13 @@ class RunRecord:
             raise ValueError(f"the header lacks {', '.join(missing)}")
         start = {"kind": "run", "schema": SCHEMA_VERSION, "iteration": resume_from}
         line = _dump({**start, **header, **start})
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(path) as (temporary,):
                 with temporary.open("wb") as file:
                     _write_start(file.fileno(), path, header, resume_from, line)
-                    os.fsync(file.fileno())
                 if resume_from == 0:
                     _keep_earlier_run(path)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            sync(path.parent)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             return cls(path, descriptor, resume_from or -1)
         except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.errors import ReportError
-from megatron_periln.files import write_whole
+from megatron_periln.files import write_text
 from megatron_periln.report.page import render_page
 from megatron_periln.report.runs import load_runs
 
@@ -40,7 +40,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str | None = None) 
     page = render_page(runs, title or ", ".join(run.name for run in runs))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, page)
+        write_text(output, page)
     except OSError as error:
         raise ReportError(f"--output {output}: cannot be written: {error.strerror}") from error
     size = output.stat().st_size / 1e6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.errors import UsageError
-from megatron_periln.files import write_whole
+from megatron_periln.files import try_lock, write_text
 from megatron_periln.monitor.schema import FILE_NAME
 from megatron_periln.studies.measures import LOG_NAME, broken_off, measure
 from megatron_periln.studies.study import Cell
@@ -62,13 +61,9 @@ class CellFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_lock(lock) is False:
             os.close(lock)
             return None
-        except OSError:
-            pass  # no locks here
         return lock
 
     def begin(self, about: dict[str, Any]) -> None:
@@ -131,7 +126,7 @@ class CellFolder:
         return (errors or lines)[-1].removeprefix("error: ")
 
     def _write(self, state: dict[str, Any]) -> None:
-        write_whole(self.path / "cell.json", json.dumps(state, indent=1) + "\n")
+        write_text(self.path / "cell.json", json.dumps(state, indent=1) + "\n")
 
     @property
     def record(self) -> Path:

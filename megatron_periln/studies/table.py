@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_periln.files import write_whole
+from megatron_periln.files import write_text
 from megatron_periln.studies.measures import MEASURES, depth_profiles, measure
 from megatron_periln.studies.state import DONE, CellFolder
 from megatron_periln.studies.study import Study
@@ -157,7 +157,7 @@ def _json(results: dict[str, Any]) -> str:
 def write_results(results: dict[str, Any], folder: Path) -> Path:
     """Write ``results.json``, ``results.csv`` and ``results.md``; return the last one's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.json", _json(results))
-    write_whole(folder / "results.csv", _csv(results))
-    write_whole(folder / "results.md", markdown(results))
+    write_text(folder / "results.json", _json(results))
+    write_text(folder / "results.csv", _csv(results))
+    write_text(folder / "results.md", markdown(results))
     return folder / "results.md"

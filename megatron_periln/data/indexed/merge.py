@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_periln.data.atomic import prepare_output, published
 from megatron_periln.data.indexed.copying import append_file
 from megatron_periln.data.indexed.format import (
     DTYPES,
@@ -28,7 +27,9 @@ from megatron_periln.data.indexed.format import (
 from megatron_periln.data.indexed.index_arrays import IndexArrays, blocks, check_layout
 from megatron_periln.data.indexed.merge_sidecars import merge_sidecars
 from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sha256_of
+from megatron_periln.data.output_files import prepare_output, writing
 from megatron_periln.errors import PreprocessError
+from megatron_periln.files import replacing
 
 __all__ = ["Merged", "find_datasets", "merge_datasets"]
 
@@ -150,7 +151,7 @@ def merge_datasets(
 
     stale = _stale_sidecar(json_, sidecar, overwrite=overwrite)
     files = [bin_, idx] if sidecar is None else [bin_, json_, idx]
-    with published(*files, stale=stale) as temporary:
+    with writing(bin_, "; nothing was left there"), replacing(*files, stale=stale) as temporary:
         with temporary[0].open("wb", buffering=0) as stream:
             for number, dataset in enumerate(datasets, start=1):
                 append_file(dataset.bin, stream)

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from megatron_periln.data.atomic import published
+from megatron_periln.data.output_files import writing
 from megatron_periln.errors import PreprocessError
+from megatron_periln.files import replacing
 
 __all__ = ["FORMAT_VERSION", "Sidecar", "is_sidecar", "sha256_of", "sidecar_path", "utc_now"]
 
@@ -100,7 +101,7 @@ class Sidecar:
         PreprocessError
             If the file cannot be written.
         """
-        with published(Path(path)) as (temporary,):
+        with writing(path, "; nothing was left there"), replacing(Path(path)) as (temporary,):
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod

@@ -8,11 +8,12 @@ from itertools import count
 from pathlib import Path
 
 from megatron_periln.data.indexed.sidecar import Sidecar, utc_now
+from megatron_periln.data.output_files import writing
 from megatron_periln.data.preprocess.outputs import Outputs
 from megatron_periln.data.preprocess.placer import Dataset
 from megatron_periln.data.preprocess.plan import Plan, dataset_prefix, quarantine_file
 from megatron_periln.data.preprocess.quarantine import number_lines, write_quarantine
-from megatron_periln.data.preprocess.writer import publish, writing
+from megatron_periln.data.preprocess.writer import publish
 
 __all__ = ["publish_all"]
 

@@ -7,8 +7,6 @@ are in the journal and lie on the disk as the journal says; what else lies there
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from megatron_periln.data.output_files import writing
 from megatron_periln.data.preprocess.journal import (
     COMPLETE,
     SUFFIXES,
@@ -33,16 +32,13 @@ from megatron_periln.data.preprocess.journal import (
 )
 from megatron_periln.data.preprocess.placer import Dataset, Placer
 from megatron_periln.data.preprocess.plan import difference
-from megatron_periln.data.preprocess.writer import writing
 from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.errors import PreprocessError
-from megatron_periln.files import sync
+from megatron_periln.files import sync, try_lock
 
 __all__ = ["Outputs"]
 
 _LOCK_SECONDS = 5.0
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""How a file system says that it has no locks: then nothing keeps two runs from one folder."""
 
 
 class Outputs:
@@ -188,18 +184,10 @@ class Outputs:
         # Workers inherit the lock, so those of a run that was killed keep the folder until they end.
         self._lock = (self.folder / "lock").open("w")
         deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise PreprocessError(f"{self.folder}: another run is writing here") from None
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                return
+        while try_lock(self._lock.fileno()) is False:
+            if time.monotonic() > deadline:
+                raise PreprocessError(f"{self.folder}: another run is writing here")
+            time.sleep(0.05)
 
     def _start(self) -> None:
         self._started = True

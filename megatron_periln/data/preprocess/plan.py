@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_periln.data.atomic import prepare_output
+from megatron_periln.data.output_files import prepare_output
 from megatron_periln.data.readers.inputs import InputFile
 from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_periln.data.preprocess.writer import writing
+from megatron_periln.data.output_files import writing
 from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.data.readers.opening import open_input, reading
 from megatron_periln.files import sync

@@ -6,7 +6,6 @@ The bytes are those of ``IndexedDatasetBuilder`` (megatron/core/datasets/indexed
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from megatron_periln.data.indexed.format import DTYPES, HEADER, MAGIC, VERSION
 from megatron_periln.data.indexed.index_arrays import BLOCK
 from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path
-from megatron_periln.errors import PreprocessError
+from megatron_periln.data.output_files import writing
 from megatron_periln.files import sync
 
-__all__ = ["publish", "write_index", "writing"]
+__all__ = ["publish", "write_index"]
 
 
 def write_index(stem: str, dtype: np.dtype) -> str:
@@ -102,15 +101,6 @@ def publish(
         Path(stem + ".idx").replace(idx)
         sync(idx.parent)
     return [bin_, idx, json]
-
-
-@contextmanager
-def writing(name: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while writing ``name`` into a ``PreprocessError``."""
-    try:
-        yield
-    except OSError as error:
-        raise PreprocessError(f"{name}: cannot be written: {error.strerror or error}") from error
 
 
 def _blocks(path: str, dtype: type[np.generic]) -> Iterator[NDArray[Any]]:

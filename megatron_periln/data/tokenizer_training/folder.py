@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
-from megatron_periln.data.atomic import prepare_output
+from megatron_periln.data.output_files import prepare_output, writing
 from megatron_periln.errors import PreprocessError
-from megatron_periln.files import sync
+from megatron_periln.files import new_folder
 
 __all__ = ["FOLDER_FILES", "prepare_folder", "prepare_model", "write_folder"]
 
@@ -52,26 +50,9 @@ def write_folder(path: Path, files: dict[str, str]) -> None:
 
     Raises
     ------
-    PreprocessError
+    UsageError
         If it cannot be written.
     """
-    new, old = (path.with_name(f"{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        new.mkdir()
+    with writing(path), new_folder(path, flag="--output", replace=True) as folder:
         for name, content in files.items():
-            (new / name).write_text(content, encoding="utf-8")
-            sync(new / name)
-        sync(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        sync(path.parent)
-    except BaseException as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        if isinstance(error, OSError):
-            raise PreprocessError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
-    finally:
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
+            (folder / name).write_text(content, encoding="utf-8")

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_periln.data.atomic import published
+from megatron_periln.data.output_files import writing
 from megatron_periln.data.tokenizer_training.folder import write_folder
+from megatron_periln.files import replacing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,7 +96,7 @@ class SentencePieceModel:
 
     def write(self, path: Path) -> None:
         """Write the model file."""
-        with published(path) as (temporary,):
+        with writing(path, "; nothing was left there"), replacing(path) as (temporary,):
             temporary.write_bytes(self.model)
 
 

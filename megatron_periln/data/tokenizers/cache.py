@@ -7,14 +7,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_periln.errors import UsageError
+from megatron_periln.files import new_folder
 from megatron_periln.version import __version__
 
 __all__ = ["cache_folder", "content_key", "read_entry", "versions", "write_entry"]
@@ -130,21 +130,12 @@ def read_entry(key: str) -> dict[str, bytes] | None:
 
 def write_entry(key: str, files: Mapping[str, bytes]) -> bool:
     """Write an entry whole or not at all; return whether it could be written."""
-    parent = cache_folder()
-    temporary = None
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    damaged = (cache_folder() / key).exists() and read_entry(key) is None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        for name, content in {**files, "sha256.json": json.dumps(sums).encode()}.items():
-            (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)
-        if (parent / key).exists() and read_entry(key) is None:
-            shutil.rmtree(parent / key, ignore_errors=True)
-        temporary.rename(parent / key)
-    except OSError:
+        with new_folder(cache_folder() / key, flag="XDG_CACHE_HOME", replace=damaged) as folder:
+            for name, content in {**files, "sha256.json": json.dumps(sums).encode()}.items():
+                (folder / name).write_bytes(content)
+    except (OSError, UsageError):  # or another process was faster
         return read_entry(key) is not None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return True

@@ -77,14 +77,14 @@ class TestOutput:
         self, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run("gpt2")
-        before, rename = snapshot(tmp_path), Path.rename
+        before, replace = snapshot(tmp_path), Path.replace
 
         def fail_once(source: Path, target: Path) -> Path:
             if source.name.endswith(".tmp"):
                 raise OSError(errno.EIO, "Input/output error")
-            return rename(source, target)
+            return replace(source, target)
 
-        monkeypatch.setattr(Path, "rename", fail_once)
+        monkeypatch.setattr(Path, "replace", fail_once)
         assert run("gpt2", "--overwrite", "--vocab-size", 500)[0] == 1
         assert snapshot(tmp_path) == before
 
