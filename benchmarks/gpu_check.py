@@ -100,7 +100,7 @@ def checks_on_cpu() -> list[Check]:
         tests("tests/gpu", "tests/norms/test_fused_dropout.py", limit=200),
         script("kernel", *kernel, limit=120),
         script("kernel", *kernel, "--sweep", limit=120, label="kernel-sweep"),
-        step("tiny", *tiny, "--variants", "pre", "peri", "peri:triton", "joined", "unfused"),
+        step("tiny", *tiny, "--variants", "pre", "peri", "peri:triton", "fused-next", "unfused"),
         script("kernel_resources", "--hidden-sizes", "2048", limit=120),
         script("monitor_cost", *cpu, "--num-layers", "2", "--hidden-size", "64", "--rounds", "2", limit=120),
     ]

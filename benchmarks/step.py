@@ -9,7 +9,7 @@ every sample.
     python benchmarks/step.py --size tiny --device cpu --rounds 3
 
 Variants: ``pre``; ``peri``, whose norms are computed as --norm-backend auto says, or
-``peri:compile`` and so on; ``joined``, the same with --fuse-pre-mlp-norm; ``unfused``, a norm of
+``peri:compile`` and so on; ``fused-next``, the same with --fuse-pre-mlp-norm; ``unfused``, a norm of
 its own kernel (Transformer Engine's), then Megatron's fused bias-dropout-add.
 MFU counts causal attention at half its square, against --peak-tflops.
 """
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--no-gradient-accumulation-fusion", action="store_true", help="not Megatron's default; as on the CPU"
     )
-    parser.add_argument("--variants", nargs="+", default=["pre", "peri", "joined", "unfused"])
+    parser.add_argument("--variants", nargs="+", default=["pre", "peri", "fused-next", "unfused"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU; default: Hopper's bf16")
     parser.add_argument("--profile", action="store_true", help="also tell which kernels the time goes to")

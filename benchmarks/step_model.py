@@ -66,31 +66,33 @@ class _NormThenAdd(_MegatronsAdd):
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         add = super().forward(training, fused)
 
-        def join(branch_with_bias: Any, residual: Tensor, dropout: float) -> Tensor:
-            branch, bias = branch_with_bias
-            if bias is not None:
+        def norm_then_add(output_with_bias: Any, residual: Tensor, dropout: float) -> Tensor:
+            sublayer_output, sublayer_bias = output_with_bias
+            if sublayer_bias is not None:
                 raise ValueError("this variant norms before the bias; build the model without biases")
-            return add((self.norm(branch), None), residual, dropout)
+            return add((self.norm(sublayer_output), None), residual, dropout)
 
-        return join
+        return norm_then_add
 
 
-def _unfused_norm(slot: Any, transformer_engine: bool) -> nn.Module:
-    """Return a norm that shares the parameters of ``slot``'s."""
-    if not transformer_engine:
-        return slot.norm
-    import transformer_engine.pytorch as te
+def _unfused_norm(layer: Any, output_norm: Any, transformer_engine: bool) -> nn.Module:
+    """Return a norm by itself that shares the parameters of an output norm of the layer."""
+    from megatron_periln.norms import Norm
 
-    norm = te.RMSNorm(slot.norm.hidden_size, eps=slot.norm.eps, params_dtype=slot.norm.weight.dtype)
-    norm.weight = slot.norm.weight
+    norm: nn.Module = Norm(layer.config, eps=output_norm.eps)
+    if transformer_engine:
+        import transformer_engine.pytorch as te
+
+        norm = te.RMSNorm(output_norm.hidden_size, eps=output_norm.eps, params_dtype=output_norm.weight.dtype)
+    norm.weight = output_norm.weight
     return norm
 
 
-def _joined(layer: Any, transformer_engine: bool) -> tuple[nn.Module, nn.Module]:
+def _fused_next(layer: Any, transformer_engine: bool) -> tuple[nn.Module, nn.Module]:
     """Return the norm before a layer's MLP, and its first linear, apart; they share the parameters."""
-    from megatron_periln.norms import JoinedNorm
+    from megatron_periln.norms import FusedInputNorm
 
-    first, norm = layer.mlp.linear_fc1, JoinedNorm(layer.config)
+    first, norm = layer.mlp.linear_fc1, FusedInputNorm(layer.config)
     if not transformer_engine:
         norm.weight = layer.pre_mlp_layernorm.weight
         return norm, first
@@ -113,7 +115,7 @@ def _joined(layer: Any, transformer_engine: bool) -> tuple[nn.Module, nn.Module]
 
 
 class Trainer:
-    """Training steps of one model whose residual slots can be exchanged between steps.
+    """Training steps of one model whose bias-dropout-adds can be exchanged between steps.
 
     Parameters
     ----------
@@ -129,18 +131,18 @@ class Trainer:
         self.positions = torch.arange(options.seq_length, device="cuda").expand(shape)
         engine = options.transformer_impl == "transformer_engine"
         names = ("self_attn_bda", "mlp_bda")
-        self.slots = [
+        self.bdas = [
             (layer, name, getattr(layer, name)) for layer in self.gpt.decoder.layers for name in names
         ]
         add = _MegatronsAdd()
         self.ways: dict[str, list[nn.Module]] = {
-            "pre": [add for _ in self.slots],
-            "peri": [slot for *_, slot in self.slots],
-            "unfused": [_NormThenAdd(_unfused_norm(slot, engine)) for *_, slot in self.slots],
+            "pre": [add for _ in self.bdas],
+            "peri": [bda for *_, bda in self.bdas],
+            "unfused": [_NormThenAdd(_unfused_norm(layer, bda.norm, engine)) for layer, _, bda in self.bdas],
         }
-        self.ways["joined"] = self.ways["peri"]
+        self.ways["fused-next"] = self.ways["peri"]
         self.apart = [(layer.pre_mlp_layernorm, layer.mlp.linear_fc1) for layer in self.gpt.decoder.layers]
-        self.joined = [_joined(layer, engine) for layer in self.gpt.decoder.layers]
+        self.fused_next = [_fused_next(layer, engine) for layer in self.gpt.decoder.layers]
 
     def _build(self) -> tuple[Any, Any, Any]:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -201,22 +203,24 @@ class Trainer:
         return model, get_megatron_optimizer(adam, [model]), gpt
 
     def take(self, variant: str) -> None:
-        """Make the model ``pre``, ``peri``, ``joined`` or ``unfused``; ``peri:BACKEND`` if not auto."""
+        """Make the model ``pre``, ``peri``, ``fused-next`` or ``unfused``; ``peri:BACKEND`` if not auto."""
         from megatron_periln.norms import kernels
 
         way, _, backend = variant.partition(":")
         kernels.use_backend(backend or "auto")
-        for (layer, name, _), slot in zip(self.slots, self.ways[way], strict=True):
-            setattr(layer, name, slot)
-        joined = way == "joined"
-        for layer, parts in zip(self.gpt.decoder.layers, self.joined if joined else self.apart, strict=True):
+        for (layer, name, _), bda in zip(self.bdas, self.ways[way], strict=True):
+            setattr(layer, name, bda)
+        fused = way == "fused-next"
+        for layer, parts in zip(
+            self.gpt.decoder.layers, self.fused_next if fused else self.apart, strict=True
+        ):
             if (
                 parts[1] is not layer.mlp.linear_fc1
             ):  # or its weights in FP8 would count as memory of the next
                 getattr(layer.mlp.linear_fc1, "_fp8_workspaces", {}).clear()
             layer.pre_mlp_layernorm, layer.mlp.linear_fc1 = parts
-            if way in ("peri", "joined"):
-                layer.self_attn_bda.following = (parts[0],) if joined else None
+            if way in ("peri", "fused-next"):
+                layer.self_attn_bda.norm.compute_next(parts[0] if fused else None)
         self.gpt.embedding.norm.bypassed = way == "pre"
 
     def step(self) -> Any:

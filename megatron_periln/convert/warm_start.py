@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -31,7 +32,7 @@ from megatron_periln.models.one_process import (
     save_model,
     single_process,
 )
-from megatron_periln.norms import OutputNormAdd
+from megatron_periln.norms import OutputNorm
 
 __all__ = ["calibrated_output_norms", "insert_output_norms"]
 
@@ -50,29 +51,22 @@ def calibrated_output_norms(model: GPTModel) -> Iterator[None]:
     normalized branch: the least squares fit of ``g * n`` to ``y``. Later sublayers see the stream
     that the earlier ones' new norms give.
     """
-    slots = [module for module in model.modules() if isinstance(module, OutputNormAdd)]
-    for slot in slots:
-        slot.join = _calibrating(slot)  # type: ignore[method-assign]
+    norms = [module for module in model.modules() if isinstance(module, OutputNorm)]
+    hooks = [norm.register_forward_pre_hook(_calibrate) for norm in norms]
     try:
         yield
     finally:
-        for slot in slots:
-            del slot.join
+        for hook in hooks:
+            hook.remove()
 
 
-def _calibrating(slot: OutputNormAdd) -> Callable[..., Tensor]:
-    join, norm = slot.join, slot.norm
-
-    def calibrate(branch_with_bias: tuple[Tensor, Tensor | None], *args: object, **kwargs: object) -> Tensor:
-        branch, bias = branch_with_bias
-        summed = branch if bias is None else branch + bias
-        normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + norm.eps)
-        tokens = tuple(range(summed.dim() - 1))
-        gain = (summed * normed).sum(tokens) / normed.square().sum(tokens).clamp_min(1e-12)
-        norm.weight.copy_(gain - 1 if norm.zero_centered_gamma else gain)
-        return join(branch_with_bias, *args, **kwargs)  # type: ignore[arg-type]
-
-    return calibrate
+def _calibrate(norm: OutputNorm, args: tuple[Any, ...]) -> None:
+    sublayer_output, sublayer_bias, *_ = args
+    summed = sublayer_output if sublayer_bias is None else sublayer_output + sublayer_bias
+    normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + norm.eps)
+    tokens = tuple(range(summed.dim() - 1))
+    weight = (summed * normed).sum(tokens) / normed.square().sum(tokens).clamp_min(1e-12)
+    norm.weight.copy_(weight - 1 if norm.zero_centered_gamma else weight)
 
 
 def insert_output_norms(
@@ -142,7 +136,7 @@ def insert_output_norms(
 
 def _descend(model: GPTModel, windows: Tensor) -> None:
     """Take some steps of Adam down the loss of ``windows``, with the output norms' gains alone."""
-    gains = [module.norm.weight for module in model.modules() if isinstance(module, OutputNormAdd)]
+    gains = [module.weight for module in model.modules() if isinstance(module, OutputNorm)]
     model.requires_grad_(False)
     for gain in gains:
         gain.requires_grad_(True)

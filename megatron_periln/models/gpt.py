@@ -28,7 +28,7 @@ from torch import nn
 
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
-from megatron_periln.norms import PERI, EmbeddingNorm, JoinedNorm, NormPlacement, ResidualNorm
+from megatron_periln.norms import PERI, EmbeddingNorm, FusedInputNorm, NormedBiasDropoutAdd, NormPlacement
 from megatron_periln.patches.latent_attention import mend_latent_attention
 
 __all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
@@ -131,48 +131,48 @@ def _placed_mtp_spec(config: GPTModelConfig) -> Iterator[None]:
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
     """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
     _honour_no_grad(model)
-    _gather_slots_before_graphs(model)
-    _connect_joined_norms(model)
+    _gather_norms_before_graphs(model)
+    _connect_fused_norms(model)
     mend_latent_attention(model)
     if placement.embedding and model.pre_process:
         EmbeddingNorm(model.config).attach(model)
 
 
-def _connect_joined_norms(model: nn.Module) -> None:
+def _connect_fused_norms(model: nn.Module) -> None:
     for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and isinstance(layer.pre_mlp_layernorm, JoinedNorm):
-            layer.self_attn_bda.following = (layer.pre_mlp_layernorm,)
+        if isinstance(layer, TransformerLayer) and isinstance(layer.pre_mlp_layernorm, FusedInputNorm):
+            layer.self_attn_bda.norm.compute_next(layer.pre_mlp_layernorm)
 
 
 def _honour_no_grad(model: nn.Module) -> None:
-    """Let the residual slots see the caller's grad mode.
+    """Let the bias-dropout-adds see the caller's grad mode.
 
-    ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in the slots that
-    would keep every layer's activations alive in evaluation, and inside full recomputation.
+    ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in them that would keep every
+    layer's activations alive in evaluation, and inside full recomputation.
     """
-    for layer, _ in _layers_with_slots(model):
+    for layer, _ in _layers_with_normed_bda(model):
         layer.bias_dropout_add_exec_handler = contextlib.nullcontext
 
 
-def _gather_slots_before_graphs(model: nn.Module) -> None:
-    """Have a layer's slots counted among what Transformer Engine's CUDA graphs of its parts hold.
+def _gather_norms_before_graphs(model: nn.Module) -> None:
+    """Have a layer's bias-dropout-adds counted among what Transformer Engine's CUDA graphs of its parts hold.
 
     ``TransformerLayer`` lists the modules whose parameters are gathered before a graph is replayed
-    (``--overlap-param-gather``). The slots are in the graphs, and not on its list: they have no parameters in
-    stock Megatron.
+    (``--overlap-param-gather``). The bias-dropout-adds are in the graphs, and not on its list: they have no
+    parameters in stock Megatron.
     """
-    for layer, slots in _layers_with_slots(model):
+    for layer, bdas in _layers_with_normed_bda(model):
         listed = layer._get_submodules_under_cudagraphs
-        layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, slots)
+        layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, bdas)
 
 
-def _also(listed: Callable[[], list[nn.Module]], slots: list[ResidualNorm]) -> list[nn.Module]:
-    return [*listed(), *slots]
+def _also(listed: Callable[[], list[nn.Module]], bdas: list[NormedBiasDropoutAdd]) -> list[nn.Module]:
+    return [*listed(), *bdas]
 
 
-def _layers_with_slots(model: nn.Module) -> Iterator[tuple[Any, list[ResidualNorm]]]:
+def _layers_with_normed_bda(model: nn.Module) -> Iterator[tuple[Any, list[NormedBiasDropoutAdd]]]:
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
-            slots = [each for each in (layer.self_attn_bda, layer.mlp_bda) if isinstance(each, ResidualNorm)]
-            if slots:
-                yield layer, slots
+            both = (layer.self_attn_bda, layer.mlp_bda)
+            if bdas := [bda for bda in both if isinstance(bda, NormedBiasDropoutAdd)]:
+                yield layer, bdas

@@ -46,7 +46,7 @@ class HybridModelConfig(upstream.HybridModelConfig):
     ----------
     norm_placement
         Applied to attention, MLP and mixture-of-experts layers. Mamba and gated-delta-net layers
-        have no residual slot that a norm could take, and are refused except with ``pre``.
+        have no bias-dropout-add in which a norm could stand, and are refused except with ``pre``.
     """
 
     builder: ClassVar[str] = "megatron_periln.models.hybrid.HybridModelBuilder"

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_periln.models.specs import with_submodules
-from megatron_periln.norms import AddNorm, JoinedNorm, NoNorm, NormPlacement, OutputNormAdd
+from megatron_periln.norms import FusedInputNorm, NoNorm, NormedBiasDropoutAdd, NormPlacement
 
 __all__ = ["place_norms"]
 
@@ -74,7 +74,7 @@ def place_norms[Spec](
     ValueError
         If ``spec`` fuses an input norm where it can't be taken out, and the placement has none: the
         operation fuser, heterogeneous and inference-optimized layers; or if inference would skip
-        the residual slots (``inference_fuse_tp_communication``); or if ``fuse_pre_mlp_norm`` has not both
+        the bias-dropout-adds (``inference_fuse_tp_communication``); or if ``fuse_pre_mlp_norm`` has not both
         norms to fuse, or recomputes one of them.
     """
     if config.inference_fuse_tp_communication and (placement.output or placement.after_add):
@@ -98,26 +98,23 @@ def place_norms[Spec](
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, TransformerLayerSubmodules):
-        placed = replace(spec, **_residual_slots(spec, placement, config), **_input_norms(spec, placement))
+        placed = replace(spec, **_normed_bdas(spec, placement, config), **_input_norms(spec, placement))
         if placement.input and placement.output and _wants_input_norms_apart(config):
             placed = _with_separate_input_norms(placed)
-        return _with_joined_norm(placed) if fuse_pre_mlp_norm else placed
+        return _with_fused_norm(placed) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
         return with_submodules(spec, place(spec.submodules))
     raise TypeError(f"place_norms takes a layer or block spec of Megatron's, not {spec!r}")
 
 
-def _residual_slots(
+def _normed_bdas(
     layer: TransformerLayerSubmodules, placement: NormPlacement, config: TransformerConfig
 ) -> dict[str, ModuleSpec]:
-    if placement.output:
-        slot = ModuleSpec(module=OutputNormAdd, params={"config": config, "placement": placement})
-    elif placement.after_add:
-        slot = ModuleSpec(module=AddNorm, params={"config": config})
-    else:
+    if not (placement.output or placement.after_add):
         return {}
+    bda = ModuleSpec(module=NormedBiasDropoutAdd, params={"config": config, "placement": placement})
     names = ("self_attn_bda", "mlp_bda")
-    return {name: slot for name in names if getattr(layer, name) is not IdentityFuncOp}
+    return {name: bda for name in names if getattr(layer, name) is not IdentityFuncOp}
 
 
 def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
@@ -148,22 +145,18 @@ def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
         )
 
 
-class SeparateNorm:
-    """Builds Transformer Engine's norm, to be saved as one of its linears' is: without an extra state.
+def separate_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
+    """Build Transformer Engine's norm, to be saved as one of its linears' is: without an extra state.
 
     ``fused_residual_rmsnorm`` makes it return what it normed as well, as Megatron's layers expect.
     """
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
-        norm = te.TENorm(config, hidden_size, eps, has_residual=True)
-        norm.__class__ = type(type(norm).__name__, (type(norm),), _NO_EXTRA_STATE)
-        return norm
-
-
-_NO_EXTRA_STATE = {
-    "get_extra_state": nn.Module.get_extra_state,
-    "set_extra_state": nn.Module.set_extra_state,
-}
+    norm: nn.Module = te.TENorm(config, hidden_size, eps, has_residual=True)
+    # torch saves an extra state if the class has other methods for it than nn.Module, whatever the object
+    # has. Which of Transformer Engine's classes it is, only TENorm knows: so the subclass that has
+    # nn.Module's methods back is made here.
+    plain = {name: getattr(nn.Module, name) for name in ("get_extra_state", "set_extra_state")}
+    norm.__class__ = type(type(norm).__name__, (type(norm),), plain)
+    return norm
 
 
 def _recomputes_norms(config: TransformerConfig) -> bool:
@@ -180,23 +173,23 @@ def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> Transformer
     changes: dict[str, Any] = {}
     keys = layer.sharded_state_dict_keys_map
     if (attention := _unfuse_input_norm(layer.self_attention, why)) is not layer.self_attention:
-        changes |= {"self_attention": attention, "input_layernorm": SeparateNorm}
+        changes |= {"self_attention": attention, "input_layernorm": separate_norm}
         if hasattr(get_submodules(attention), "linear_qkv"):  # latent attention's is saved under its own name
             keys = {**keys, **_ATTENTION_NORM_KEY}
     if (mlp := _unfuse_input_norm(layer.mlp, why)) is not layer.mlp:
-        changes |= {"mlp": mlp, "pre_mlp_layernorm": SeparateNorm}
+        changes |= {"mlp": mlp, "pre_mlp_layernorm": separate_norm}
         keys = {**keys, **_MLP_NORM_KEY}
     return replace(layer, **changes, sharded_state_dict_keys_map=keys)
 
 
-def _with_joined_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+def _with_fused_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     if IdentityFuncOp in (layer.self_attn_bda, layer.mlp_bda):  # a hybrid model's: half a layer
         raise ValueError("fuse_pre_mlp_norm needs layers of attention and MLP; hybrid models have none")
     unfused = _unfuse_input_norm(layer.mlp, "fuse_pre_mlp_norm computes that norm; do without one of the two")
     keys = layer.sharded_state_dict_keys_map
     if unfused is not layer.mlp:
         keys = {**keys, **_MLP_NORM_KEY}
-    return replace(layer, pre_mlp_layernorm=JoinedNorm, mlp=unfused, sharded_state_dict_keys_map=keys)
+    return replace(layer, pre_mlp_layernorm=FusedInputNorm, mlp=unfused, sharded_state_dict_keys_map=keys)
 
 
 def _unfuse_input_norm(sublayer: Any, why: str) -> Any:

@@ -22,7 +22,7 @@ from megatron_periln.monitor.statistics import (
     per_token,
     square_and_variance,
 )
-from megatron_periln.norms import NoNorm, OutputNormAdd, ResidualNorm
+from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm
 
 __all__ = ["watched"]
 
@@ -112,10 +112,17 @@ def _watch_slot(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
     if slot is None or isinstance(slot, IdentityFuncOp):
         return lambda: None
     see = partial(_see_branch, sums, sublayer, layer.layer_number, slot)
-    if isinstance(slot, nn.Module):
-        return slot.register_forward_hook(lambda _, __, join: partial(_seen_join, see, join)).remove
+    if isinstance(slot, NormedBiasDropoutAdd):
+        # Run after Megatron's own hooks, which gather the norm's parameters.
+        return slot.norm.register_forward_pre_hook(partial(_before_norm, see)).remove
     setattr(layer, name, lambda training, fused: partial(_seen_join, see, slot(training, fused)))
     return partial(setattr, layer, name, slot)
+
+
+def _before_norm(see: Callable[..., None], _: nn.Module, args: tuple[Any, ...]) -> None:
+    sublayer_output, sublayer_bias, residual, *_dropout = args
+    if not _recomputing():
+        see(sublayer_output, sublayer_bias, residual)
 
 
 def _seen_join(
@@ -136,10 +143,11 @@ def _see_branch(
 ) -> None:
     x = branch.float() if bias is None else branch.float() + bias.float()
     inner = square_and_variance(x)
-    added = square_and_variance(slot.norm(x)) if isinstance(slot, OutputNormAdd) else inner
+    norm = slot.norm if isinstance(slot, NormedBiasDropoutAdd) else None
+    added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else inner
     sums.add(sublayer, row, per_token([*inner, *added, residual.float().square().mean(-1)]))
-    if isinstance(slot, ResidualNorm):
-        gain = slot.norm(x, lambda gain, *_: gain).float() + slot.norm.zero_centered_gamma
+    if norm is not None:
+        gain = norm.weight.float() + norm.zero_centered_gamma
         sums.add(f"{sublayer}_gain", row, torch.stack([torch.ones_like(gain), gain]).sum(1))
         sums.raise_to(f"{sublayer}_gain_max", row, gain.amax())
         sums.raise_to(f"{sublayer}_gain_negated_min", row, -gain.amin())

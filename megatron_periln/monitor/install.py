@@ -168,9 +168,8 @@ def watch(args: Namespace) -> Watch:
     placement = NormPlacement.named(args.norm_placement)
     if placement.output:
         placement = placement.with_options(output_norm_init=args.output_norm_init)
-    depth = args.num_layers if args.hybrid_layer_pattern is None else args.num_layers / 2
     return Watch(
-        initial_gain=placement.initial_output_gain(depth),
+        initial_gain=placement.initial_output_weight(args.num_layers, args.hybrid_layer_pattern is not None),
         skips_overflow=args.fp16 and args.loss_scale is None,
     )
 

@@ -1,9 +1,16 @@
 """Norm placement: where norms stand, and the modules that stand there."""
 
 from megatron_periln.norms.embedding import EmbeddingNorm
-from megatron_periln.norms.modules import InputNorm, JoinedNorm, NoNorm, Norm
+from megatron_periln.norms.modules import (
+    FusedInputNorm,
+    InputNorm,
+    NoNorm,
+    Norm,
+    NormedBiasDropoutAdd,
+    OutputNorm,
+    PostNorm,
+)
 from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement
-from megatron_periln.norms.residual import AddNorm, OutputNormAdd, ResidualNorm
 
 __all__ = [
     "OUTPUT",
@@ -11,13 +18,13 @@ __all__ = [
     "PLACEMENTS",
     "POST",
     "PRE",
-    "AddNorm",
     "EmbeddingNorm",
+    "FusedInputNorm",
     "InputNorm",
-    "JoinedNorm",
     "NoNorm",
     "Norm",
     "NormPlacement",
-    "OutputNormAdd",
-    "ResidualNorm",
+    "NormedBiasDropoutAdd",
+    "OutputNorm",
+    "PostNorm",
 ]

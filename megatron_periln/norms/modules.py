@@ -1,9 +1,14 @@
-"""The norm that Megatron's local layers, the residual slots and the embedding share."""
+"""The norms of a placement, as modules, and what stands for Megatron's bias-dropout-add around them.
+
+Megatron's hooks gather a module's parameters before it is called, and may free them afterwards
+(``--overlap-param-gather``, FSDP). So parameters are read while the module that owns them is called, and at
+no other time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
@@ -11,12 +16,29 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
+from megatron_periln.norms.placement import NormPlacement
 
-__all__ = ["InputNorm", "JoinedNorm", "NoNorm", "Norm", "SlotNorm"]
+__all__ = [
+    "FusedInputNorm",
+    "InputNorm",
+    "NoNorm",
+    "Norm",
+    "NormParameters",
+    "NormedBiasDropoutAdd",
+    "OutputNorm",
+    "PostNorm",
+]
+
+# The arguments of `kernels.norm_add`, in order: sublayer_output, sublayer_bias, residual, weight, bias, eps,
+# zero_centered_gamma, dropout, training.
+NormAddArguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, bool, float, bool]
+
+OutputWithBias = tuple[Tensor, Tensor | None]
+BiasDropoutAdd = Callable[[OutputWithBias, Tensor, float], Tensor]
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm, as ``config.normalization`` says.
+class NormParameters(nn.Module):
+    """What an RMSNorm or a LayerNorm holds, as ``config.normalization`` says.
 
     Its parameters are tagged for sequence parallelism, so that Megatron sums their gradients over
     the tensor-parallel group (``finalize_model_grads``).
@@ -30,7 +52,7 @@ class Norm(nn.Module):
         Size of the last dimension; ``config.hidden_size`` by default.
     eps
         ``config.layernorm_epsilon`` by default.
-    initial_gain
+    initial_weight
         The factor that each element starts with, also with zero-centered gamma.
     trainable
         Whether the parameters require gradients.
@@ -38,9 +60,9 @@ class Norm(nn.Module):
     Attributes
     ----------
     weight
-        The gain, ``[hidden_size]``.
+        ``[hidden_size]``; with zero-centered gamma the factor is ``1 + weight``.
     bias
-        The shift of LayerNorm, ``[hidden_size]``; None for RMSNorm.
+        The bias of LayerNorm, ``[hidden_size]``; None for RMSNorm.
 
     Raises
     ------
@@ -54,7 +76,7 @@ class Norm(nn.Module):
         hidden_size: int | None = None,
         eps: float | None = None,
         *,
-        initial_gain: float = 1.0,
+        initial_weight: float = 1.0,
         trainable: bool = True,
     ) -> None:
         super().__init__()
@@ -65,7 +87,7 @@ class Norm(nn.Module):
         self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
         self.eps = config.layernorm_epsilon if eps is None else eps
         self.zero_centered_gamma = config.layernorm_zero_centered_gamma
-        self.initial_gain = initial_gain
+        self.initial_weight = initial_weight
         self.weight = self._parameter(config, trainable)
         self.bias = self._parameter(config, trainable) if config.normalization == "LayerNorm" else None
         self.reset_parameters()
@@ -79,13 +101,16 @@ class Norm(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters to their start, as Megatron does of a model made on the meta device."""
-        self.weight.fill_(self.initial_gain - 1 if self.zero_centered_gamma else self.initial_gain)
+        self.weight.fill_(self.initial_weight - 1 if self.zero_centered_gamma else self.initial_weight)
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x``, ``[..., hidden_size]``, in its own dtype."""
-        return kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma, x.dtype)
+    def normalize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the norm of ``x``, ``[..., hidden_size]``, in ``dtype``.
+
+        Calls no hooks: for ``forward``, and for hooks that run when the parameters are gathered.
+        """
+        return kernels.norm(x, self.weight, self.bias, self.eps, self.zero_centered_gamma, dtype)
 
     def extra_repr(self) -> str:
         """Describe the module for ``print(model)``."""
@@ -93,21 +118,15 @@ class Norm(nn.Module):
         return f"{kind}, {self.hidden_size}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
 
 
-class SlotNorm(Norm):
-    """A norm that a residual slot computes along with its sum.
+class Norm(NormParameters):
+    """A norm of the residual stream, in the stream's own dtype."""
 
-    The slot calls it with what is to be computed, rather than read its parameters, which may not have been
-    gathered yet: Megatron's hooks do that for a module that is called (``--overlap-param-gather``, FSDP).
-    """
-
-    def forward(self, x: Tensor, compute: Callable[..., Tensor] | None = None) -> Tensor:
-        """Normalize ``x``; or return ``compute(gain, shift, epsilon, zero_centered_gamma)``."""
-        if compute is None:
-            return super().forward(x)
-        return compute(self.weight, self.bias, self.eps, self.zero_centered_gamma)
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x``, ``[..., hidden_size]``, in its own dtype."""
+        return self.normalize(x, x.dtype)
 
 
-class InputNorm(Norm):
+class InputNorm(NormParameters):
     """A norm whose result feeds a linear: always in the parameters' dtype.
 
     Differs from `Norm` with ``fp32_residual_connection``, where the residual stream is fp32 and
@@ -116,29 +135,28 @@ class InputNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``[..., hidden_size]``, into the dtype of the parameters."""
-        weight = self.weight
-        return kernels.norm(x, weight, self.bias, self.eps, self.zero_centered_gamma, weight.dtype)
+        return self.normalize(x, self.weight.dtype)
 
 
-class JoinedNorm(InputNorm):
-    """An input norm that the residual slot before it computes along with its sum, in one kernel.
+class FusedInputNorm(InputNorm):
+    """An input norm that the output norm before it computes along with the sum, in one kernel.
 
-    The slot calls it with what the sum is of, and gets the sum; the layer then calls it with that very
-    sum, as it does every norm, and gets what is already there. Called with another tensor, it is an
-    `InputNorm`. It is called both times, so that Megatron's hooks gather its parameters before they are
-    read (``--overlap-param-gather``).
+    It is called twice. First `OutputNorm` calls it with what the sum is of, so that the parameters of both
+    are gathered while the one kernel runs; it returns the sum, and keeps the norm of it. Then the layer calls
+    it with that very sum, as it does every norm, and gets what was kept. Called with another tensor, it is an
+    `InputNorm`.
     """
 
-    _ready: tuple[Tensor, Tensor] | None = None
+    _sum_and_normed: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, sum_of: tuple[Any, ...] | None = None) -> Tensor:
+    def forward(self, x: Tensor, sum_of: NormAddArguments | None = None) -> Tensor:
         """Normalize ``x``; or return `kernels.norm_add` of ``sum_of``, and keep the norm of that."""
         if sum_of is None:
-            ready, self._ready = self._ready, None
-            return ready[1] if ready is not None and ready[0] is x else super().forward(x)
-        parameters = (self.weight, self.bias, self.eps, self.weight.dtype)
-        self._ready = kernels.norm_add_norm(*sum_of, *parameters)
-        return self._ready[0]
+            kept, self._sum_and_normed = self._sum_and_normed, None
+            return kept[1] if kept is not None and kept[0] is x else super().forward(x)
+        next_parameters = (self.weight, self.bias, self.eps, self.weight.dtype)
+        self._sum_and_normed = kernels.norm_add_norm(*sum_of, *next_parameters)
+        return self._sum_and_normed[0]
 
 
 class NoNorm(IdentityOp):
@@ -158,3 +176,94 @@ class NoNorm(IdentityOp):
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         """Return ``x`` in the dtype of the parameters."""
         return x.to(self.dtype)
+
+
+class OutputNorm(NormParameters):
+    """``residual + dropout(norm(sublayer_output + sublayer_bias))``: Peri-LN and output-only.
+
+    Attributes
+    ----------
+    next_norm
+        The norm of the sum that comes next in the layer, to be computed along with it; see `compute_next`.
+    """
+
+    next_norm: FusedInputNorm | None = None
+
+    def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
+        super().__init__(
+            config,
+            eps=placement.output_norm_epsilon,
+            initial_weight=placement.initial_output_weight(config.num_layers, config.is_hybrid_model),
+            trainable=not placement.freeze_output_norm,
+        )
+
+    def compute_next(self, norm: FusedInputNorm | None) -> None:
+        """Compute ``norm`` of the sum along with the sum from now on; with None the sum alone."""
+        # It is the layer's module. nn.Module's own __setattr__ would make it one of this module too, and its
+        # parameters would be saved twice.
+        object.__setattr__(self, "next_norm", norm)
+
+    def forward(
+        self,
+        sublayer_output: Tensor,
+        sublayer_bias: Tensor | None,
+        residual: Tensor,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """Normalize a sublayer's output, bias included, then add it to the residual stream.
+
+        ``sublayer_output`` and ``residual`` are ``[sequence, batch, hidden]``; ``sublayer_bias`` is the bias
+        that the sublayer's last linear left to be added, ``[hidden]``. The sum has the residual's dtype.
+        """
+        norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        arguments = (sublayer_output, sublayer_bias, residual, *norm, dropout, training)
+        if self.next_norm is None:
+            return kernels.norm_add(*arguments)
+        return self.next_norm(sublayer_output, sum_of=arguments)
+
+
+class PostNorm(NormParameters):
+    """``norm(residual + dropout(sublayer_output + sublayer_bias))``: Post-LN."""
+
+    def forward(
+        self,
+        sublayer_output: Tensor,
+        sublayer_bias: Tensor | None,
+        residual: Tensor,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """Add a sublayer's output, bias included, to the residual stream, then normalize the sum.
+
+        Shapes and dtypes are those of `OutputNorm`.
+        """
+        norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        return kernels.add_norm(sublayer_output, sublayer_bias, residual, *norm, dropout, training)
+
+
+class NormedBiasDropoutAdd(nn.Module):
+    """Takes the place of Megatron's ``get_bias_dropout_add``, with the norm that a placement has there.
+
+    ``TransformerLayer`` (megatron/core/transformer/transformer_layer.py) builds ``submodules.self_attn_bda``
+    and ``submodules.mlp_bda``, and calls them as ``bda(training, fused)((output, bias), residual, dropout)``.
+    As a module it owns the norm's parameters, ``self_attn_bda.norm.weight`` and so on, which Megatron then
+    shards, checkpoints, reduces and optimizes like any other.
+    """
+
+    def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
+        super().__init__()
+        self.norm = OutputNorm(config, placement) if placement.output else PostNorm(config)
+
+    def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
+        """Return the function that adds a sublayer's output to the residual stream.
+
+        ``fused`` is Megatron's ``bias_dropout_fusion``; the kernels choose their own backend.
+        """
+        return partial(self._add, training=training)
+
+    def _add(
+        self, output_with_bias: OutputWithBias, residual: Tensor, dropout: float, *, training: bool
+    ) -> Tensor:
+        sublayer_output, sublayer_bias = output_with_bias
+        return self.norm(sublayer_output, sublayer_bias, residual, dropout, training)

@@ -9,12 +9,12 @@ __all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "Outp
 
 OutputNormInit = Literal["ones", "depth-scaled"]
 
-_GAINS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
+_PARAMETERS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlacement:
-    """Which norms surround the sublayers ``M`` of a transformer, and how output gains start.
+    """Which norms surround the sublayers ``M`` of a transformer, and how output weights start.
 
     With ``N`` a norm and ``x`` the residual stream, one sublayer computes
 
@@ -42,8 +42,8 @@ class NormPlacement:
     embedding
         A norm on the embedding, before its dropout.
     output_norm_init
-        Output gains start at 1 (``"ones"``) or at ``1/sqrt(num_layers)`` (``"depth-scaled"``, the
-        initialization of Pangu Ultra, arXiv 2504.07866).
+        Output norms' weights start at 1 (``"ones"``) or at ``1/sqrt(num_layers)`` (``"depth-scaled"``,
+        the initialization of Pangu Ultra, arXiv 2504.07866).
     freeze_output_norm
         Keep the output norms' parameters at their initial values.
     output_norm_epsilon
@@ -115,9 +115,13 @@ class NormPlacement:
             output_norm_epsilon=output_norm_epsilon,
         )
 
-    def initial_output_gain(self, num_layers: float) -> float:
-        """Return the output gains' initial value in a model of ``num_layers`` layers."""
-        return num_layers**-0.5 if self.output_norm_init == "depth-scaled" else 1.0
+    def initial_output_weight(self, num_layers: int, hybrid: bool = False) -> float:
+        """Return the output norms' initial weight in a model of ``num_layers`` layers.
+
+        In a ``hybrid`` model each sublayer counts as a layer, and two of them make one here.
+        """
+        depth = num_layers / 2 if hybrid else num_layers
+        return depth**-0.5 if self.output_norm_init == "depth-scaled" else 1.0
 
     def num_parameters(self, num_layers: int, hidden_size: int, normalization: str = "RMSNorm") -> int:
         """Return the parameters that all norms of this placement hold together.
@@ -128,7 +132,7 @@ class NormPlacement:
         """
         per_sublayer = self.input + self.output + self.after_add
         norms = 2 * num_layers * per_sublayer + self.final + self.embedding
-        return norms * hidden_size * _GAINS_PER_NORM[normalization]
+        return norms * hidden_size * _PARAMETERS_PER_NORM[normalization]
 
     def structure(self) -> str:
         """Return a short text of what decides which parameters a checkpoint holds."""

@@ -10,7 +10,7 @@ from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.warm_start import calibrated_output_norms, insert_output_norms
 from megatron_periln.errors import UsageError
 from megatron_periln.models.one_process import build_model, load_model, megatron_config
-from megatron_periln.norms import OutputNormAdd
+from megatron_periln.norms import OutputNorm
 from tests.convert import checkpoints
 
 MODEL = """--num-layers 4 --group-query-attention --num-query-groups 2 --normalization RMSNorm --swiglu
@@ -72,25 +72,23 @@ def test_training_goes_on(inserted, jobs):
     assert job.curve[0]["lm loss"] < inserted[2][1].nats + 0.5
 
 
-def test_gains_are_the_least_squares_fit(single_process):
+def test_weights_are_the_least_squares_fit(single_process):
     flags = checkpoints.COMMON + checkpoints.UNTIED + "--norm-placement peri"
     model = checkpoints.randomize(build_model(megatron_config(checkpoints.arguments(flags))))
-    slot = next(module for module in model.modules() if isinstance(module, OutputNormAdd))
-    branch = torch.randn(12, 2, 64) * torch.rand(12, 2, 1) * torch.rand(64)
+    norm = next(module for module in model.modules() if isinstance(module, OutputNorm))
+    output = torch.randn(12, 2, 64) * torch.rand(12, 2, 1) * torch.rand(64)
     residual = torch.zeros(12, 2, 64)
     with torch.no_grad(), calibrated_output_norms(model):
-        joined = slot(False, False)((branch, None), residual, 0.0)
-    normed = (branch / (branch.square().mean(-1, keepdim=True) + slot.norm.eps).sqrt()).flatten(0, 1)
+        added = norm(output, None, residual, 0.0, False)
+    normed = (output / (output.square().mean(-1, keepdim=True) + norm.eps).sqrt()).flatten(0, 1)
     fits = [
         torch.linalg.lstsq(
-            normed[:, c : c + 1].double(), branch.flatten(0, 1)[:, c : c + 1].double()
+            normed[:, c : c + 1].double(), output.flatten(0, 1)[:, c : c + 1].double()
         ).solution
         for c in range(64)
     ]
-    torch.testing.assert_close(
-        slot.norm.weight.double(), torch.cat(fits)[:, 0].double(), rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(joined.flatten(0, 1), normed * slot.norm.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.weight.double(), torch.cat(fits)[:, 0].double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(added.flatten(0, 1), normed * norm.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_refused_unless_asked_for(trained, jobs, tool, tmp_path, capsys):
@@ -111,5 +109,5 @@ def test_only_pre_ln_is_given_norms(inserted, jobs, tmp_path):
 def test_loaded_model_is_the_one_measured(inserted, single_process):
     checkpoint = Checkpoint(inserted[0])
     model = load_model(checkpoint.path, megatron_config(checkpoint.args))
-    gain = next(m for m in model.modules() if isinstance(m, OutputNormAdd)).norm.weight
-    assert torch.equal(gain, checkpoint.read("self_attn_bda.norm.weight", 0))
+    weight = next(m for m in model.modules() if isinstance(m, OutputNorm)).weight
+    assert torch.equal(weight, checkpoint.read("self_attn_bda.norm.weight", 0))

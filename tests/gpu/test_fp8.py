@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_periln.norms import ResidualNorm
+from megatron_periln.norms import NormedBiasDropoutAdd
 from tests.models import small
 
 te = pytest.importorskip("transformer_engine.pytorch")
@@ -35,6 +35,6 @@ def test_fp8_trains_as_bf16_does(recipe, placement):
     expected, _ = loss_and_model(placement)
     loss, model = loss_and_model(placement, fp8="hybrid", fp8_recipe=recipe)
     assert loss == pytest.approx(expected, rel=0.05)
-    gains = [slot.norm.weight for slot in model.modules() if isinstance(slot, ResidualNorm)]
-    assert len(gains) == 2 * small.LAYERS
-    assert all(gain.grad.isfinite().all() and gain.grad.any() for gain in gains)
+    weights = [bda.norm.weight for bda in model.modules() if isinstance(bda, NormedBiasDropoutAdd)]
+    assert len(weights) == 2 * small.LAYERS
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in weights)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_periln.norms import ResidualNorm
+from megatron_periln.norms import NormedBiasDropoutAdd
 from tests.models import small
 
 pytest.importorskip("transformer_engine")
@@ -42,17 +42,17 @@ def test_transformer_engine_agrees_with_local_layers(placement):
 
 
 @pytest.mark.parametrize("placement", ["post", "peri", "output"])
-def test_every_gain_gets_a_gradient(placement):
+def test_every_norm_weight_gets_a_gradient(placement):
     model = build(placement, "transformer_engine")
     ids = small.tokens()[0].cuda()
     positions = torch.arange(small.SEQUENCE, device="cuda").expand_as(ids)
     model(ids, positions, None, labels=ids).mean().backward()
-    slots = [module for module in model.modules() if isinstance(module, ResidualNorm)]
-    assert len(slots) == 2 * small.LAYERS
-    assert all(slot.norm.weight.grad.abs().max() > 0 for slot in slots)
+    bdas = [module for module in model.modules() if isinstance(module, NormedBiasDropoutAdd)]
+    assert len(bdas) == 2 * small.LAYERS
+    assert all(bda.norm.weight.grad.abs().max() > 0 for bda in bdas)
 
 
-def test_the_joined_norm_agrees_with_transformer_engine_s():
+def test_the_fused_input_norm_agrees_with_that_of_transformer_engine():
     def losses(fuse):
         transformer = small.transformer_config(**small.SWIGLU, transformer_impl="transformer_engine")
         model = small.build("peri", transformer, fuse_pre_mlp_norm=fuse).cuda()

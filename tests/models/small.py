@@ -62,7 +62,7 @@ def build(placement, transformer=None, *, pre_process=None, post_process=None, *
 
 
 def perturb(model, scale=0.3):
-    """Move every parameter off its initial value: biases off 0, gains off 1."""
+    """Move every parameter off its initial value: biases off 0, norm weights off 1."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

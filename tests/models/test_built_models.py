@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as stock
 
 from megatron_periln.models.gpt import placed_layer_spec
-from megatron_periln.norms import AddNorm, NormPlacement, OutputNormAdd
+from megatron_periln.norms import NormedBiasDropoutAdd, NormPlacement, OutputNorm, PostNorm
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
-SLOT = {"peri": OutputNormAdd, "output": OutputNormAdd, "post": AddNorm}
+NORM = {"peri": OutputNorm, "output": OutputNorm, "post": PostNorm}
 
 MODELS = {
     "moe": (
@@ -66,19 +66,20 @@ def transformer_layers(model):
     return [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
 
-@pytest.mark.parametrize("placement", SLOT)
+@pytest.mark.parametrize("placement", NORM)
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_layer_has_the_placements_module_and_every_gain_learns(kind, placement):
+def test_every_layer_has_the_placements_norms_and_every_weight_learns(kind, placement):
     model = build(kind, placement)
     layers = transformer_layers(model)
     assert len(layers) == small.LAYERS + kind.startswith("mtp")
     for layer in layers:
-        assert type(layer.self_attn_bda) is type(layer.mlp_bda) is SLOT[placement]
+        assert type(layer.self_attn_bda) is type(layer.mlp_bda) is NormedBiasDropoutAdd
+        assert type(layer.self_attn_bda.norm) is type(layer.mlp_bda.norm) is NORM[placement]
     gradients = small.gradients(model)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    gains = [name for name in gradients if "_bda.norm." in name]
-    assert len(gains) == 2 * len(layers)
-    assert not [name for name in gains if not gradients[name].any()]
+    weights = [name for name in gradients if "_bda.norm." in name]
+    assert len(weights) == 2 * len(layers)
+    assert not [name for name in weights if not gradients[name].any()]
 
 
 def test_the_models_are_what_they_are_called():
@@ -138,7 +139,7 @@ def test_upstream_still_ignores_the_layer_spec_for_mtp():
     )
     model = stock.GPTModelBuilder(config).build_model(small.groups())
     *decoder, mtp = transformer_layers(model)
-    assert all(isinstance(layer.mlp_bda, OutputNormAdd) for layer in decoder)
+    assert all(isinstance(layer.mlp_bda, NormedBiasDropoutAdd) for layer in decoder)
     assert not isinstance(mtp.mlp_bda, torch.nn.Module)
 
 

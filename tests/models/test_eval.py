@@ -31,7 +31,7 @@ def evaluate(model):
 
 
 def upstreams_grad_mode(model):
-    """Make every layer run its residual slots under enable_grad, as Megatron does by itself."""
+    """Make every layer run its bias-dropout-adds under enable_grad, as Megatron does by itself."""
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             layer.bias_dropout_add_exec_handler = torch.enable_grad

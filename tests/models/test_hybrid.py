@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_periln.models import HybridModelBuilder, HybridModelConfig
-from megatron_periln.norms import NormPlacement, ResidualNorm
+from megatron_periln.norms import NormedBiasDropoutAdd, NormPlacement
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -66,9 +66,9 @@ def test_another_placement_has_other_logits():
 def test_depth_counts_pairs_of_sublayers():
     placement = NormPlacement.named("peri").with_options(output_norm_init="depth-scaled")
     model = hybrid(placement, "modern", layers=4)
-    gains = [slot.norm.weight for slot in model.modules() if isinstance(slot, ResidualNorm)]
-    assert len(gains) == 8
-    assert all(torch.equal(gain, torch.full_like(gain, 0.5)) for gain in gains)
+    weights = [bda.norm.weight for bda in model.modules() if isinstance(bda, NormedBiasDropoutAdd)]
+    assert len(weights) == 8
+    assert all(torch.equal(weight, torch.full_like(weight, 0.5)) for weight in weights)
 
 
 def test_experts_have_their_output_norm():
@@ -79,6 +79,6 @@ def test_experts_have_their_output_norm():
     assert gradients["decoder.layers.3.mlp_bda.norm.weight"].abs().max() > 0
 
 
-def test_layers_without_a_residual_slot_are_refused():
+def test_layers_without_a_place_for_output_norms_are_refused():
     with pytest.raises(ValueError, match="no place in layers M; use layers"):
         hybrid(NormPlacement.named("peri"), "modern", pattern="*-M-")

@@ -14,13 +14,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_periln.models import place_norms
-from megatron_periln.models.place_norms import SeparateNorm
-from megatron_periln.norms import AddNorm, NoNorm, NormPlacement, OutputNormAdd
+from megatron_periln.models.place_norms import separate_norm
+from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, NormPlacement
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
-SLOT = {"peri": OutputNormAdd, "output": OutputNormAdd, "post": AddNorm}
 WITHOUT_INPUT_NORM = ("post", "output")
 FUSED, PLAIN = te.TELayerNormColumnParallelLinear, te.TEColumnParallelLinear
 
@@ -93,14 +92,15 @@ def test_the_original_spec_is_not_mutated(make_spec, placement, te_specs):
 
 @each_spec
 @each_placement
-def test_both_residual_slots_hold_the_placements_module(make_spec, placement, te_specs):
+def test_both_bias_dropout_adds_have_the_placements_norm(make_spec, placement, te_specs):
     for layer, stock in zip(layers(place(make_spec(), placement)), layers(make_spec()), strict=True):
-        for slot in ("self_attn_bda", "mlp_bda"):
-            placed = getattr(layer, slot)
+        for name in ("self_attn_bda", "mlp_bda"):
+            placed = getattr(layer, name)
             if placement == "pre":
-                assert placed is getattr(stock, slot)
+                assert placed is getattr(stock, name)
             else:
-                assert placed.module is SLOT[placement]
+                assert placed.module is NormedBiasDropoutAdd
+                assert placed.params["placement"] is NormPlacement.named(placement)
         assert layer.cross_attn_bda is IdentityFuncOp
 
 
@@ -145,7 +145,7 @@ APART = {
 
 @pytest.mark.parametrize("options", APART.values(), ids=APART)
 @pytest.mark.parametrize("placement", ["pre", "peri"])
-def test_what_megatron_does_with_norms_alone_reaches_peri_s_input_norms(options, placement, te_specs):
+def test_what_megatron_does_with_norms_alone_reaches_the_input_norms_of_peri(options, placement, te_specs):
     placed = {}
     for name in ("te", "te-mla-fused-down-projection"):
         config = small.transformer_config(**options)
@@ -164,7 +164,7 @@ def test_what_megatron_does_with_norms_alone_reaches_peri_s_input_norms(options,
         assert set(norms) == {IdentityOp}
         return
     assert set(linears) == {PLAIN}
-    assert set(norms) == {SeparateNorm}
+    assert set(norms) == {separate_norm}
     assert keys["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
     assert keys["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
     assert "input_layernorm." not in latent.sharded_state_dict_keys_map
@@ -182,7 +182,7 @@ def test_a_separate_norm_is_saved_without_an_extra_state(monkeypatch):
             assert state.numel() == 0
 
     monkeypatch.setattr(te, "TENorm", lambda config, size, eps, has_residual: Norm(size, eps))
-    norm = SeparateNorm(None, 8, 1e-6)
+    norm = separate_norm(None, 8, 1e-6)
     assert "_extra_state" in Norm(8).state_dict()
     assert sorted(norm.state_dict()) == ["bias", "weight"]
     norm.load_state_dict(torch.nn.LayerNorm(8).state_dict(), strict=True)
@@ -228,7 +228,7 @@ def test_a_sublayer_that_does_nothing_gets_no_norm():
     spec.submodules.mlp_bda = IdentityFuncOp
     (layer,) = layers(place(spec, "peri"))
     assert layer.mlp_bda is IdentityFuncOp
-    assert layer.self_attn_bda.module is OutputNormAdd
+    assert layer.self_attn_bda.module is NormedBiasDropoutAdd
 
 
 @pytest.mark.parametrize("name", ["TEFusedMLP", "TEFusedMLPWithGroupedLinear"])
@@ -275,7 +275,7 @@ def test_an_unknown_linear_that_normalizes_its_input_is_refused(te_specs, placem
     place(spec, "peri")
 
 
-def test_inference_that_skips_the_residual_slots_is_refused():
+def test_inference_that_skips_the_bias_dropout_adds_is_refused():
     config = small.transformer_config()
     config.inference_fuse_tp_communication = True
     place_norms(SPECS["local"](), NormPlacement.named("pre"), config)

@@ -8,7 +8,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from megatron_periln.models import GPTModelBuilder
-from megatron_periln.norms import PERI, OutputNormAdd
+from megatron_periln.norms import PERI, NormedBiasDropoutAdd
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -59,7 +59,7 @@ def test_variance_of_post_ln_does_not_grow():
 SCALES = (1.0, 1e2, 1e4)
 
 
-def last_matrix_gradient(join, scale):
+def last_matrix_gradient(add, scale):
     """Return the gradient of an MLP's last matrix W2, ``[4d, d]``, and the norms of h and of a = h W2.
 
     One token; the loss is a direction of length 1 times what the residual add gives; ``scale``
@@ -69,10 +69,10 @@ def last_matrix_gradient(join, scale):
     h = scale * torch.randn(4 * HIDDEN, generator=generator).relu()
     w2 = (0.02 * torch.randn(4 * HIDDEN, HIDDEN, generator=generator)).requires_grad_()
     residual, direction = torch.randn(2, HIDDEN, generator=generator)
-    branch = h @ w2
-    out = join((branch[None, None], None), residual[None, None], 0.0)
+    output = h @ w2
+    out = add((output[None, None], None), residual[None, None], 0.0)
     (out[0, 0] @ (direction / direction.norm())).backward()
-    return w2.grad, h.norm().item(), branch.norm().item()
+    return w2.grad, h.norm().item(), output.norm().item()
 
 
 def pre():
@@ -81,11 +81,11 @@ def pre():
 
 def peri():
     config = small.transformer_config(hidden_size=HIDDEN, layernorm_epsilon=1e-12)
-    return OutputNormAdd(config, PERI)(True, False)
+    return NormedBiasDropoutAdd(config, PERI)(True, False)
 
 
 def bound(h, a):
-    """Proposition 3.1 with gains of 1: ``4 sqrt(D) |h| / |a|``."""
+    """Proposition 3.1 with weights of 1: ``4 sqrt(D) |h| / |a|``."""
     return 4 * HIDDEN**0.5 * h / a
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megatron_periln.norms import PERI, OutputNormAdd, kernels
+from megatron_periln.norms import PERI, OutputNorm, kernels
 from megatron_periln.norms.kernels import backends, reference
 from tests.norms import formulas
 from tests.norms.test_modules import config
@@ -109,12 +109,12 @@ def test_modules_follow_the_backend(name, monkeypatch):
         backends, "choose_backend", lambda *asked: calls.append(asked) or backends.Choice(backend, "")
     )
     kernels.use_backend(name)
-    slot = OutputNormAdd(config(), PERI)
+    norm = OutputNorm(config(), PERI)
     branch, bias, residual, _, _ = formulas.inputs()
-    out = slot(True, True)((branch, bias), residual, 0.0)
+    out = norm(branch, bias, residual, 0.0, True)
     assert calls == [(name, "cpu", 48)]
     torch.testing.assert_close(
-        out, formulas.norm_add(branch, bias, residual, slot.norm.weight, None, 1e-5).float()
+        out, formulas.norm_add(branch, bias, residual, norm.weight, None, 1e-5).float()
     )
 
 

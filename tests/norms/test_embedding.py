@@ -65,7 +65,7 @@ def test_dropout_acts_on_normed_values():
 
 
 @pytest.mark.parametrize("placement", small.PLACEMENTS)
-def test_every_placement_can_have_one_and_its_gain_learns(placement):
+def test_every_placement_can_have_one_and_its_weight_learns(placement):
     gradient = small.gradients(build(placement))["embedding.norm.weight"]
     assert gradient.isfinite().all() and gradient.any()
 

@@ -23,11 +23,11 @@ def config(normalization="RMSNorm", zero_centered_gamma=False, **changes):
 
 
 def perturbed(norm):
-    _, _, _, gain, shift = formulas.inputs()
+    _, _, _, weight, bias = formulas.inputs()
     with torch.no_grad():
-        norm.weight.copy_(gain)
+        norm.weight.copy_(weight)
         if norm.bias is not None:
-            norm.bias.copy_(shift)
+            norm.bias.copy_(bias)
     return norm
 
 
@@ -58,13 +58,15 @@ def test_a_given_eps_and_size_take_precedence(normalization):
 
 @kinds
 @gammas
-@pytest.mark.parametrize("initial_gain", [1.0, 0.25])
-def test_the_initial_gain_is_the_factor_whatever_is_stored(normalization, zero_centered_gamma, initial_gain):
-    norm = Norm(config(normalization, zero_centered_gamma), initial_gain=initial_gain)
-    assert set(norm.weight.tolist()) == {initial_gain - zero_centered_gamma}
+@pytest.mark.parametrize("initial_weight", [1.0, 0.25])
+def test_the_initial_weight_is_the_factor_whatever_is_stored(
+    normalization, zero_centered_gamma, initial_weight
+):
+    norm = Norm(config(normalization, zero_centered_gamma), initial_weight=initial_weight)
+    assert set(norm.weight.tolist()) == {initial_weight - zero_centered_gamma}
     one = torch.ones(HIDDEN)
     x = formulas.inputs()[0]
-    expected = initial_gain * formulas.norm(x, one, None if norm.bias is None else 0 * one, norm.eps)
+    expected = initial_weight * formulas.norm(x, one, None if norm.bias is None else 0 * one, norm.eps)
     torch.testing.assert_close(norm(x), expected.float())
 
 
@@ -73,12 +75,12 @@ def test_the_initial_gain_is_the_factor_whatever_is_stored(normalization, zero_c
 def test_a_norm_made_on_the_meta_device_starts_alike(normalization, zero_centered_gamma):
     """As Megatron-FSDP does it: empty memory, then the module's ``reset_parameters``."""
     with torch.device("meta"):
-        late = Norm(config(normalization, zero_centered_gamma), initial_gain=0.25)
+        late = Norm(config(normalization, zero_centered_gamma), initial_weight=0.25)
     late.to_empty(device="cpu")
     for parameter in late.parameters():
         parameter.data.fill_(7)
     late.reset_parameters()
-    now = Norm(config(normalization, zero_centered_gamma), initial_gain=0.25)
+    now = Norm(config(normalization, zero_centered_gamma), initial_weight=0.25)
     for mine, theirs in zip(late.parameters(), now.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

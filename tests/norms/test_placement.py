@@ -86,9 +86,9 @@ def test_without_options_a_placement_stays_as_it_is(placement):
     assert placement.with_options(embedding=not placement.embedding).embedding != placement.embedding
 
 
-def test_initial_output_gains():
-    assert PERI.initial_output_gain(16) == 1.0
-    assert PERI.with_options(output_norm_init="depth-scaled").initial_output_gain(16) == 0.25
+def test_initial_output_weights():
+    assert PERI.initial_output_weight(16) == 1.0
+    assert PERI.with_options(output_norm_init="depth-scaled").initial_output_weight(16) == 0.25
 
 
 @pytest.mark.parametrize(

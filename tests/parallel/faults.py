@@ -1,19 +1,19 @@
 """Mistakes that a comparison with one process must notice; each is made by every rank of a job."""
 
 from megatron_periln.models import gpt
-from megatron_periln.norms import embedding, modules, residual
+from megatron_periln.norms import embedding, kernels, modules
 
 
-def untag_output_gains():
-    """Leave the output gains' gradients unsummed under sequence parallelism."""
-    build = residual.OutputNormAdd.__init__
+def untag_output_norms():
+    """Leave the output norms' gradients unsummed under sequence parallelism."""
+    build = modules.OutputNorm.__init__
 
     def untagged(self, *args, **kwargs):
         build(self, *args, **kwargs)
         for parameter in self.parameters():
             parameter.sequence_parallel = False
 
-    residual.OutputNormAdd.__init__ = untagged
+    modules.OutputNorm.__init__ = untagged
 
 
 def untag_embedding_norm():
@@ -29,13 +29,13 @@ def untag_embedding_norm():
 
 def norm_before_the_bias():
     """Add the linear bias after the output norm."""
-    norm_add = residual.kernels.norm_add
+    norm_add = kernels.norm_add
 
-    def before(branch, bias, residual_stream, *args):
-        out = norm_add(branch, None, residual_stream, *args)
-        return out if bias is None else out + bias
+    def before(sublayer_output, sublayer_bias, residual, *args):
+        out = norm_add(sublayer_output, None, residual, *args)
+        return out if sublayer_bias is None else out + sublayer_bias
 
-    residual.kernels.norm_add = before
+    kernels.norm_add = before
 
 
 def embedding_norm_on_the_second_stage():

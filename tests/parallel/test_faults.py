@@ -8,7 +8,7 @@ from tests.parallel.conftest import FIRST, LAST
 @pytest.mark.parametrize(
     ("fault", "case"),
     [
-        ("untag_output_gains", Case("peri", layout="TP2+SP")),
+        ("untag_output_norms", Case("peri", layout="TP2+SP")),
         ("untag_embedding_norm", Case("peri", layout="TP2+SP")),
         ("norm_before_the_bias", Case("peri", "biased", "PP2")),
         ("embedding_norm_on_the_second_stage", Case("peri", "biased", "PP2")),
