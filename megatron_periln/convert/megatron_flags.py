@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
-from megatron.training.arguments import parse_args
 
 from megatron_periln.convert.architecture import Architecture
+from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["flag_file", "model_flags", "parsed", "placement_flags"]
@@ -85,14 +84,9 @@ def flag_file(
 
 def parsed(architecture: Architecture, dtype: torch.dtype, tokenizer: Path | None = None) -> Namespace:
     """Return Megatron's arguments for a model, as they are saved with its checkpoint."""
-    argv = sys.argv
     length = ["--seq-length", str(architecture.max_positions)]
     flags = [*model_flags(architecture, dtype), length, *_tokenizer_flags(tokenizer)]
-    sys.argv = [argv[0], *(word for flag in flags for word in flag)]
-    try:
-        args = parse_args()
-    finally:
-        sys.argv = argv
+    args = megatron_arguments([word for flag in flags for word in flag])
     args.params_dtype = dtype
     args.add_position_embedding = True
     args.norm_placement = architecture.placement.name

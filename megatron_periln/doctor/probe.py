@@ -73,12 +73,10 @@ def _cpu(_: list[str]) -> dict[str, Any]:
 
 
 def _parameters(flags: list[str]) -> dict[str, Any]:
-    from megatron.training.arguments import parse_args
-
+    from megatron_periln.megatron_arguments import megatron_arguments
     from megatron_periln.training.arguments import add_arguments
 
-    sys.argv = ["pretrain", *flags]
-    args = parse_args(add_arguments, ignore_unknown_args=True)
+    args = megatron_arguments(flags, add_arguments, ignore_unknown=True)
     args.vocab_size = args.vocab_size or _vocabulary_of(args.data_path or [])
     return {"parameters": count_parameters(args), "bytes_each": checkpoint_bytes_per_parameter(args)}
 

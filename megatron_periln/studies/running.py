@@ -82,21 +82,15 @@ def check_flags(study: Study) -> None:
     UsageError
         For the first that is not, with the run's name.
     """
-    from megatron.training.arguments import parse_args
-
+    from megatron_periln.megatron_arguments import megatron_arguments
     from megatron_periln.training.arguments import add_arguments
 
-    given = sys.argv
-    try:
-        for cell in study.cells():
-            if cell.seed == study.seeds[0]:
-                sys.argv = ["pretrain", *cell.flags]
-                try:
-                    parse_args(add_arguments)
-                except UsageError as error:
-                    raise UsageError(f"{study.name}, run {cell.name}: {error}") from error
-    finally:
-        sys.argv = given
+    for cell in study.cells():
+        if cell.seed == study.seeds[0]:
+            try:
+                megatron_arguments(cell.flags, add_arguments)
+            except UsageError as error:
+                raise UsageError(f"{study.name}, run {cell.name}: {error}") from error
 
 
 def command_line(study: Study, folder: CellFolder) -> list[str]:

@@ -1,17 +1,15 @@
 """Small checkpoints with random weights and gains, and what their models compute."""
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.training.arguments import parse_args
 
 from megatron_periln.checkpoints.saved_arguments import placement_of
+from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.models.one_process import build_model, megatron_config, megatron_logits
 from megatron_periln.training.arguments import add_arguments
 
@@ -40,8 +38,7 @@ class Saved:
 
 def arguments(flags):
     """Return Megatron's arguments as they are saved with a checkpoint."""
-    with mock.patch.object(sys, "argv", ["pretrain", *shlex.split(flags)]):
-        args = parse_args(add_arguments)
+    args = megatron_arguments(shlex.split(flags), add_arguments)
     args.embedding_norm = placement_of(args).embedding
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
     return args
