@@ -30,7 +30,7 @@ def write_checkpoint(folder: Path, options: argparse.Namespace) -> None:
     import torch
 
     from megatron_periln.convert.architecture import Architecture, Rope
-    from megatron_periln.convert.megatron_flags import parsed
+    from megatron_periln.convert.megatron_flags import model_arguments
     from megatron_periln.models.one_process import build_model, megatron_config, save_model, single_process
     from megatron_periln.norms import PERI
 
@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path, options: argparse.Namespace) -> None:
         max_positions=4096,
         rope=Rope(theta=10000),
     )
-    args = parsed(architecture, torch.bfloat16)
+    args = model_arguments(architecture, torch.bfloat16)
     with single_process(), torch.no_grad():
         model = build_model(megatron_config(args, torch.bfloat16))
         for parameter in model.parameters():

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["locked", "new_folder", "remove_abandoned", "replacing", "sync", "try_lock", "write_text"]
+__all__ = [
+    "check_new_folder",
+    "locked",
+    "new_folder",
+    "remove_abandoned",
+    "replacing",
+    "sync",
+    "try_lock",
+    "write_text",
+]
 
 # What flock raises on file systems that have no locks, or whose lock server is away.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -126,6 +135,22 @@ def new_folder(path: Path, *, flag: str, replace: bool = False) -> Iterator[Path
             old.rename(path)
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class _NothingWrittenError(Exception):
+    pass
+
+
+def check_new_folder(path: Path, *, flag: str) -> None:
+    """Find out whether `new_folder` could make ``path``; leave nothing but the folders above it.
+
+    Raises
+    ------
+    UsageError
+        If it couldn't.
+    """
+    with suppress(_NothingWrittenError), new_folder(path, flag=flag):
+        raise _NothingWrittenError
 
 
 def try_lock(descriptor: int) -> bool | None:

@@ -1,4 +1,4 @@
-"""Start Peri-LN training from a Pre-LN checkpoint: insert output norms, their gains fitted to data."""
+"""Start Peri-LN training from a Pre-LN checkpoint: insert output norms, their weights fitted to data."""
 
 from megatron_periln.command_line import run_command
 from megatron_periln.tools.warm_start import main

@@ -1,4 +1,4 @@
-"""Reading a distributed checkpoint tensor by tensor, whatever layout wrote it."""
+"""Reading a distributed checkpoint tensor by tensor, whatever parallel layout wrote it, without its model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from megatron_periln.errors import UsageError
 __all__ = ["Checkpoint"]
 
 _LAYERS = "decoder.layers."
-_TABLE = "embedding.word_embeddings.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"  # every GPT's; in the dtype of all its weights
 
 
 class Checkpoint:
-    """A distributed checkpoint (``--ckpt-format torch_dist``), read without building its model.
+    """A distributed checkpoint (``--ckpt-format torch_dist``): its arguments, and its tensors one by one.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class Checkpoint:
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: Mapping[str, Any] = metadata.state_dict_metadata
-        self.dtype: torch.dtype = self._entry(_TABLE).properties.dtype
+        self.dtype: torch.dtype = self._entry(_EMBEDDING).properties.dtype
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         """Return a tensor of the model at its full shape, in the dtype that it was saved in.
@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts whatever is read into its place in one tensor."""
+    """Reads into one tensor, whatever the key: each item of the plan has its offsets in it."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

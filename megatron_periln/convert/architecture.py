@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_periln.models import GPTModelConfig
 from megatron_periln.norms import NormPlacement
 
-__all__ = ["Architecture", "Misfit", "Rope", "obstacles"]
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """Something that an exported model can't express.
-
-    Parameters
-    ----------
-    reason
-        What the model has, as a clause.
-    change
-        What to train with instead.
-    """
-
-    reason: str
-    change: str
+__all__ = ["Architecture", "Rope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +83,7 @@ class Architecture:
 
     @staticmethod
     def of(config: GPTModelConfig) -> Architecture:
-        """Return the architecture of a model without `obstacles`."""
+        """Return the architecture of a model of Megatron's for which `unsupported_by_all` finds nothing."""
         core = config.transformer
         standard_scale = core.kv_channels**-0.5
         return Architecture(
@@ -134,46 +117,3 @@ def _biases(core: Any) -> frozenset[str]:
     if core.add_bias_linear:
         return frozenset({"qkv", "proj", "mlp"})
     return frozenset({"qkv"}) if core.add_qkv_bias else frozenset()
-
-
-# Megatron's argument, its value in every model that can be exported, what another value means, and
-# what to train with.
-_REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
-    ("hybrid_layer_pattern", None, "it is a hybrid model", "a GPT, without --hybrid-layer-pattern"),
-    ("multi_latent_attention", False, "it has multi-latent attention", "--group-query-attention"),
-    ("num_experts", None, "it has experts", "a dense model, without --num-experts"),
-    ("spec", None, "its layers come from --spec", "Megatron's own layers, without --spec"),
-    (
-        "heterogeneous_layers_config_path",
-        None,
-        "its layers differ",
-        "equal layers, without --heterogeneous-layers-config-path",
-    ),
-    ("experimental_attention_variant", None, "it has another attention", "--group-query-attention"),
-    ("normalization", "RMSNorm", "its norms are LayerNorms", "--normalization RMSNorm"),
-    ("swiglu", True, "its MLP is not SwiGLU", "--swiglu"),
-    ("glu_linear_offset", 0.0, "its MLP adds --glu-linear-offset", "--glu-linear-offset 0"),
-    ("activation_func_clamp_value", None, "its MLP is clamped", "no --activation-func-clamp-value"),
-    ("position_embedding_type", "rope", "its positions are not rotary", "--position-embedding-type rope"),
-    ("no_rope_freq", None, "some of its layers have no positions", "no --no-rope-freq"),
-    ("rotary_seq_len_interpolation_factor", None, "its positions are interpolated", "--use-rope-scaling"),
-    ("window_size", None, "its attention has a window", "no --window-size"),
-    ("softmax_type", "vanilla", "its softmax has a sink", "--softmax-type vanilla"),
-    ("attention_output_gate", False, "its attention is gated", "no --attention-output-gate"),
-    ("qk_l2_norm", False, "its queries and keys have L2 norms", "--qk-layernorm"),
-    (
-        "apply_residual_connection_post_layernorm",
-        False,
-        "its residual stream starts after the norm",
-        "no --apply-residual-connection-post-layernorm",
-    ),
-)
-
-
-def obstacles(args: Namespace) -> list[Misfit]:
-    """Return what no exported model can express of the model that Megatron's saved ``args`` describe."""
-    return [
-        Misfit(reason, change)
-        for name, value, reason, change in _REQUIRED
-        if getattr(args, name, value) != value
-    ]

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from megatron_periln.checkpoints.reader import Checkpoint
-from megatron_periln.convert import parity_check as proof
-from megatron_periln.convert.architecture import Architecture, obstacles
-from megatron_periln.convert.choice import choose, refuse
-from megatron_periln.convert.hf_config import SpecialTokens, generation_config, model_config
+from megatron_periln.convert import parity_check
+from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.hf_config import generation_config, model_config
+from megatron_periln.convert.model_folder import SpecialTokens, copy_tokenizer
 from megatron_periln.convert.safetensors_folder import write_tensors
 from megatron_periln.convert.targets import Target
-from megatron_periln.convert.tensors import exported_tensors
-from megatron_periln.convert.tokenizer_files import copy_tokenizer
+from megatron_periln.convert.unsupported import choose_target, refuse_unsupported
+from megatron_periln.convert.weights import exported_tensors
 from megatron_periln.files import new_folder
 from megatron_periln.models.one_process import megatron_config
 
@@ -42,7 +42,7 @@ class ExportOptions:
     shard_bytes
         The most that a safetensors file holds.
     verify
-        Compare the logits of both models before anything is published.
+        Compare the logits of both models before the folder gets its name.
     """
 
     target: str = "auto"
@@ -55,7 +55,7 @@ class ExportOptions:
 def export(
     load: Path, output: Path, options: ExportOptions, step: int | None = None, say: Say = print
 ) -> None:
-    """Export a checkpoint, and prove the result before it appears.
+    """Export a checkpoint, and check the result's parity before it appears.
 
     Parameters
     ----------
@@ -71,12 +71,12 @@ def export(
     Raises
     ------
     UsageError
-        If the checkpoint can't be read or expressed, or the proof fails; ``output`` is then not there.
+        If the checkpoint can't be read or expressed, or the parity check fails; ``output`` is then not there.
     """
     checkpoint = Checkpoint(load, step)
-    refuse(obstacles(checkpoint.args))
+    refuse_unsupported(checkpoint.args)
     architecture = Architecture.of(megatron_config(checkpoint.args))
-    target, why = choose(architecture, options.target)
+    target, why = choose_target(architecture, options.target)
     dtype = options.dtype or checkpoint.dtype
     say(f"Target {target.name} ({target.architecture}): {why}")
     if getattr(checkpoint.args, "mtp_num_layers", None):
@@ -84,54 +84,56 @@ def export(
     with new_folder(output, flag="--output") as folder:
         tokens, line = copy_tokenizer(checkpoint.args, options.tokenizer, folder)
         say(f"Tokenizer: {line}")
-        size = _write(folder, checkpoint, architecture, target, tokens, dtype, options.shard_bytes)
-        say(f"Weights: {size:,} bytes in {str(dtype).removeprefix('torch.')}")
+        conversion = _Conversion(checkpoint, architecture, target, tokens)
+        size = conversion.write(folder, dtype, options.shard_bytes)
+        say(f"Weights: {size:,} bytes in {_name(dtype)}")
         if options.verify:
-            _prove(folder, checkpoint, architecture, target, tokens, dtype, say)
+            conversion.check_parity(folder, dtype, say)
         else:
             say("The logits were not compared (--no-verify)")
     say(f"Wrote {output}")
 
 
-def _write(
-    folder: Path,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    target: Target,
-    tokens: SpecialTokens,
-    dtype: torch.dtype,
-    shard_bytes: int,
-) -> int:
-    configs = {
-        "config.json": model_config(architecture, target, tokens, dtype),
-        "generation_config.json": generation_config(tokens),
-    }
-    for name, content in configs.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    return write_tensors(folder, exported_tensors(checkpoint.read, architecture, target, dtype), shard_bytes)
+@dataclass(frozen=True)
+class _Conversion:
+    """What is exported, and as what."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    target: Target
+    tokens: SpecialTokens
+
+    def write(self, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+        """Write the configuration and the weights, and return the number of the weights' bytes."""
+        configs = {
+            "config.json": model_config(self.architecture, self.target, self.tokens, dtype),
+            "generation_config.json": generation_config(self.tokens),
+        }
+        for name, content in configs.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        tensors = exported_tensors(self.checkpoint.read, self.architecture, self.target, dtype)
+        return write_tensors(folder, tensors, shard_bytes)
+
+    def check_parity(self, folder: Path, dtype: torch.dtype, say: Say) -> None:
+        """Compare the logits of the checkpoint and of what `write` wrote, both in fp32.
+
+        Where rounding to ``dtype`` moves the logits further than the tolerance, an fp32 export is made and
+        compared instead, and what was written must be that, rounded.
+        """
+        sample = parity_check.sample_tokens(self.architecture.vocab_size, self.architecture.max_positions)
+        expected = parity_check.checkpoint_logits(self.checkpoint.path, self.checkpoint.args, sample)
+        written = parity_check.compare_logits(parity_check.transformers_logits(folder, sample), expected)
+        if dtype is torch.float32 or written.maximum <= parity_check.TOLERANCE:
+            parity_check.require_parity(written, say)
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            exact = Path(name)
+            self.write(exact, torch.float32, 1 << 32)
+            logits = parity_check.transformers_logits(exact, sample)
+            parity_check.require_parity(parity_check.compare_logits(logits, expected), say)
+            parity_check.require_rounded(folder, exact, dtype)
+        say(f"Rounding to {_name(dtype)} changes the logits by up to {written}")
 
 
-def _prove(
-    folder: Path,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    target: Target,
-    tokens: SpecialTokens,
-    dtype: torch.dtype,
-    say: Say,
-) -> None:
-    """Compare the logits in fp32, and what was rounded with what was not."""
-    sample = proof.sample_tokens(architecture.vocab_size, architecture.max_positions)
-    expected = proof.logits_of_checkpoint(checkpoint.path, checkpoint.args, sample)
-    written = proof.compare(proof.exported_logits(folder, sample), expected)
-    if dtype is torch.float32 or written.maximum <= proof.TOLERANCE:
-        say(f"Proof: largest difference of the logits in fp32: {written}")
-        proof.refuse_other_logits(written)
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as exact:
-        _write(Path(exact), checkpoint, architecture, target, tokens, torch.float32, 1 << 32)
-        difference = proof.compare(proof.exported_logits(Path(exact), sample), expected)
-        say(f"Proof: largest difference of the logits in fp32: {difference}")
-        proof.refuse_other_logits(difference)
-        proof.refuse_other_tensors(folder, Path(exact), dtype)
-    say(f"Rounding to {str(dtype).removeprefix('torch.')} changes the logits by up to {written}")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,19 +1,23 @@
-"""The configuration of an exported model: config.json and generation_config.json."""
+"""A model's configuration in transformers: what an export writes, and what an import reads of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_periln.convert.architecture import Architecture, Rope
-from megatron_periln.convert.targets import Target
-from megatron_periln.convert.tensors import is_exported_tied
+from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
+from megatron_periln.convert.targets import TARGETS, Target
+from megatron_periln.convert.weights import is_exported_tied
+from megatron_periln.errors import UsageError
+from megatron_periln.norms import NormPlacement
 
-__all__ = ["LLAMA3_SCALING", "SpecialTokens", "generation_config", "model_config"]
+__all__ = ["architecture_of", "generation_config", "model_config", "read_config"]
 
-LLAMA3_SCALING = {
+_LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -22,18 +26,12 @@ LLAMA3_SCALING = {
 }
 """What ``--use-rope-scaling`` does (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """Ids of a tokenizer's special tokens; None where it has none."""
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-
-    def as_settings(self) -> dict[str, int | None]:
-        """Return them under the names that transformers gives them."""
-        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
+_POSSIBLE_BIASES: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"qkv"}),
+    frozenset({"qkv", "proj", "mlp"}),
+)
+"""The biases that Megatron can have."""
 
 
 def model_config(
@@ -77,7 +75,7 @@ def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
 
 
 def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
-    scaling = LLAMA3_SCALING if rope.llama3 else {"rope_type": "default"}
+    scaling = _LLAMA3_SCALING if rope.llama3 else {"rope_type": "default"}
     fraction = {"partial_rotary_factor": rope.fraction} if target.partial_rotary else {}
     parameters: dict[str, Any] = {"rope_theta": float(rope.theta), **scaling, **fraction}
     if target.rope_label is not None:
@@ -87,4 +85,110 @@ def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
         "rope_theta": float(rope.theta),
         **fraction,
     }
-    return {**settings, "rope_scaling": LLAMA3_SCALING} if rope.llama3 else settings
+    return {**settings, "rope_scaling": _LLAMA3_SCALING} if rope.llama3 else settings
+
+
+def read_config(model: Path) -> tuple[Any, Target]:
+    """Return the configuration of a model in a folder, and the target it is an instance of.
+
+    Raises
+    ------
+    UsageError
+        If the folder holds no model, or one of an architecture that is not among the targets.
+    """
+    check_model_folder(model)
+    from transformers import AutoConfig  # not above: an export does without these seconds
+
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--model {model}: transformers can't read its config.json: {reason}") from error
+    if config.model_type not in TARGETS:
+        raise UsageError(
+            f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"
+        )
+    return config, TARGETS[config.model_type]
+
+
+def architecture_of(config: Any, target: Target) -> Architecture:
+    """Return what a model of transformers computes.
+
+    Parameters
+    ----------
+    config
+        Its configuration, a ``PretrainedConfig``.
+    target
+        The target it is an instance of.
+
+    Raises
+    ------
+    UsageError
+        For a setting that Megatron has nothing for.
+    """
+    _check_settings(config, target)
+    biases = frozenset().union(
+        *(group for switch, group in target.bias_switches.items() if getattr(config, switch))
+    )
+    if biases not in _POSSIBLE_BIASES:
+        raise UsageError(
+            f"the model has biases in {', '.join(sorted(biases))} only; Megatron has them in queries, keys "
+            "and values, or in every linear"
+        )
+    architecture = Architecture(
+        placement=NormPlacement.named(target.placement).with_options(embedding=target.embedding_norm),
+        eps=getattr(config, target.eps_name),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        rope=_rope(config, target),
+        qk_norm=target.qk_norm,
+        biases=biases,
+        tied=config.tie_word_embeddings,
+    )
+    scales = {attribute: getattr(config, name) for name, attribute in target.multipliers.items()}
+    if "attention_scale" in scales:
+        scales["attention_scale"] /= architecture.head_dim**-0.5
+    return replace(architecture, **scales)
+
+
+def _check_settings(config: Any, target: Target) -> None:
+    settings = {"hidden_act": "silu", **target.settings}
+    for name, value in settings.items():
+        theirs = getattr(config, name, value)
+        if (theirs or None) != (value or None):
+            raise UsageError(
+                f"the model has {name} {theirs}, and Megatron has nothing for other than {value}"
+            )
+    for name, value in target.layer_settings.items():
+        theirs = set(getattr(config, name, None) or [value])
+        if theirs != {value}:
+            raise UsageError(
+                f"the model has {name} {', '.join(sorted(theirs))}; only {value} can be imported"
+            )
+
+
+def _rope(config: Any, target: Target) -> Rope:
+    parameters = dict(config.rope_parameters)
+    if target.rope_label is not None:
+        parameters = dict(parameters[target.rope_label])
+    theta, fraction = parameters.pop("rope_theta"), parameters.pop("partial_rotary_factor", 1.0)
+    llama3 = parameters == _LLAMA3_SCALING
+    if not llama3 and parameters != {"rope_type": "default"}:
+        raise UsageError(
+            f"the model scales its rotary frequencies by {parameters}; Megatron has no scaling, or that of "
+            f"Llama 3.1: {_LLAMA3_SCALING}"
+        )
+    if theta != int(theta):
+        raise UsageError(f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number")
+    return Rope(
+        theta=int(theta),
+        fraction=fraction if target.partial_rotary else 1.0,
+        interleaved=target.interleaved,
+        llama3=llama3,
+    )

@@ -12,14 +12,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_periln.convert import parity_check as proof
+from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
-from megatron_periln.convert.imported import imported_tensor, without_scales
-from megatron_periln.convert.megatron_flags import flag_file, parsed
-from megatron_periln.convert.roles import GLOBAL_NAMES, LAYER_NAMES
+from megatron_periln.convert.hf_config import architecture_of, read_config
+from megatron_periln.convert.megatron_flags import flag_file, model_arguments
 from megatron_periln.convert.safetensors_folder import Tensors
-from megatron_periln.convert.source import read_config, source_architecture
 from megatron_periln.convert.targets import Target
+from megatron_periln.convert.weights import imported_tensor, without_scales
+from megatron_periln.errors import UsageError
 from megatron_periln.files import new_folder
 from megatron_periln.models.one_process import (
     build_model,
@@ -32,9 +32,6 @@ __all__ = ["FLAG_FILE", "ImportOptions", "import_model"]
 
 FLAG_FILE = "model.flags"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_ROLES = {name: role for role, name in GLOBAL_NAMES.items()} | {
-    f"decoder.layers.{name}": role for role, name in LAYER_NAMES.items()
-}
 
 Say = Callable[[str], None]
 
@@ -48,7 +45,7 @@ class ImportOptions:
     dtype
         Of the checkpoint's tensors; None for that of the model's.
     verify
-        Compare the logits of both models before anything is published.
+        Compare the logits of both models before the folder gets its name.
     """
 
     dtype: torch.dtype | None = None
@@ -56,7 +53,7 @@ class ImportOptions:
 
 
 def import_model(model: Path, output: Path, options: ImportOptions, say: Say = print) -> None:
-    """Import a model, and prove the checkpoint before it appears.
+    """Import a model, and check the checkpoint's parity before it appears.
 
     Parameters
     ----------
@@ -72,11 +69,11 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
     Raises
     ------
     UsageError
-        If the model can't be read, or Megatron can't compute it, or the proof fails; ``output`` is
-        then not there.
+        If the model can't be read, or Megatron can't compute it, or the parity check fails; ``output``
+        is then not there.
     """
     config, target = read_config(model)
-    source = source_architecture(config, target)
+    source = architecture_of(config, target)
     tensors = Tensors(model)
     dtype = options.dtype or tensors[target.tensor_name("embedding.weight")].dtype
     architecture = without_scales(source)
@@ -85,7 +82,7 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
         say("Its multipliers are folded into the weights: an export will have none")
     tokenizer = model.absolute() if (model / "tokenizer.json").is_file() else None
     flags = flag_file(architecture, dtype, output.absolute(), tokenizer)
-    args = parsed(architecture, dtype, tokenizer)
+    args = model_arguments(architecture, dtype, tokenizer)
     with new_folder(output, flag="--output") as folder:
         (folder / FLAG_FILE).write_text(flags)
         with single_process():
@@ -94,7 +91,7 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
             path = save_model(folder, args, built)
             del built
         if options.verify:
-            _prove(model, path, args, source, dtype, say)
+            _check_parity(model, path, args, source, dtype, say)
         else:
             say("The logits were not compared (--no-verify)")
     say(f"Wrote {output}. Go on training with these flags, as @{output / FLAG_FILE}:")
@@ -110,7 +107,7 @@ def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Targe
             continue
         layer = _LAYER.match(key)
         tensor = imported_tensor(
-            tensors.__getitem__, source, target, _ROLES[sharded.key], int(layer[1]) if layer else 0
+            tensors.__getitem__, source, target, sharded.key, int(layer[1]) if layer else 0
         )
         sharded.data.copy_(tensor)
         filled += tensor.numel()
@@ -118,13 +115,16 @@ def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Targe
     assert filled == total, f"{filled} of {total} parameters were imported"
 
 
-def _prove(
+def _check_parity(
     model: Path, path: Path, args: Namespace, source: Architecture, dtype: torch.dtype, say: Say
 ) -> None:
-    sample = proof.sample_tokens(source.vocab_size, source.max_positions)
-    expected = proof.exported_logits(model, sample)
-    difference = proof.compare(proof.logits_of_checkpoint(path, args, sample), expected)
-    say(f"Proof: largest difference of the logits in fp32: {difference}")
-    if difference.maximum > proof.TOLERANCE and dtype is not torch.float32:
-        say(f"The checkpoint is rounded to {dtype}; --dtype float32 keeps more")
-    proof.refuse_other_logits(difference)
+    """Compare the logits of the model and of the checkpoint made of it, both in fp32."""
+    sample = parity_check.sample_tokens(source.vocab_size, source.max_positions)
+    expected = parity_check.transformers_logits(model, sample)
+    difference = parity_check.compare_logits(parity_check.checkpoint_logits(path, args, sample), expected)
+    try:
+        parity_check.require_parity(difference, say)
+    except UsageError:
+        if dtype is not torch.float32:
+            say(f"The checkpoint is rounded to {dtype}; --dtype float32 keeps more")
+        raise

@@ -1,4 +1,4 @@
-"""Megatron's flags for an architecture, and its arguments from flags."""
+"""Megatron's flags for an architecture, and the arguments that it parses from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_periln.convert.architecture import Architecture
 from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms import NormPlacement
 
-__all__ = ["flag_file", "model_flags", "parsed", "placement_flags"]
+__all__ = ["flag_file", "model_arguments", "model_flags", "placement_flags"]
 
 _PRECISIONS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
 
@@ -82,7 +82,9 @@ def flag_file(
     return "".join(f"{shlex.join(flag)}\n" for flag in flags)
 
 
-def parsed(architecture: Architecture, dtype: torch.dtype, tokenizer: Path | None = None) -> Namespace:
+def model_arguments(
+    architecture: Architecture, dtype: torch.dtype, tokenizer: Path | None = None
+) -> Namespace:
     """Return Megatron's arguments for a model, as they are saved with its checkpoint."""
     length = ["--seq-length", str(architecture.max_positions)]
     flags = [*model_flags(architecture, dtype), length, *_tokenizer_flags(tokenizer)]

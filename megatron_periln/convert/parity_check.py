@@ -1,16 +1,17 @@
-"""The proof of a conversion: Megatron's model and transformers' give the same logits."""
+"""The parity check of a conversion: Megatron's model and transformers' give the same logits."""
 
 from __future__ import annotations
 
 import gc
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_periln.convert.running import transformers_model
+from megatron_periln.convert.logits import transformers_model
 from megatron_periln.convert.safetensors_folder import Tensors
 from megatron_periln.errors import UsageError
 from megatron_periln.models.one_process import (
@@ -23,12 +24,12 @@ from megatron_periln.models.one_process import (
 __all__ = [
     "TOLERANCE",
     "Difference",
-    "compare",
-    "exported_logits",
-    "logits_of_checkpoint",
-    "refuse_other_logits",
-    "refuse_other_tensors",
+    "checkpoint_logits",
+    "compare_logits",
+    "require_parity",
+    "require_rounded",
     "sample_tokens",
+    "transformers_logits",
 ]
 
 TOLERANCE = 1e-4
@@ -68,14 +69,14 @@ def sample_tokens(vocab_size: int, max_positions: int) -> Tensor:
     return torch.randint(vocab_size, (_BATCH, min(_SEQUENCE, max_positions)), generator=generator)
 
 
-def compare(actual: Tensor, expected: Tensor) -> Difference:
+def compare_logits(actual: Tensor, expected: Tensor) -> Difference:
     """Compare logits of the same shape; NaN counts as infinitely far."""
     apart = (actual.double() - expected.double()).abs().max().item()
     same = (actual.argmax(-1) == expected.argmax(-1)).double().mean().item()
     return Difference(float("inf") if apart != apart else apart, expected.double().std().item(), same)
 
 
-def logits_of_checkpoint(path: Path, args: Namespace, tokens: Tensor) -> Tensor:
+def checkpoint_logits(path: Path, args: Namespace, tokens: Tensor) -> Tensor:
     """Return the logits of Megatron's own model, loaded from a checkpoint in fp32.
 
     Parameters
@@ -95,20 +96,21 @@ def logits_of_checkpoint(path: Path, args: Namespace, tokens: Tensor) -> Tensor:
     return logits
 
 
-def exported_logits(folder: Path, tokens: Tensor) -> Tensor:
+def transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits of a model of transformers, loaded in fp32 by `load_transformers`."""
     with transformers_model(folder) as model:
         return model.logits(tokens)
 
 
-def refuse_other_logits(difference: Difference) -> None:
-    """Refuse models that are further apart than rounding.
+def require_parity(difference: Difference, say: Callable[[str], None]) -> None:
+    """Say how far two models' logits are apart, and refuse what rounding in fp32 does not explain.
 
     Raises
     ------
     UsageError
-        If they are.
+        If they are further apart than `TOLERANCE`.
     """
+    say(f"Parity check: largest difference of the logits in fp32: {difference}")
     if not difference.maximum <= TOLERANCE:
         raise UsageError(
             f"the two models' logits differ by {difference}, and {TOLERANCE:g} is allowed: nothing was "
@@ -116,7 +118,7 @@ def refuse_other_logits(difference: Difference) -> None:
         )
 
 
-def refuse_other_tensors(rounded: Path, exact: Path, dtype: torch.dtype) -> None:
+def require_rounded(rounded: Path, exact: Path, dtype: torch.dtype) -> None:
     """Check that one folder of safetensors holds those of another, rounded to ``dtype``.
 
     Raises

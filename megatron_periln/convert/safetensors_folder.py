@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["INDEX", "Tensors", "write_tensors"]
+__all__ = ["INDEX", "Tensors", "finalize_shards", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -56,7 +56,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         total += tensor.nbytes
         del tensor  # not to be held while the next one is made
     flush()
-    _name_shards(folder, shards, total)
+    finalize_shards(folder, shards, total)
     return total
 
 
@@ -66,7 +66,18 @@ def _new_file_mode() -> int:
     return 0o666 & ~umask
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+def finalize_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the files of `write_tensors` their names, which have the number of files in them, and an index.
+
+    Parameters
+    ----------
+    folder
+        Holds the files, as ``0.part`` and so on.
+    shards
+        The names of each file's tensors.
+    total
+        Bytes of all tensors.
+    """
     if len(shards) == 1:
         (folder / "0.part").rename(folder / _SINGLE)
         return

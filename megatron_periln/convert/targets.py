@@ -66,8 +66,8 @@ class Target:
     embedding_norm
         It has an embedding norm, and needs one. Without it, the norm is folded into the table.
     names
-        From a tensor's role to its name without ``.weight`` or ``.bias``; ``{layer}`` stands for
-        the layer's index, ``{next}`` for that of the layer after it. A role that starts with
+        From the neutral name of a module (see ``weights``) to the architecture's; ``{layer}`` stands for
+        the layer's index, ``{next}`` for that of the layer after it. A neutral name that starts with
         ``last.`` is that of the last layer.
     zeros
         Tensors of zeros beside: names, and their rows of ``hidden_size``.
@@ -106,9 +106,9 @@ class Target:
         """The biases that it can have."""
         return _NONE.union(*self.bias_switches.values())
 
-    def tensor_name(self, role: str, layer: int = 0, num_layers: int = 0) -> str:
-        """Return the name of a tensor, such as ``attention.q.weight`` of layer 3."""
-        module, _, kind = role.rpartition(".")
+    def tensor_name(self, parameter: str, layer: int = 0, num_layers: int = 0) -> str:
+        """Return the name of a parameter's tensor, such as that of ``attention.q.weight`` in layer 3."""
+        module, _, kind = parameter.rpartition(".")
         if layer == num_layers - 1:
             module = f"last.{module}" if f"last.{module}" in self.names else module
         return f"{self.names[module].format(layer=layer, next=layer + 1)}.{kind}"

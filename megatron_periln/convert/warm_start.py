@@ -1,7 +1,7 @@
 """Output norms for a trained Pre-LN model: a start that is near it, not the same model.
 
-``x + y`` becomes ``x + g * y / rms(y)``, with one gain for each channel where ``y`` had a length of
-its own at each token, which no gains undo. They are fitted in the least squares sense, so that every
+``x + y`` becomes ``x + w * y / rms(y)``, with one weight for each channel where ``y`` had a length of
+its own at each token, which no weights undo. They are fitted in the least squares sense, so that every
 sublayer adds about what it added, and then by some steps down the gradient of the loss.
 """
 
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.checkpoints.saved_arguments import placement_of
-from megatron_periln.convert.architecture import obstacles
-from megatron_periln.convert.choice import refuse
+from megatron_periln.convert.unsupported import refuse_unsupported
 from megatron_periln.errors import UsageError
 from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows, window_length
 from megatron_periln.files import new_folder
@@ -38,17 +37,17 @@ __all__ = ["calibrated_output_norms", "insert_output_norms"]
 
 _NEW = ("self_attn_bda.norm", "mlp_bda.norm")
 _CALIBRATION, _EVALUATION = 16, 32  # windows of text
-_STEPS, _BATCH, _RATE = 24, 4, 0.03  # of Adam; the rate is relative to a norm's gains
+_STEPS, _BATCH, _RATE = 24, 4, 0.03  # of Adam; the rate is relative to the size of a norm's weights
 
 Say = Callable[[str], None]
 
 
 @contextmanager
 def calibrated_output_norms(model: GPTModel) -> Iterator[None]:
-    """While it lasts, a forward pass sets every output norm's gain from the branch that it sees.
+    """While it lasts, a forward pass sets every output norm's weight from the sublayer output that it sees.
 
-    The gain of channel ``c`` is ``sum(y_c * n_c) / sum(n_c ** 2)`` over all tokens, with ``n`` the
-    normalized branch: the least squares fit of ``g * n`` to ``y``. Later sublayers see the stream
+    The weight of channel ``c`` is ``sum(y_c * n_c) / sum(n_c ** 2)`` over all tokens, with ``n`` the
+    normalized output: the least squares fit of ``w * n`` to ``y``. Later sublayers see the stream
     that the earlier ones' new norms give.
     """
     norms = [module for module in model.modules() if isinstance(module, OutputNorm)]
@@ -61,6 +60,7 @@ def calibrated_output_norms(model: GPTModel) -> Iterator[None]:
 
 
 def _calibrate(norm: OutputNorm, args: tuple[Any, ...]) -> None:
+    """Set a norm's weight, before its forward pass, from what it is to norm."""
     sublayer_output, sublayer_bias, *_ = args
     summed = sublayer_output if sublayer_bias is None else sublayer_output + sublayer_bias
     normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + norm.eps)
@@ -86,7 +86,7 @@ def insert_output_norms(
     output
         The folder to write, for ``--load``.
     prefix
-        An indexed dataset: its start calibrates the gains, what follows measures the loss.
+        An indexed dataset: its start calibrates the weights, what follows measures the loss.
     length
         Tokens of a window; None for the model's own.
     say
@@ -99,7 +99,7 @@ def insert_output_norms(
         model's.
     """
     checkpoint = Checkpoint(load, step)
-    refuse(obstacles(checkpoint.args))
+    refuse_unsupported(checkpoint.args)
     placement = placement_of(checkpoint.args)
     if placement.name != "pre":
         raise UsageError(
@@ -116,14 +116,14 @@ def insert_output_norms(
         before = _loss(load_model(checkpoint.path, config), evaluation)
         model = load_model(checkpoint.path, megatron_config(args), absent=_NEW)
         say(f"Loss of the Pre-LN model: {before}")
-        say(f"With output norms of gain 1: {_loss(model, evaluation)}")
+        say(f"With output norms of weight 1: {_loss(model, evaluation)}")
         tokens = calibration[:, :-1]
         with torch.no_grad(), calibrated_output_norms(model):
             model(tokens, torch.arange(length).expand_as(tokens), None)
-        say(f"With gains fitted by least squares: {_loss(model, evaluation)}")
+        say(f"With weights fitted by least squares: {_loss(model, evaluation)}")
         _descend(model, calibration)
         after = _loss(model, evaluation)
-        say(f"With calibrated gains: {after}")
+        say(f"With calibrated weights: {after}")
         save_model(folder, args, model.to(checkpoint.dtype))
     say(
         "Warning: this is another model, not a conversion; its activations have other sizes: warm the "
@@ -135,13 +135,13 @@ def insert_output_norms(
 
 
 def _descend(model: GPTModel, windows: Tensor) -> None:
-    """Take some steps of Adam down the loss of ``windows``, with the output norms' gains alone."""
-    gains = [module.weight for module in model.modules() if isinstance(module, OutputNorm)]
+    """Take some steps of Adam down the loss of ``windows``, with the output norms' weights alone."""
+    weights = [module.weight for module in model.modules() if isinstance(module, OutputNorm)]
     model.requires_grad_(False)
-    for gain in gains:
-        gain.requires_grad_(True)
-    sizes = [gain.detach().square().mean().sqrt().item() for gain in gains]
-    groups = [{"params": [gain], "lr": _RATE * size} for gain, size in zip(gains, sizes, strict=True)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    sizes = [weight.detach().square().mean().sqrt().item() for weight in weights]
+    groups = [{"params": [weight], "lr": _RATE * size} for weight, size in zip(weights, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups)
     for step in range(_STEPS):
         rows = windows.roll(-step * _BATCH, 0)[:_BATCH]

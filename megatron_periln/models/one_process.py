@@ -1,4 +1,4 @@
-"""Building and running a checkpoint's model in this process alone, on the CPU."""
+"""Building, loading, running and saving a whole GPT in this process alone, on the CPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 
 __all__ = ["build_model", "load_model", "megatron_config", "megatron_logits", "save_model", "single_process"]
 
-# Arguments that say how a model is run, not what it computes.
-_HOW: dict[str, Any] = {
+# Megatron's arguments that say how a model is run, not what it computes, and what one process takes.
+_EXECUTION: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
@@ -76,17 +76,17 @@ _HOW: dict[str, Any] = {
 
 
 def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTModelConfig:
-    """Return the configuration of a checkpoint's model, to run in one process.
+    """Return the configuration of a model, to be run in one process.
 
     Parameters
     ----------
     args
-        Megatron's saved arguments, of a model without ``obstacles``.
+        Megatron's arguments, as they are saved with a checkpoint: of a GPT, in any parallel layout.
     dtype
         Of the parameters.
     """
     alone = copy.copy(args)
-    for name, value in _HOW.items():
+    for name, value in _EXECUTION.items():
         setattr(alone, name, value)
     alone.params_dtype = dtype
     alone.bf16, alone.fp16 = dtype is torch.bfloat16, dtype is torch.float16

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
-from megatron_periln.convert.paths import check_model_folder
+from megatron_periln.convert.model_folder import check_model_folder
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.errors import UsageError
 
@@ -61,7 +61,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from megatron_periln import cpu
 
     cpu.activate(hide_gpu=True)
-    from megatron_periln.convert.running import checkpoint_model, transformers_model
+    from megatron_periln.convert.logits import checkpoint_model, transformers_model
     from megatron_periln.evaluation.loss import mean_loss, token_windows, window_length
 
     opened = (

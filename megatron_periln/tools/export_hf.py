@@ -1,4 +1,4 @@
-"""Export a checkpoint to a model of transformers, proven by its logits."""
+"""Export a checkpoint to a model of transformers, and compare the logits of both."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, parse_size, quiet_megatron, run_command
-from megatron_periln.convert.paths import check_output
 from megatron_periln.convert.targets import TARGETS
+from megatron_periln.files import check_new_folder
 
 __all__ = ["build_parser", "main"]
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="skip the proof, which runs both models in fp32; for models too large for that",
+        help="skip the parity check, which runs both models in fp32; for models too large for that",
     )
     return parser
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    check_output(args.output)
+    check_new_folder(args.output, flag="--output")
     quiet_megatron()
     import torch
 

@@ -1,4 +1,4 @@
-"""Import a model of transformers as a checkpoint to go on training, proven by its logits."""
+"""Import a model of transformers as a checkpoint to go on training, and compare the logits of both."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
-from megatron_periln.convert.paths import check_model_folder, check_output
+from megatron_periln.convert.model_folder import check_model_folder
+from megatron_periln.files import check_new_folder
 
 __all__ = ["build_parser", "main"]
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="skip the proof, which runs both models in fp32; for models too large for that",
+        help="skip the parity check, which runs both models in fp32; for models too large for that",
     )
     return parser
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
-    check_output(args.output)
+    check_new_folder(args.output, flag="--output")
     quiet_megatron()
     import torch
 

@@ -1,4 +1,4 @@
-"""Start Peri-LN training from a Pre-LN checkpoint: insert output norms, their gains fitted to data."""
+"""Start Peri-LN training from a Pre-LN checkpoint: insert output norms, their weights fitted to data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
-from megatron_periln.convert.paths import check_output
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.errors import UsageError
+from megatron_periln.files import check_new_folder
 
 __all__ = ["build_parser", "main"]
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-path",
         required=True,
-        help="an indexed dataset, without .bin or .idx: fits the gains, and measures the loss",
+        help="an indexed dataset, without .bin or .idx: fits the weights, and measures the loss",
     )
     parser.add_argument(
         "--seq-length", type=int, help="tokens in a window; default: the checkpoint's own, up to 4096"
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(args: argparse.Namespace) -> None:
     if not args.insert_output_norms:
         raise UsageError(
-            "output norms make another model of a Pre-LN one, whatever their gains; give "
+            "output norms make another model of a Pre-LN one, whatever their weights; give "
             "--insert-output-norms to have them all the same"
         )
-    check_output(args.output)
+    check_new_folder(args.output, flag="--output")
     check_indexed_dataset(args.data_path, every_sequence=False)
     quiet_megatron()
     from megatron_periln import cpu

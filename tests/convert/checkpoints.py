@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights and gains, and what their models compute."""
+"""Small checkpoints with random weights, and what their models compute."""
 
 import shlex
 from dataclasses import dataclass

@@ -42,13 +42,13 @@ def test_checkpoint_and_export_have_the_same_loss(saved, exported, data, tool, c
     assert losses == [pytest.approx(expected, abs=2e-6)] * 2
 
 
-def test_a_window_is_the_model_s_own_length(saved, exported, data, tool, capsys):
+def test_a_window_is_as_long_as_the_model_allows(saved, exported, data, tool, capsys):
     for model in (["--load", str(saved("peri").folder)], ["--model", str(exported("peri")[0])]):
         assert tool.main([*model, "--data-path", data[0], "--windows", "2"]) == 0
         assert capsys.readouterr().out.splitlines()[-1].endswith(f" {2 * checkpoints.POSITIONS} tokens")
 
 
-def test_another_tokenizer_s_dataset_is_refused(saved, exported, tool, tmp_path, capsys):
+def test_a_dataset_of_another_tokenizer_is_refused(saved, exported, tool, tmp_path, capsys):
     largest = checkpoints.VOCABULARY
     builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.uint16)
     builder.add_document([1] * 100 + [largest] * 100, [200])

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_periln.convert import export as exporting
 from megatron_periln.convert.export import ExportOptions, export
-from megatron_periln.convert.parity_check import compare
+from megatron_periln.convert.parity_check import compare_logits
 from megatron_periln.convert.targets import TARGETS
-from megatron_periln.convert.tensors import exported_tensors
+from megatron_periln.convert.weights import exported_tensors
 from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
 from tests.convert.cases import CASES, ONE_PER_TARGET
@@ -34,11 +34,11 @@ def test_logits_are_megatrons(saved, exported, name):
     folder, said = exported(name)
     tokens = checkpoints.sample()
     with torch.no_grad():
-        difference = compare(load(folder)(tokens).logits, saved(name).logits(tokens))
+        difference = compare_logits(load(folder)(tokens).logits, saved(name).logits(tokens))
     assert difference.maximum <= 1e-5
     assert 0.2 < difference.scale < 5
-    (proof,) = [line for line in said if line.startswith("Proof")]
-    assert float(re.search(r"fp32: (\S+)", proof)[1]) <= 1e-5
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(re.search(r"fp32: (\S+)", parity)[1]) <= 1e-5
 
 
 @each_case
@@ -99,15 +99,15 @@ def test_shards_and_index(saved, exported, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["peri", "pre"])
-def test_rounded_export_is_proven_in_fp32(saved, exported, tmp_path, name):
+def test_rounded_export_is_checked_in_fp32(saved, exported, tmp_path, name):
     said = []
     options = ExportOptions(dtype=torch.bfloat16)
     export(saved(name).folder, tmp_path / "model", options, say=said.append)
     rounded, exact = (load_file(f / "model.safetensors") for f in (tmp_path / "model", exported(name)[0]))
     assert rounded.keys() == exact.keys()
     assert all(torch.equal(rounded[key], exact[key].bfloat16()) for key in exact)
-    (proof,) = [line for line in said if line.startswith("Proof")]
-    assert float(re.search(r"fp32: (\S+)", proof)[1]) <= 1e-5
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(re.search(r"fp32: (\S+)", parity)[1]) <= 1e-5
     (rounding,) = [line for line in said if line.startswith("Rounding to bfloat16")]
     assert float(re.search(r"up to (\S+)", rounding)[1]) > 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from megatron_periln import flag_files
 from megatron_periln.checkpoints.manifest import MANIFEST, Manifest
 from megatron_periln.checkpoints.reader import Checkpoint
+from megatron_periln.convert import import_model as importing
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
-from megatron_periln.convert.parity_check import compare, logits_of_checkpoint
+from megatron_periln.convert.parity_check import checkpoint_logits, compare_logits
 from megatron_periln.errors import UsageError
 from megatron_periln.models.one_process import build_model, megatron_config
 from tests.convert import checkpoints
@@ -64,7 +65,7 @@ def quietly(_):
 
 
 def make(folder, name, dtype=torch.float32, **changes):
-    """Save a random model of transformers, its gains and biases random too."""
+    """Save a random model of transformers, its norms' weights and its biases random too."""
     settings = {**SIZES, **MODELS.get(name, {}), **changes}
     config = transformers.AutoConfig.for_model(name.split(",")[0], **settings)
     torch.manual_seed(3)
@@ -81,8 +82,8 @@ def make(folder, name, dtype=torch.float32, **changes):
 def test_logits_and_round_trip(single_process, tmp_path, name):
     source, said = make(tmp_path / "source", name), []
     import_model(source, tmp_path / "checkpoint", ImportOptions(), say=said.append)
-    (proof,) = [line for line in said if line.startswith("Proof")]
-    assert float(proof.split("fp32: ")[1].split()[0]) <= 1e-5
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
     options = ExportOptions(target=name.split(",")[0], verify=False)
     export(tmp_path / "checkpoint", tmp_path / "again", options, say=quietly)
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
@@ -103,7 +104,7 @@ def test_multipliers_are_folded(single_process, tmp_path, tied):
     models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("source", "again")]
     with torch.no_grad():
         logits = [model(checkpoints.sample()).logits for model in models]
-    assert compare(*logits).maximum <= 1e-5
+    assert compare_logits(*logits).maximum <= 1e-5
 
 
 def test_bf16_round_trip(single_process, tmp_path):
@@ -155,8 +156,8 @@ def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
     assert len(job.curve) == 1
     trained = Checkpoint(job.folder / "checkpoints")
     tokens = checkpoints.sample()
-    expected = logits_of_checkpoint(tmp_path / "checkpoint" / "release", trained.args, tokens)
-    assert compare(logits_of_checkpoint(trained.path, trained.args, tokens), expected).maximum <= 1e-6
+    expected = checkpoint_logits(tmp_path / "checkpoint" / "release", trained.args, tokens)
+    assert compare_logits(checkpoint_logits(trained.path, trained.args, tokens), expected).maximum <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -182,14 +183,12 @@ def test_what_megatron_has_nothing_for_is_refused(single_process, tmp_path, name
 
 
 def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch):
-    from megatron_periln.convert import import_model as importing
-
     make(tmp_path / "source", "llama")
     right = importing.imported_tensor
 
-    def swapped(get, architecture, target, role, layer):
-        tensor = right(get, architecture, target, role, layer)
-        return tensor.roll(len(tensor) // 2, 0) if role == "mlp.gate_up.weight" else tensor
+    def swapped(get, architecture, target, key, layer):
+        tensor = right(get, architecture, target, key, layer)
+        return tensor.roll(len(tensor) // 2, 0) if key == "decoder.layers.mlp.linear_fc1.weight" else tensor
 
     monkeypatch.setattr(importing, "imported_tensor", swapped)
     with pytest.raises(UsageError, match="logits differ by"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_periln import files
 from megatron_periln.convert import export as exporting
-from megatron_periln.convert import safetensors_folder
+from megatron_periln.convert import parity_check, safetensors_folder
 from megatron_periln.convert.export import ExportOptions, export
 
 SHARDED = ExportOptions(shard_bytes=1, verify=False)
@@ -57,11 +57,11 @@ def within_a_shard(patch):
 
 
 def before_the_index(patch):
-    patch.setattr(safetensors_folder, "_name_shards", killed)
+    patch.setattr(safetensors_folder, "finalize_shards", killed)
 
 
-def before_the_proof(patch):
-    patch.setattr(exporting, "_prove", killed)
+def before_the_parity_check(patch):
+    patch.setattr(parity_check, "sample_tokens", killed)
 
 
 def before_the_disk_has_it(patch):
@@ -78,7 +78,7 @@ MOMENTS = [
     between_shards,
     within_a_shard,
     before_the_index,
-    before_the_proof,
+    before_the_parity_check,
     before_the_disk_has_it,
 ]
 
@@ -137,7 +137,7 @@ def assert_whole(folder, exported):
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_a_kill_leaves_nothing_under_the_final_name(checkpoint, exported, tmp_path, moment):
-    export_killed(checkpoint, tmp_path, moment, EXACT if moment is before_the_proof else SHARDED)
+    export_killed(checkpoint, tmp_path, moment, EXACT if moment is before_the_parity_check else SHARDED)
     (left,) = tmp_path.iterdir()
     assert left.name.endswith(".tmp")
     check_next_export(checkpoint, exported, tmp_path)

@@ -35,8 +35,8 @@ def test_export_of_tensor_and_pipeline_parallel_checkpoint(trained, single_proce
     said = []
     export(trained, tmp_path / "model", ExportOptions(), say=said.append)
     assert said[0].startswith("Target glm4")
-    (proof,) = [line for line in said if line.startswith("Proof")]
-    assert float(proof.split("fp32: ")[1].split()[0]) <= 1e-5
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
     assert "the checkpoint was trained with NullTokenizer; --tokenizer FOLDER adds them" in said[1]
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].shape == (256, 64)

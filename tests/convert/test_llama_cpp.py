@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_periln.convert.export import ExportOptions, export
-from megatron_periln.convert.parity_check import compare
+from megatron_periln.convert.parity_check import compare_logits
 from megatron_periln.convert.targets import TARGETS
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
@@ -61,7 +61,9 @@ def computed(saved, byte_tokenizer, tmp_path_factory):
 
 
 def difference(computed, saved, name, model):
-    return compare(torch.from_numpy(computed[name]["logits"]), saved(model).logits(checkpoints.sample()))
+    return compare_logits(
+        torch.from_numpy(computed[name]["logits"]), saved(model).logits(checkpoints.sample())
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

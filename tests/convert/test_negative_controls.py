@@ -1,11 +1,11 @@
-"""The proof fails for each mistake that an export could make, and nothing is left."""
+"""The parity check fails for each mistake that an export could make, and nothing is left."""
 
 import pytest
 
 from megatron_periln.convert import export as exporting
 from megatron_periln.convert.export import ExportOptions, export
-from megatron_periln.convert.layout import separate
-from megatron_periln.convert.parity_check import TOLERANCE
+from megatron_periln.convert.parity_check import TOLERANCE, sample_tokens
+from megatron_periln.convert.weights import separate_rotary_pairs
 from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
 
@@ -13,7 +13,7 @@ from tests.convert import checkpoints
 def unpermuted(architecture, tensors):
     """Rotary pairs where Megatron has them."""
     return {
-        name: separate(tensor, architecture) if "q_proj" in name or "k_proj" in name else tensor
+        name: separate_rotary_pairs(tensor, architecture) if "q_proj" in name or "k_proj" in name else tensor
         for name, tensor in tensors.items()
     }
 
@@ -25,7 +25,7 @@ def swapped_gate_and_up(_, tensors):
     }
 
 
-def swapped_gains(_, tensors):
+def swapped_norm_weights(_, tensors):
     """The output norm of attention and the input norm of the MLP exchanged."""
     one, other = "post_self_attn_layernorm", "post_attention_layernorm"
 
@@ -49,7 +49,7 @@ def embedding_off_by_a_hundredth(_, tensors):
 TENSOR_MISTAKES = [
     unpermuted,
     swapped_gate_and_up,
-    swapped_gains,
+    swapped_norm_weights,
     swapped_query_heads,
     embedding_off_by_a_hundredth,
 ]
@@ -61,8 +61,8 @@ def refused_difference(saved, tmp_path):
     with pytest.raises(UsageError, match="logits differ by"):
         export(saved("peri").folder, tmp_path / "model", ExportOptions(), say=said.append)
     assert list(tmp_path.iterdir()) == []
-    (proof,) = [line for line in said if line.startswith("Proof")]
-    return float(proof.split("fp32: ")[1].split()[0])
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    return float(parity.split("fp32: ")[1].split()[0])
 
 
 @pytest.mark.parametrize("mistake", TENSOR_MISTAKES, ids=lambda mistake: mistake.__name__)
@@ -102,9 +102,7 @@ def test_a_missing_tensor_is_refused(saved, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokens_of_the_proof_are_not_those_of_the_tests():
-    from megatron_periln.convert.parity_check import sample_tokens
-
+def test_tokens_of_the_parity_check_are_not_those_of_the_tests():
     ours = sample_tokens(checkpoints.VOCABULARY, checkpoints.POSITIONS)
     assert ours.shape == (2, 64)
     assert not (ours[:, :40] == checkpoints.sample()).all()

@@ -71,7 +71,7 @@ def test_an_interrupt_while_writing_leaves_nothing(saved, tmp_path, monkeypatch,
 
 
 def test_a_kill_at_any_time_leaves_no_model(saved, tmp_path, monkeypatch):
-    """The final name is there only when every file is, on the disk, and the proof has passed."""
+    """The final name is there only when every file is, on the disk, and the parity check has passed."""
     output, synced, stream = tmp_path / "model", set(), exporting.exported_tensors
 
     def watched(*args):
@@ -110,7 +110,7 @@ def test_tool_says_what_it_did(saved, tool, tmp_path, capsys):
     assert lines[0] == (
         "Target llama (LlamaForCausalLM): asked for; runs in transformers, vLLM, SGLang and llama.cpp"
     )
-    assert any(line.startswith("Proof: largest difference of the logits in fp32: ") for line in lines)
+    assert any(line.startswith("Parity check: largest difference of the logits in fp32: ") for line in lines)
     assert lines[-1] == f"Wrote {output}"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_periln.convert.parity_check import compare
+from megatron_periln.convert.parity_check import compare_logits
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
 
@@ -36,4 +36,4 @@ def logits(exported, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_megatrons(saved, logits, name):
-    assert compare(logits[name], saved(name).logits(checkpoints.sample())).maximum <= 1e-5
+    assert compare_logits(logits[name], saved(name).logits(checkpoints.sample())).maximum <= 1e-5

@@ -1,4 +1,4 @@
-"""Output norms for a Pre-LN checkpoint: only when asked for, with the gains that fit best."""
+"""Output norms for a Pre-LN checkpoint: only when asked for, with the weights that fit best."""
 
 import importlib
 
@@ -39,7 +39,7 @@ def inserted(trained, jobs, single_process, tmp_path_factory):
 def test_loss_before_and_after_is_reported_with_a_warning(inserted):
     _, said, (before, after) = inserted
     assert said[0] == f"Loss of the Pre-LN model: {before}"
-    assert said[3] == f"With calibrated gains: {after}"
+    assert said[3] == f"With calibrated weights: {after}"
     ones, fitted = (float(line.split(": ")[1].split()[0]) for line in said[1:3])
     assert abs(fitted - before.nats) < 0.2
     assert after.nats < min(ones, fitted)
@@ -48,14 +48,14 @@ def test_loss_before_and_after_is_reported_with_a_warning(inserted):
     assert said[4].startswith("Warning: this is another model")
 
 
-def test_everything_but_the_gains_is_kept(trained, inserted):
+def test_everything_but_the_new_weights_is_kept(trained, inserted):
     before, after = Checkpoint(trained.folder / "checkpoints"), Checkpoint(inserted[0])
     assert after.args.norm_placement == "peri"
     for layer in range(4):
         for name in ("self_attention.linear_qkv.weight", "mlp.linear_fc2.weight"):
             assert torch.equal(before.read(name, layer), after.read(name, layer))
-    gains = torch.stack([after.read("mlp_bda.norm.weight", layer) for layer in range(4)])
-    assert (gains != 1).all()
+    weights = torch.stack([after.read("mlp_bda.norm.weight", layer) for layer in range(4)])
+    assert (weights != 1).all()
 
 
 def test_the_checkpoint_has_a_manifest(inserted):

@@ -5,10 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_periln.convert.architecture import Architecture, Rope, obstacles
-from megatron_periln.convert.choice import choose, misfits, refuse
+from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.targets import TARGETS
+from megatron_periln.convert.unsupported import (
+    choose_target,
+    refuse_unsupported,
+    unsupported_by,
+    unsupported_by_all,
+)
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from tests.convert import checkpoints
@@ -43,20 +48,20 @@ PERI = Architecture(
 )
 def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
     architecture = replace(PERI, **changes)
-    chosen, why = choose(architecture)
+    chosen, why = choose_target(architecture)
     assert chosen.name == target
     assert why.startswith(f"it computes {architecture.placement.name}")
-    assert misfits(architecture, chosen) == []
+    assert unsupported_by(chosen, architecture) == []
 
 
-def test_heads_that_do_not_divide_the_hidden_size_are_a_misfit():
+def test_heads_that_do_not_divide_the_hidden_size_are_unsupported():
     architecture = replace(PERI, placement=NormPlacement.named("pre"), num_heads=6)
     with pytest.raises(UsageError, match="nearest is llama: its hidden size is not divisible"):
-        choose(architecture)
+        choose_target(architecture)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_role_of_a_layer_has_a_name(name):
+def test_every_parameter_of_a_layer_has_a_name(name):
     target = TARGETS[name]
     names = {target.tensor_name(f"{module}.weight", 1, 3) for module in target.names if "last." not in module}
     assert len(names) == len(target.names) - ("last.mlp.output_norm" in target.names)
@@ -73,11 +78,11 @@ def test_every_role_of_a_layer_has_a_name(name):
         ({"attention_output_gate": True}, "its attention is gated"),
     ],
 )
-def test_what_no_target_has_is_an_obstacle(args, reason):
-    found = obstacles(Namespace(**args))
-    assert [misfit.reason for misfit in found] == [reason]
+def test_what_no_target_has_is_unsupported(args, reason):
+    saved = Namespace(**args)
+    assert [feature.reason for feature in unsupported_by_all(saved)] == [reason]
     with pytest.raises(UsageError, match=f"no target can express this model: {reason}"):
-        refuse(found)
+        refuse_unsupported(saved)
 
 
 def test_layers_of_multi_token_prediction_are_left_out_with_a_word(single_process, tmp_path):

@@ -1,4 +1,4 @@
-"""Models as functions from tokens to logits, in fp32 on the CPU."""
+"""Models as functions from tokens to logits, in fp32 on the CPU: of a checkpoint, and of transformers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from megatron_periln.checkpoints.reader import Checkpoint
-from megatron_periln.convert.paths import check_model_folder
+from megatron_periln.convert.model_folder import check_model_folder
 from megatron_periln.errors import UsageError
 from megatron_periln.models.one_process import load_model, megatron_config, megatron_logits, single_process
 
-__all__ = ["RunningModel", "checkpoint_model", "load_transformers", "transformers_model"]
+__all__ = ["LogitsModel", "checkpoint_model", "load_transformers", "transformers_model"]
 
 
 _POSITIONS = 4096  # of a model that has no longest sequence
 
 
 @dataclass(frozen=True)
-class RunningModel:
-    """A model to evaluate.
+class LogitsModel:
+    """A model as a function from tokens to logits.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class RunningModel:
 
 
 @contextmanager
-def checkpoint_model(load: Path, step: int | None = None) -> Iterator[RunningModel]:
+def checkpoint_model(load: Path, step: int | None = None) -> Iterator[LogitsModel]:
     """Yield a checkpoint's model.
 
     Raises
@@ -56,13 +56,11 @@ def checkpoint_model(load: Path, step: int | None = None) -> Iterator[RunningMod
     with single_process():
         config = megatron_config(checkpoint.args)
         model = load_model(checkpoint.path, config)
-        yield RunningModel(
-            lambda tokens: megatron_logits(model, tokens), config.vocab_size, config.seq_length
-        )
+        yield LogitsModel(lambda tokens: megatron_logits(model, tokens), config.vocab_size, config.seq_length)
 
 
 @contextmanager
-def transformers_model(folder: Path) -> Iterator[RunningModel]:
+def transformers_model(folder: Path) -> Iterator[LogitsModel]:
     """Yield a model of transformers.
 
     Raises
@@ -77,7 +75,7 @@ def transformers_model(folder: Path) -> Iterator[RunningModel]:
             return model(tokens).logits
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", _POSITIONS)
-    yield RunningModel(logits, model.get_input_embeddings().num_embeddings, positions)
+    yield LogitsModel(logits, model.get_input_embeddings().num_embeddings, positions)
 
 
 def load_transformers(folder: Path) -> Any:
@@ -89,6 +87,7 @@ def load_transformers(folder: Path) -> Any:
         If transformers can't load it, or not every tensor finds its place.
     """
     check_model_folder(folder)
+    # Not above: a checkpoint's model, and an export that is not checked, do without these seconds.
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,19 +1,22 @@
-"""The tokenizer beside an exported model."""
+"""The folder of a model of transformers: whether it is one, and the tokenizer's files in it.
+
+Imports neither torch nor Megatron, so that a wrong ``--model`` is told at once.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_periln.convert.hf_config import SpecialTokens
 from megatron_periln.errors import UsageError
 
-__all__ = ["copy_tokenizer"]
+__all__ = ["SpecialTokens", "check_model_folder", "copy_tokenizer"]
 
-_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -25,6 +28,35 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def check_model_folder(model: Path) -> None:
+    """Refuse a ``--model`` that is no folder of a model of transformers.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
+    if not model.is_dir():
+        raise UsageError(f"--model {model}: no such folder; hub names are not fetched, download it first")
+    if not (model / "config.json").is_file():
+        raise UsageError(
+            f"--model {model} holds no config.json; give the folder of a downloaded or exported model"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of a tokenizer's special tokens; None where it has none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+    def as_settings(self) -> dict[str, int | None]:
+        """Return them under the names that transformers gives them."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 def copy_tokenizer(args: Namespace, given: Path | None, output: Path) -> tuple[SpecialTokens, str]:
@@ -59,7 +91,7 @@ def copy_tokenizer(args: Namespace, given: Path | None, output: Path) -> tuple[S
                 reason = f"the checkpoint was trained with {kind}" if kind else "the checkpoint names none"
             return SpecialTokens(), f"no tokenizer files: {reason}; --tokenizer FOLDER adds them"
         given = Path(named)
-    files = [given / name for name in _FILES if (given / name).is_file()]
+    files = [given / name for name in _TOKENIZER_FILES if (given / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise UsageError(f"--tokenizer {given} holds no tokenizer.json; give a tokenizer's folder")
     for file in files:

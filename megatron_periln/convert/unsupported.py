@@ -1,0 +1,180 @@
+"""What of a model the targets don't support, and the choice of a target that supports all of it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.targets import TARGETS, Target
+from megatron_periln.errors import UsageError
+
+__all__ = [
+    "UnsupportedFeature",
+    "choose_target",
+    "refuse_unsupported",
+    "unsupported_by",
+    "unsupported_by_all",
+]
+
+
+@dataclass(frozen=True)
+class UnsupportedFeature:
+    """Something that an exported model can't express.
+
+    Parameters
+    ----------
+    reason
+        What the model has, as a clause.
+    change
+        What to train with instead.
+    """
+
+    reason: str
+    change: str
+
+
+# Megatron's argument, its value in every model that can be exported, what another value means, and
+# what to train with.
+_REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
+    ("hybrid_layer_pattern", None, "it is a hybrid model", "a GPT, without --hybrid-layer-pattern"),
+    ("multi_latent_attention", False, "it has multi-latent attention", "--group-query-attention"),
+    ("num_experts", None, "it has experts", "a dense model, without --num-experts"),
+    ("spec", None, "its layers come from --spec", "Megatron's own layers, without --spec"),
+    (
+        "heterogeneous_layers_config_path",
+        None,
+        "its layers differ",
+        "equal layers, without --heterogeneous-layers-config-path",
+    ),
+    ("experimental_attention_variant", None, "it has another attention", "--group-query-attention"),
+    ("normalization", "RMSNorm", "its norms are LayerNorms", "--normalization RMSNorm"),
+    ("swiglu", True, "its MLP is not SwiGLU", "--swiglu"),
+    ("glu_linear_offset", 0.0, "its MLP adds --glu-linear-offset", "--glu-linear-offset 0"),
+    ("activation_func_clamp_value", None, "its MLP is clamped", "no --activation-func-clamp-value"),
+    ("position_embedding_type", "rope", "its positions are not rotary", "--position-embedding-type rope"),
+    ("no_rope_freq", None, "some of its layers have no positions", "no --no-rope-freq"),
+    ("rotary_seq_len_interpolation_factor", None, "its positions are interpolated", "--use-rope-scaling"),
+    ("window_size", None, "its attention has a window", "no --window-size"),
+    ("softmax_type", "vanilla", "its softmax has a sink", "--softmax-type vanilla"),
+    ("attention_output_gate", False, "its attention is gated", "no --attention-output-gate"),
+    ("qk_l2_norm", False, "its queries and keys have L2 norms", "--qk-layernorm"),
+    (
+        "apply_residual_connection_post_layernorm",
+        False,
+        "its residual stream starts after the norm",
+        "no --apply-residual-connection-post-layernorm",
+    ),
+)
+
+
+def unsupported_by_all(args: Namespace) -> list[UnsupportedFeature]:
+    """Return what no target supports of the model that Megatron's saved ``args`` describe."""
+    return [
+        UnsupportedFeature(reason, change)
+        for name, value, reason, change in _REQUIRED
+        if getattr(args, name, value) != value
+    ]
+
+
+def refuse_unsupported(args: Namespace) -> None:
+    """Refuse a model of which no target supports something.
+
+    Raises
+    ------
+    UsageError
+        If `unsupported_by_all` finds something.
+    """
+    if features := unsupported_by_all(args):
+        raise UsageError(f"no target can express this model: {_explain(features)}")
+
+
+def unsupported_by(target: Target, architecture: Architecture) -> list[UnsupportedFeature]:
+    """Return what ``target`` doesn't support of ``architecture``; nothing if it computes the same."""
+    found = []
+    placement, name = architecture.placement, target.name
+    if placement.name != target.placement:
+        found.append(
+            UnsupportedFeature(
+                f"its norm placement is {placement.name} and {name}'s is {target.placement}",
+                f"--norm-placement {target.placement}",
+            )
+        )
+    if target.qk_norm and not architecture.qk_norm:
+        found.append(
+            UnsupportedFeature(f"it has no norm of queries and keys, and {name} has", "--qk-layernorm")
+        )
+    if architecture.qk_norm and not target.qk_norm:
+        found.append(
+            UnsupportedFeature(f"it norms queries and keys, and {name} does not", "no --qk-layernorm")
+        )
+    if target.embedding_norm and not placement.embedding:
+        found.append(UnsupportedFeature(f"it has no embedding norm, and {name} has", "--embedding-norm"))
+    if lacking := architecture.biases - target.biases:
+        keep = " --add-qkv-bias" if "qkv" in architecture.biases & target.biases else ""
+        found.append(
+            UnsupportedFeature(
+                f"it has biases ({', '.join(sorted(lacking))}) that {name} has not",
+                f"--disable-bias-linear{keep}",
+            )
+        )
+    if architecture.rope.fraction != 1 and not target.partial_rotary:
+        found.append(
+            UnsupportedFeature(
+                f"it rotates {architecture.rope.fraction:g} of each head, and {name} all of it",
+                "--rotary-percent 1.0",
+            )
+        )
+    if target.divided_heads and architecture.hidden_size % architecture.num_heads:
+        found.append(
+            UnsupportedFeature(
+                f"its hidden size is not divisible by its number of heads, and {name}'s is",
+                "another --num-attention-heads, with the same --kv-channels",
+            )
+        )
+    return found
+
+
+def choose_target(architecture: Architecture, name: str = "auto") -> tuple[Target, str]:
+    """Return the target for ``architecture``, and why it was chosen.
+
+    Parameters
+    ----------
+    architecture
+        What the exported model must compute.
+    name
+        A key of `TARGETS`, or ``"auto"`` for the first that computes the same.
+
+    Raises
+    ------
+    UsageError
+        If no target, or not the named one, computes the same: with the reasons, and the nearest
+        change with which it would.
+    """
+    if name != "auto":
+        target = TARGETS[name]
+        if features := unsupported_by(target, architecture):
+            raise UsageError(f"this model can't be exported to {name}: {_explain(features)}")
+        return target, f"asked for; runs in {target.runs_in}"
+    unsupported = {each: unsupported_by(target, architecture) for each, target in TARGETS.items()}
+    fitting = [each for each in TARGETS if not unsupported[each]]
+    if fitting:
+        target = TARGETS[fitting[0]]
+        norms = ", with norms of queries and keys" if architecture.qk_norm else ""
+        others = f"; others that do: {', '.join(fitting[1:])}" if fitting[1:] else ""
+        return target, (
+            f"it computes {architecture.placement.name}{norms}, and runs in {target.runs_in}{others}"
+        )
+    same_placement = [t.name for t in TARGETS.values() if t.placement == architecture.placement.name]
+    nearest = min(same_placement, key=lambda each: len(unsupported[each]))
+    raise UsageError(
+        f"no target can express this model. The nearest is {nearest}: {_explain(unsupported[nearest])}"
+    )
+
+
+def _explain(features: Sequence[UnsupportedFeature]) -> str:
+    reasons = "; ".join(feature.reason for feature in features)
+    changes = ", ".join(feature.change for feature in features)
+    return f"{reasons}. A model trained with {changes} could be"
