@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from megatron_periln.studies.provenance import versions
 
 __all__ = ["command", "machine"]
 
@@ -47,18 +48,8 @@ def machine(packages: Mapping[str, str] | None = None) -> dict[str, Any]:
         "system": platform.platform(),
         "load_average_at_start": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **_versions(), **(packages or {})},
+        "versions": {**versions(_PACKAGES), **(packages or {})},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _gpu() -> str | None:

@@ -1,4 +1,4 @@
-"""What a run should tell of itself while it trains."""
+"""What a run should tell of itself while it trains: alerts, their thresholds, and the watch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.monitor.lines import read_lines
-from megatron_periln.monitor.schema import STATISTICS
 from megatron_periln.monitor.spikes import GRADIENT_SPIKES, LOSS_SPIKES, SpikeDetector, SpikeRule
-from megatron_periln.monitor.thresholds import GAIN_LIMITS, RANGES, STOPS, GainLimits, Range
+from megatron_periln.monitor.statistics import (
+    BACKWARD,
+    FORWARD,
+    STATISTICS,
+    STREAM_MAX_ABS,
+    SUBLAYERS,
+    Statistic,
+)
 
-__all__ = ["STOPS", "Alert", "Watch"]
+__all__ = ["ALERTS", "RANGES", "STOPS", "WEIGHT_LIMITS", "Alert", "Range", "Watch", "WeightLimits"]
+
+ALERTS: dict[str, str] = {
+    "loss-spike": "the loss jumps above its recent level",
+    "gradient-spike": "the global gradient norm jumps above its recent level",
+    "nan": "NaN or Inf in the loss, the gradient norm or a layer's statistic",
+    "fp16-range": "max |x| of the residual stream nears or passes FP16's largest number, 65,504",
+    "fp8-range": "max |x| of the residual stream passes FP8 E4M3's largest number, 448: for information",
+    "dead-gain": "every weight of an output norm is almost 0: the sublayer adds nothing",
+    "exploding-gain": "a weight of an output norm is very large",
+    "record": "lines that could not be written to this file",
+}
+
+STOPS: dict[str, frozenset[str]] = {
+    "nan": frozenset({"nan"}),
+    "spike": frozenset({"loss-spike", "gradient-spike"}),
+}
 
 _REPLAYED_WINDOWS = 16
 
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that a user should know; ``kind`` is one of `megatron_periln.monitor.schema.ALERTS`."""
+    """Something that a user should know; ``kind`` is one of `ALERTS`."""
 
     iteration: int
     kind: str
@@ -30,18 +52,43 @@ class Alert:
     value: float | None = None
 
 
-_BACKWARD = ("stream_gradient_norm", "attention_gradient_norm", "mlp_gradient_norm", "norm_gradient_norm")
-_FORWARD_ORDER = tuple(
-    f"{sublayer}_{suffix}"
-    for sublayer in ("attention", "mlp")
-    for suffix in (
-        "mean_square", "variance", "gain_mean", "gain_min", "gain_max",
-        "output_mean_square", "output_variance", "ratio",
-    )
-)  # fmt: skip
-_FORWARD = _FORWARD_ORDER + tuple(
-    name for name in STATISTICS if name not in _FORWARD_ORDER and name not in _BACKWARD
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A level of max |x| of the residual stream worth an alert, the first time that it is reached."""
+
+    kind: str
+    level: float
+    meaning: str
+
+
+RANGES: tuple[Range, ...] = (
+    Range(
+        kind="fp8-range",
+        level=448.0,
+        meaning="above 448, FP8 E4M3's largest number: only information, FP8 training scales tensors before "
+        "the cast, but the larger the maximum, the fewer bits are left for the rest",
+    ),
+    Range(kind="fp16-range", level=65504.0 / 2, meaning="above half of FP16's largest number, 65,504"),
+    Range(
+        kind="fp16-range",
+        level=65504.0,
+        meaning="above FP16's largest number, 65,504: FP16 would overflow, BF16 and FP32 do not",
+    ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLimits:
+    """Weights of output norms that are dead or exploding, as multiples of their initial value."""
+
+    dead: float = 0.01
+    exploding: float = 100.0
+
+
+WEIGHT_LIMITS = WeightLimits()
+
+Values = Mapping[str, Sequence[float | None]]
+"""A list parallel to the layers for each statistic, by name; None where it does not apply."""
 
 
 class Watch:
@@ -49,32 +96,32 @@ class Watch:
 
     Parameters
     ----------
-    initial_gain
+    initial_weight
         Of the output norms: 1, or ``1/sqrt(num_layers)``.
     skips_overflow
         Whether a step whose gradient norm is not finite is skipped and tried with a smaller loss scale,
         as FP16's dynamic scaler does: then that is no alert.
     loss, gradient
         The rules for spikes.
-    ranges, gains
+    ranges, weights
         The thresholds for layers.
     """
 
     def __init__(
         self,
         *,
-        initial_gain: float = 1.0,
+        initial_weight: float = 1.0,
         skips_overflow: bool = False,
         loss: SpikeRule = LOSS_SPIKES,
         gradient: SpikeRule = GRADIENT_SPIKES,
         ranges: Sequence[Range] = RANGES,
-        gains: GainLimits = GAIN_LIMITS,
+        weights: WeightLimits = WEIGHT_LIMITS,
     ) -> None:
         self._detectors = {"loss": SpikeDetector(loss), "gradient": SpikeDetector(gradient)}
         self._skips_overflow = skips_overflow
         self._ranges = ranges
-        self._dead = gains.dead * initial_gain
-        self._exploding = gains.exploding * initial_gain
+        self._dead = weights.dead * initial_weight
+        self._exploding = weights.exploding * initial_weight
         self._not_finite = {"loss": False, "gradient": False, "layers": False}
         self._raised: set[tuple[str, float, int]] = set()
 
@@ -98,14 +145,12 @@ class Watch:
                 alerts.append(Alert(iteration, f"{what}-spike", message, value=value))
         return alerts
 
-    def layers(
-        self, iteration: int, layers: Sequence[int], statistics: Mapping[str, Sequence[float | None]]
-    ) -> list[Alert]:
+    def layers(self, iteration: int, layers: Sequence[int], statistics: Values) -> list[Alert]:
         """Return the alerts that an interval's statistics raise."""
         return [
             *self._first_not_finite(iteration, layers, statistics),
             *self._beyond_ranges(iteration, layers, statistics),
-            *self._gains(iteration, layers, statistics),
+            *self._weights(iteration, layers, statistics),
         ]
 
     def replay(self, path: Path) -> None:
@@ -133,30 +178,25 @@ class Watch:
         for entry in steps:
             self.step(entry["iteration"], _number(entry["loss"]), _number(entry["grad_norm"]))
 
-    def _first_not_finite(
-        self, iteration: int, layers: Sequence[int], statistics: Mapping[str, Sequence[float | None]]
-    ) -> list[Alert]:
+    def _first_not_finite(self, iteration: int, layers: Sequence[int], statistics: Values) -> list[Alert]:
         """Return an alert for the first layer, in the order of computation, with NaN or Inf."""
-        found = _first(layers, statistics, _FORWARD, reverse=False)
-        found = found or _first(layers, statistics, _BACKWARD, reverse=True)
+        found = _first(layers, statistics, FORWARD, reverse=False)
+        found = found or _first(layers, statistics, BACKWARD, reverse=True)
         again, self._not_finite["layers"] = self._not_finite["layers"], found is not None
         if found is None or again:
             return []
-        layer, name, value = found
-        if name in _BACKWARD and self._skips_overflow:
+        layer, statistic, value = found
+        if statistic in BACKWARD and self._skips_overflow:
             return []
-        way = "backward" if name in _BACKWARD else "forward"
-        message = (
-            f"{name} of layer {layer} is {value}: of the layers watched, the first one in the {way} pass"
-        )
+        way = "backward" if statistic in BACKWARD else "forward"
+        first = f"of the layers watched, the first one in the {way} pass"
+        message = f"{statistic.name} of layer {layer} is {value}: {first}"
         return [Alert(iteration, "nan", message, layer, value)]
 
-    def _beyond_ranges(
-        self, iteration: int, layers: Sequence[int], statistics: Mapping[str, Sequence[float | None]]
-    ) -> list[Alert]:
+    def _beyond_ranges(self, iteration: int, layers: Sequence[int], statistics: Values) -> list[Alert]:
         maxima = [
             (value, layer)
-            for layer, value in zip(layers, statistics.get("stream_max_abs", ()), strict=False)
+            for layer, value in zip(layers, statistics.get(STREAM_MAX_ABS.name, ()), strict=False)
             if value is not None and math.isfinite(value)
         ]
         if not maxima:
@@ -170,21 +210,20 @@ class Watch:
             if value > each.level and self._first_time(each.kind, each.level, -1)
         ]
 
-    def _gains(
-        self, iteration: int, layers: Sequence[int], statistics: Mapping[str, Sequence[float | None]]
-    ) -> list[Alert]:
+    def _weights(self, iteration: int, layers: Sequence[int], statistics: Values) -> list[Alert]:
         alerts = []
-        for index, sublayer in enumerate(("attention", "mlp")):
-            lists = [statistics.get(f"{sublayer}_gain_{part}", ()) for part in ("min", "max")]
+        for index, (sublayer, of) in enumerate(SUBLAYERS.items()):
+            lists = [statistics.get(extreme.name, ()) for extreme in (of.gain_min, of.gain_max)]
             for layer, low, high in zip(layers, *lists, strict=False):
+                where = f"of {sublayer} in layer {layer}"
                 if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
                     continue
                 largest = max(abs(low), abs(high))
                 if largest < self._dead and self._first_time("dead-gain", index, layer):
-                    message = f"the output gains of {sublayer} in layer {layer} are all within ±{largest:.2g}"
+                    message = f"the output-norm weights {where} are all within ±{largest:.2g}"
                     alerts.append(Alert(iteration, "dead-gain", message, layer, largest))
                 if largest > self._exploding and self._first_time("exploding-gain", index, layer):
-                    message = f"an output gain of {sublayer} in layer {layer} is {largest:.4g}"
+                    message = f"an output-norm weight {where} is {largest:.4g}"
                     alerts.append(Alert(iteration, "exploding-gain", message, layer, largest))
         return alerts
 
@@ -200,15 +239,16 @@ def _number(value: float | str | None) -> float | None:
 
 def _first(
     layers: Sequence[int],
-    statistics: Mapping[str, Sequence[float | None]],
-    names: Sequence[str],
+    statistics: Values,
+    order: Sequence[Statistic],
     *,
     reverse: bool,
-) -> tuple[int, str, float] | None:
+) -> tuple[int, Statistic, float] | None:
+    """Return the first value that is not finite: its layer, the statistic, and the value."""
     for index in sorted(range(len(layers)), key=layers.__getitem__, reverse=reverse):
-        for name in names:
-            if name in statistics:
-                value = statistics[name][index]
+        for statistic in order:
+            if statistic.name in statistics:
+                value = statistics[statistic.name][index]
                 if value is not None and not math.isfinite(value):
-                    return layers[index], name, value
+                    return layers[index], statistic, value
     return None

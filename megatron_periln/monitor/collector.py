@@ -11,8 +11,8 @@ from torch import nn
 
 from megatron_periln.monitor.gradients import add_parameter_gradients
 from megatron_periln.monitor.hooks import watched
-from megatron_periln.monitor.layers import chosen_layers
-from megatron_periln.monitor.statistics import Sums
+from megatron_periln.monitor.layer_sums import Sums
+from megatron_periln.monitor.settings import chosen_layers
 
 __all__ = ["Collector"]
 
@@ -28,7 +28,7 @@ class Collector:
     Attributes
     ----------
     sums
-        Of the last wrapped iteration, joined over all ranks.
+        Of the last wrapped iteration, reduced over all ranks.
     layers
         The layers that were monitored.
 

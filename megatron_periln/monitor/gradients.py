@@ -14,9 +14,9 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_periln.monitor.statistics import Sums
+from megatron_periln.monitor.layer_sums import Sums
 
-__all__ = ["add_parameter_gradients", "count_parameters"]
+__all__ = ["add_parameter_gradients", "count_parameters", "own_pieces"]
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _PARTS = {"self_attention": "attention", "mlp": "mlp"}
@@ -38,7 +38,7 @@ def add_parameter_gradients(chunks: Sequence[nn.Module], sums: Sums, loss_scale:
 
     Notes
     -----
-    A parameter named ``...norm...`` is a gain or shift, query and key norms included. Parameters
+    A parameter named ``...norm...`` is a norm's weight or bias, query and key norms included. Parameters
     that the tensor-parallel ranks share count on the first of them, as in Megatron's
     ``get_grad_norm_fp32``, and embeddings that stages share on the first stage. Data-parallel
     replicas count one part each, the part that the distributed optimizer reduces to.
@@ -46,7 +46,7 @@ def add_parameter_gradients(chunks: Sequence[nn.Module], sums: Sums, loss_scale:
     pieces: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for chunk in chunks:
         places = dict(_places(unwrap_model(chunk), sums))
-        for parameter, piece in _own_pieces(chunk):
+        for parameter, piece in own_pieces(chunk):
             if _counts_here(parameter):
                 pieces[places[parameter]].append(piece)
     for (group, row), gradients in pieces.items():
@@ -58,10 +58,7 @@ def add_parameter_gradients(chunks: Sequence[nn.Module], sums: Sums, loss_scale:
 def count_parameters(chunks: Sequence[nn.Module]) -> int:
     """Return the number of trainable parameters of the whole model; every rank must call it."""
     own = sum(
-        piece.numel()
-        for chunk in chunks
-        for parameter, piece in _own_pieces(chunk)
-        if _counts_here(parameter)
+        piece.numel() for chunk in chunks for parameter, piece in own_pieces(chunk) if _counts_here(parameter)
     )
     total = torch.tensor(own, device="cuda")
     torch.distributed.all_reduce(total)
@@ -82,7 +79,7 @@ def _places(model: nn.Module, sums: Sums) -> Iterator[tuple[nn.Parameter, tuple[
         yield parameter, (f"{part}_gradient", row)
 
 
-def _own_pieces(chunk: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def own_pieces(chunk: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Cut every bucket of gradients into one part a data-parallel replica; give this rank's parameters."""
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if group.ddp_config.use_distributed_optimizer:

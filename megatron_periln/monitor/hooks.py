@@ -1,7 +1,7 @@
 """Hooks that see the residual stream and what the sublayers add to it.
 
-They stand on Megatron's own modules: the decoder's input, its layers, the bias-dropout-add slots of
-the layers, and the final norm. None of them changes a value or draws a random number.
+They stand on Megatron's own modules: the decoder's input, its layers, the layers' bias-dropout-adds
+and the final norm. None of them changes a value or draws a random number.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import torch
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from torch import Tensor, nn
 
-from megatron_periln.monitor.statistics import (
+from megatron_periln.monitor.layer_sums import (
     FP16_HALF,
     Sums,
     angular_distance,
     per_token,
     square_and_variance,
 )
-from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm
+from megatron_periln.monitor.statistics import STREAM_MAX_ABS, SUBLAYERS
+from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PostNorm
 
-__all__ = ["watched"]
+__all__ = ["recomputing", "watched"]
 
-_SLOTS = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
+_BDAS = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 
 
 @contextmanager
@@ -54,8 +55,8 @@ def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) ->
                 if layer.layer_number in layers:
                     hook = partial(_see_layer, sums, layer.layer_number)
                     stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-                    for sublayer in _SLOTS:
-                        stack.callback(_watch_slot(layer, sublayer, sums))
+                    for sublayer in _BDAS:
+                        stack.callback(_watch_bda(layer, sublayer, sums))
             final = getattr(decoder, "final_layernorm", None) or getattr(decoder, "final_norm", None)
             last = sums.rest - 1
             if final is not None and not isinstance(final, NoNorm) and last in layers:
@@ -63,7 +64,7 @@ def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) ->
         yield
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Tell whether this forward pass runs inside a backward pass, its numbers seen before."""
     return torch._C._current_graph_task_id() != -1
 
@@ -82,7 +83,7 @@ def _see_layer(
     before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     after = output[0] if isinstance(output, tuple) else output
     _see_stream(sums, row, after)
-    if not _recomputing():
+    if not recomputing():
         with torch.no_grad():
             sums.add("angle", row, per_token([angular_distance(before.float(), after.float())]))
 
@@ -90,13 +91,13 @@ def _see_layer(
 def _see_stream(sums: Sums, row: int, stream: Tensor) -> None:
     if stream.requires_grad:  # with full recomputation only the second pass builds a graph
         stream.register_hook(partial(_see_gradient, sums, row))
-    if _recomputing():
+    if recomputing():
         return
     with torch.no_grad():
         x = stream.float()
         size = x.abs()
         sums.add("stream", row, per_token([*square_and_variance(x), (size > FP16_HALF).float().mean(-1)]))
-        sums.raise_to("stream_max_abs", row, size.amax())
+        sums.include(STREAM_MAX_ABS, row, size.amax())
 
 
 @torch.no_grad()
@@ -105,49 +106,55 @@ def _see_gradient(sums: Sums, row: int, gradient: Tensor) -> None:
     sums.add("stream_gradient", row, torch.stack([torch.ones_like(square), square]))
 
 
-def _watch_slot(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
-    """See every branch that reaches a slot; return what ends it. ``pre`` has a function for a slot."""
-    name = _SLOTS[sublayer]
-    slot: Any = getattr(layer, name, None)
-    if slot is None or isinstance(slot, IdentityFuncOp):
+def _watch_bda(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
+    """See every sublayer output that reaches a bias-dropout-add; return what ends it."""
+    name = _BDAS[sublayer]
+    bda: Any = getattr(layer, name, None)
+    if bda is None or isinstance(bda, IdentityFuncOp):
         return lambda: None
-    see = partial(_see_branch, sums, sublayer, layer.layer_number, slot)
-    if isinstance(slot, NormedBiasDropoutAdd):
-        # Run after Megatron's own hooks, which gather the norm's parameters.
-        return slot.norm.register_forward_pre_hook(partial(_before_norm, see)).remove
-    setattr(layer, name, lambda training, fused: partial(_seen_join, see, slot(training, fused)))
-    return partial(setattr, layer, name, slot)
+    see = partial(_see_output, sums, sublayer, layer.layer_number)
+    if isinstance(bda, NormedBiasDropoutAdd):
+        # Runs after Megatron's own hooks, which gather the norm's parameters.
+        return bda.norm.register_forward_pre_hook(partial(_before_norm, see)).remove
+    # A function of Megatron's, for which there are no hooks.
+    setattr(layer, name, lambda training, fused: partial(_seen_add, see, bda(training, fused)))
+    return partial(setattr, layer, name, bda)
 
 
-def _before_norm(see: Callable[..., None], _: nn.Module, args: tuple[Any, ...]) -> None:
+def _before_norm(see: Callable[..., None], norm: nn.Module, args: tuple[Any, ...]) -> None:
     sublayer_output, sublayer_bias, residual, *_dropout = args
-    if not _recomputing():
-        see(sublayer_output, sublayer_bias, residual)
+    if not recomputing():
+        see(norm, sublayer_output, sublayer_bias, residual)
 
 
-def _seen_join(
+def _seen_add(
     see: Callable[..., None],
-    join: Callable[..., Tensor],
-    branch_with_bias: tuple[Tensor, Tensor | None],
+    add: Callable[..., Tensor],
+    output_with_bias: tuple[Tensor, Tensor | None],
     residual: Tensor,
     dropout: float,
 ) -> Tensor:
-    if not _recomputing():
-        see(*branch_with_bias, residual)
-    return join(branch_with_bias, residual, dropout)
+    if not recomputing():
+        see(None, *output_with_bias, residual)
+    return add(output_with_bias, residual, dropout)
 
 
 @torch.no_grad()
-def _see_branch(
-    sums: Sums, sublayer: str, row: int, slot: Any, branch: Tensor, bias: Tensor | None, residual: Tensor
+def _see_output(
+    sums: Sums,
+    sublayer: str,
+    row: int,
+    norm: OutputNorm | PostNorm | None,
+    output: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
 ) -> None:
-    x = branch.float() if bias is None else branch.float() + bias.float()
-    inner = square_and_variance(x)
-    norm = slot.norm if isinstance(slot, NormedBiasDropoutAdd) else None
-    added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else inner
-    sums.add(sublayer, row, per_token([*inner, *added, residual.float().square().mean(-1)]))
+    x = output.float() if bias is None else output.float() + bias.float()
+    before = square_and_variance(x)
+    added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else before
+    sums.add(sublayer, row, per_token([*before, *added, residual.float().square().mean(-1)]))
     if norm is not None:
-        gain = norm.weight.float() + norm.zero_centered_gamma
-        sums.add(f"{sublayer}_gain", row, torch.stack([torch.ones_like(gain), gain]).sum(1))
-        sums.raise_to(f"{sublayer}_gain_max", row, gain.amax())
-        sums.raise_to(f"{sublayer}_gain_negated_min", row, -gain.amin())
+        weight = norm.weight.float() + norm.zero_centered_gamma
+        sums.add(f"{sublayer}_weight", row, torch.stack([torch.ones_like(weight), weight]).sum(1))
+        sums.include(SUBLAYERS[sublayer].gain_max, row, weight.amax())
+        sums.include(SUBLAYERS[sublayer].gain_min, row, weight.amin())

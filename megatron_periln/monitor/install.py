@@ -13,12 +13,11 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_periln.errors import UsageError
-from megatron_periln.monitor.alerts import Alert, Watch
+from megatron_periln.monitor.alerts import STOPS, Alert, Watch
 from megatron_periln.monitor.collector import Collector
 from megatron_periln.monitor.gradients import count_parameters
 from megatron_periln.monitor.record import RunRecord
 from megatron_periln.monitor.tensorboard import Board
-from megatron_periln.monitor.thresholds import STOPS
 from megatron_periln.norms import NormPlacement
 from megatron_periln.patches import training_loop as upstream
 from megatron_periln.version import __version__
@@ -32,7 +31,7 @@ def install(args: Namespace) -> None:
     Parameters
     ----------
     args
-        Megatron's, checked by `megatron_periln.monitor.arguments.check_monitor`.
+        Megatron's, checked by `megatron_periln.monitor.settings.check_monitor`.
     """
     monitor = RunMonitor(args)
     upstream.observe(monitor)
@@ -96,14 +95,15 @@ class RunMonitor:
         self, iteration: int, losses: dict[str, Any], grad_norm: Any, learning_rate: float | None
     ) -> None:
         """See an iteration end: write it, and stop the run if an alert says so."""
-        alerts = self._write(iteration, losses, grad_norm, learning_rate) if self.writes else []
+        alerts = self.write(iteration, losses, grad_norm, learning_rate) if self.writes else []
         self.collector.sums = None
         if self.args.monitor_stop_on is not None:
             self._stop_if(any(alert.kind in STOPS[self.args.monitor_stop_on] for alert in alerts))
 
-    def _write(
+    def write(
         self, iteration: int, losses: dict[str, Any], grad_norm: Any, learning_rate: float | None
     ) -> list[Alert]:
+        """Write what an iteration has, and the alerts that it raises, which are returned."""
         assert self.record is not None
         loss, grad_norm = _number(losses.get("lm loss")), _number(grad_norm)
         self.record.step(
@@ -150,7 +150,7 @@ class RunMonitor:
 
 
 def header(args: Namespace, parameters: int) -> dict[str, Any]:
-    """Return what a record says of its run (`megatron_periln.monitor.schema.HEADER`)."""
+    """Return what a record says of its run (`megatron_periln.monitor.lines.HEADER`)."""
     return {
         "version": __version__,
         "name": Path(args.monitor_file).absolute().parent.name,
@@ -168,8 +168,9 @@ def watch(args: Namespace) -> Watch:
     placement = NormPlacement.named(args.norm_placement)
     if placement.output:
         placement = placement.with_options(output_norm_init=args.output_norm_init)
+    hybrid = args.hybrid_layer_pattern is not None
     return Watch(
-        initial_gain=placement.initial_output_weight(args.num_layers, args.hybrid_layer_pattern is not None),
+        initial_weight=placement.initial_output_weight(args.num_layers, hybrid),
         skips_overflow=args.fp16 and args.loss_scale is None,
     )
 

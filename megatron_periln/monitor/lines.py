@@ -1,22 +1,79 @@
-"""The lines of a monitor's file: each is whole, or it is the torn last one."""
+"""The lines of a monitor's file: JSON objects, whose ``kind`` says what they are.
+
+Each is whole, or it is the torn last one. ``docs/monitor.md`` describes them for readers in other languages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from megatron_periln.monitor.schema import KINDS, SCHEMA_VERSION, RecordError
+from megatron_periln.errors import UsageError
 
-__all__ = ["read_lines"]
+__all__ = [
+    "FILE_NAME",
+    "HEADER",
+    "KINDS",
+    "SCHEMA_VERSION",
+    "STEP",
+    "RecordError",
+    "from_json",
+    "read_lines",
+    "to_json",
+]
+
+SCHEMA_VERSION = 1
+FILE_NAME = "monitor.jsonl"
+
+KINDS = ("run", "step", "layers", "alert")
+
+HEADER = ("version", "name", "placement", "num_layers", "hidden_size", "parameters", "flags", "started")
+"""What a line of kind ``run`` says of its run."""
+
+STEP = ("loss", "grad_norm", "learning_rate", "tokens", "seconds")
+"""What a line of kind ``step`` says of its iteration."""
+
+
+class RecordError(UsageError):
+    """A monitor's file that cannot be read, or does not fit the run."""
+
+
+def to_json(value: Any) -> Any:
+    """Return ``value`` for JSON: NaN and infinities become "nan", "inf" and "-inf", strange objects text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if hasattr(value, "__index__"):  # an integer of numpy's
+        return int(value)
+    if hasattr(value, "__float__"):
+        return to_json(float(value))
+    return str(value)
+
+
+def from_json(value: float | str | None) -> float:
+    """Return the number that `to_json` wrote; what was None is NaN.
+
+    Raises
+    ------
+    ValueError
+        If it is no number.
+    """
+    return math.nan if value is None else float(value)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each line of the file, without its newline, and the object that it holds.
 
-    A last line that is no object was torn by a kill, and left out.
+    A last line that is no object was torn by a kill, and is skipped.
 
     Raises
     ------

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.monitor.lines import read_lines
-from megatron_periln.monitor.schema import STATISTICS, STEP, RecordError, from_json
+from megatron_periln.monitor.lines import STEP, RecordError, from_json, read_lines
+from megatron_periln.monitor.statistics import STATISTICS
 
 __all__ = ["LayerStatistics", "Run", "StepSeries", "read_run"]
 
@@ -77,7 +77,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a monitor's file; a last line that a kill has torn is left out.
+    """Read a monitor's file; a last line that a kill has torn is skipped.
 
     Raises
     ------

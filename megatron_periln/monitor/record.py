@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 
 from megatron_periln.files import replacing
-from megatron_periln.monitor.lines import read_lines
-from megatron_periln.monitor.schema import HEADER, SCHEMA_VERSION, STATISTICS, RecordError, to_json
+from megatron_periln.monitor.lines import HEADER, SCHEMA_VERSION, RecordError, read_lines, to_json
+from megatron_periln.monitor.statistics import STATISTICS
 
 __all__ = ["RunRecord"]
 
@@ -107,7 +107,7 @@ class RunRecord:
         Raises
         ------
         ValueError
-            For a statistic that the schema lacks, a list of another length, or an iteration again.
+            For a statistic that there is not, a list of another length, or an iteration again.
         """
         for name, values in statistics.items():
             if name not in STATISTICS:
@@ -129,7 +129,7 @@ class RunRecord:
         layer: int | None = None,
         value: float | None = None,
     ) -> None:
-        """Write an alert; ``kind`` is one of `ALERTS`."""
+        """Write an alert; ``kind`` is one of `megatron_periln.monitor.alerts.ALERTS`."""
         self._write(
             {
                 "kind": "alert",

@@ -69,7 +69,7 @@ class SpikeDetector:
         self._elapsed = 0
 
     def step(self, value: float) -> Spike | None:
-        """Take the next value; return a spike where one begins. What is not finite is left out."""
+        """Take the next value; return a spike where one begins. What is not finite is skipped."""
         if not math.isfinite(value):
             return None
         level = math.log(max(value, _TINY))

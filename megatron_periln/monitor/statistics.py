@@ -1,59 +1,39 @@
-"""The per-layer statistics: what is summed over tokens, and what each statistic is made of.
+"""The statistics of a layer: the one table of their names, what they mean and how each is made and shown.
 
-Everything is a sum or a maximum, so that it can be taken over microbatches, ranks and pipeline
-stages in any order. Row ``n`` of a `Sums` is layer ``n``: 0 the embedding's output, ``1 .. L`` the
-layers, ``L + 1`` the final norm's output; one more row holds what belongs to none.
+Whoever needs one takes it from here, by its constant or as a field of `SUBLAYERS`, never by its name.
+``docs/monitor.md`` is the table for readers of the file; a test holds it to this one. Nothing here imports
+torch: reports are made without it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 __all__ = [
-    "FORMULAS",
-    "FP16_HALF",
+    "ANGULAR_DISTANCE",
+    "BACKWARD",
+    "FORWARD",
+    "NORM_GRADIENT_NORM",
+    "STATISTICS",
+    "STREAM_FP16_HALF_FRACTION",
+    "STREAM_GRADIENT_NORM",
+    "STREAM_MAX_ABS",
+    "STREAM_MEAN_SQUARE",
+    "STREAM_VARIANCE",
     "SUBLAYERS",
-    "Sums",
-    "angular_distance",
-    "per_token",
-    "square_and_variance",
+    "Extreme",
+    "Quotient",
+    "Statistic",
+    "SublayerStatistics",
 ]
 
-FP16_HALF = 65504 / 2
-SUBLAYERS = ("attention", "mlp")
 
-_OF_BRANCH = ("mean_square", "variance", "output_mean_square", "output_variance")
+class Quotient(NamedTuple):
+    """A quotient of sums over tokens and ranks, or its square root; no denominator means 1.
 
-# What is summed, by group. The first column of a group counts what was summed: where it is zero,
-# the statistics made of the group do not apply.
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "stream": ("tokens", "mean_square", "variance", "fp16_half_fraction"),
-    "angle": ("tokens", "angular_distance"),
-    "stream_gradient": ("tensors", "square"),
-    **dict.fromkeys(SUBLAYERS, ("tokens", *_OF_BRANCH, "residual_mean_square")),
-    **{f"{part}_gradient": ("tensors", "square") for part in (*SUBLAYERS, "norm", "other")},
-    **{f"{sublayer}_gain": ("elements", "sum") for sublayer in SUBLAYERS},
-    "loss": ("tokens",),
-}
-_COLUMNS = [(group, name) for group, names in _GROUPS.items() for name in names]
-_SLICES = {
-    group: slice(_COLUMNS.index((group, names[0])), _COLUMNS.index((group, names[-1])) + 1)
-    for group, names in _GROUPS.items()
-}
-_MAXIMA = (
-    "stream_max_abs",
-    *(f"{sublayer}_gain_{end}" for sublayer in SUBLAYERS for end in ("max", "negated_min")),
-)
-_PARAMETER_GRADIENTS = [f"{part}_gradient" for part in (*SUBLAYERS, "norm", "other")]
-
-
-class _Quotient(NamedTuple):
-    """``numerator / denominator`` of a group's sums, or its square root; no denominator means 1."""
+    ``group``, ``numerator`` and ``denominator`` name what `megatron_periln.monitor.layer_sums` adds up.
+    """
 
     group: str
     numerator: str
@@ -61,133 +41,172 @@ class _Quotient(NamedTuple):
     root: bool = False
 
 
-class _Maximum(NamedTuple):
-    """A maximum, or a minimum kept as the maximum of negated values; of what ``group`` counts."""
+class Extreme(NamedTuple):
+    """A maximum over elements and ranks, or with ``sign`` -1 a minimum, of what ``group`` counts."""
 
     group: str
-    name: str
     sign: int = 1
 
 
-def _of_sublayer(sublayer: str) -> dict[str, _Quotient | _Maximum]:
-    gain = f"{sublayer}_gain"
-    return {
-        **{f"{sublayer}_{name}": _Quotient(sublayer, name, "tokens") for name in _OF_BRANCH},
-        f"{sublayer}_ratio": _Quotient(sublayer, "output_mean_square", "residual_mean_square", root=True),
-        f"{sublayer}_gradient_norm": _Quotient(f"{sublayer}_gradient", "square", None, root=True),
-        f"{gain}_mean": _Quotient(gain, "sum", "elements"),
-        f"{gain}_min": _Maximum(gain, f"{gain}_negated_min", sign=-1),
-        f"{gain}_max": _Maximum(gain, f"{gain}_max"),
-    }
-
-
-FORMULAS: dict[str, _Quotient | _Maximum] = {
-    "stream_mean_square": _Quotient("stream", "mean_square", "tokens"),
-    "stream_variance": _Quotient("stream", "variance", "tokens"),
-    "stream_max_abs": _Maximum("stream", "stream_max_abs"),
-    "stream_fp16_half_fraction": _Quotient("stream", "fp16_half_fraction", "tokens"),
-    "angular_distance": _Quotient("angle", "angular_distance", "tokens"),
-    "stream_gradient_norm": _Quotient("stream_gradient", "square", None, root=True),
-    **_of_sublayer("attention"),
-    **_of_sublayer("mlp"),
-    "norm_gradient_norm": _Quotient("norm_gradient", "square", None, root=True),
-}
-
-
-class Sums:
-    """Sums and maxima of every layer, on the device; nothing here waits for it before `values`.
+@dataclass(frozen=True)
+class Statistic:
+    """One number of a layer.
 
     Parameters
     ----------
-    num_layers
-        ``L``, over all pipeline stages.
-    device
-        Where to keep them.
-
-    Notes
-    -----
-    Statistics of a microbatch are computed in fp32; they are added up in fp64.
+    name
+        In the monitor's file, and in TensorBoard.
+    meaning
+        For readers of the file.
+    made_of
+        How microbatches, ranks and pipeline stages are reduced to it.
+    axis
+        What the axis of a figure says of it.
+    logarithmic
+        Whether it spans orders of magnitude.
+    mapped
+        Whether TensorBoard has a heat map of it, by depth over training.
     """
 
-    def __init__(self, num_layers: int, device: torch.device | str = "cuda") -> None:
-        self.rest = num_layers + 2
-        self.sums = torch.zeros(num_layers + 3, len(_COLUMNS), dtype=torch.float64, device=device)
-        self.maxima = torch.full((num_layers + 3, len(_MAXIMA)), -math.inf, device=device)
-
-    def add(self, group: str, row: int, sums: Tensor) -> None:
-        """Add ``sums``, one for each column of ``group``."""
-        self.sums[row, _SLICES[group]] += sums
-
-    def raise_to(self, name: str, row: int, value: Tensor) -> None:
-        """Raise the maximum ``name``; NaN stays NaN."""
-        cell = self.maxima[row, _MAXIMA.index(name)]
-        torch.maximum(cell, value, out=cell)
-
-    def scale(self, group: str, factor: Tensor | float) -> None:
-        """Multiply the sums of ``group``, but for their count."""
-        self.sums[:, _SLICES[group]][:, 1:] *= factor
-
-    def reduce(self) -> None:
-        """Join all ranks' sums and maxima; every rank must call it."""
-        torch.distributed.all_reduce(self.sums)
-        # A maximum over ranks may lose a NaN (gloo's does), a sum does not.
-        not_a_number = self.maxima.isnan().double()
-        torch.distributed.all_reduce(not_a_number)
-        torch.distributed.all_reduce(self.maxima, op=torch.distributed.ReduceOp.MAX)
-        self.maxima.masked_fill_(not_a_number > 0, math.nan)
-
-    def total(self, group: str) -> Tensor:
-        """Return the sums of ``group`` over all rows."""
-        return self.sums[:, _SLICES[group]].sum(0)
-
-    def counts(self, group: str) -> list[float]:
-        """Return how many tokens, elements or tensors ``group`` has seen in each row."""
-        return self.sums[:, _SLICES[group]][:, 0].tolist()
-
-    def values(self, layers: Sequence[int]) -> dict[str, list[float | None]]:
-        """Return every statistic of ``layers``; None where it does not apply."""
-        sums, maxima = self.sums.tolist(), self.maxima.tolist()
-
-        def sum_of(row: int, group: str, name: str) -> float:
-            return sums[row][_COLUMNS.index((group, name))]
-
-        def value(row: int, statistic: _Quotient | _Maximum) -> float | None:
-            group = statistic.group
-            if sum_of(row, group, _GROUPS[group][0]) == 0:
-                return None
-            if isinstance(statistic, _Maximum):
-                return statistic.sign * maxima[row][_MAXIMA.index(statistic.name)]
-            numerator, denominator = sum_of(row, group, statistic.numerator), 1.0
-            if statistic.denominator is not None:
-                denominator = sum_of(row, group, statistic.denominator)
-            quotient = numerator / denominator if denominator else math.nan
-            return math.sqrt(quotient) if statistic.root else quotient
-
-        return {name: [value(row, statistic) for row in layers] for name, statistic in FORMULAS.items()}
-
-    def gradient_norm(self) -> float:
-        """Return the norm of all parameters' gradients, Megatron's ``grad norm``."""
-        return math.sqrt(sum(self.total(group)[1].item() for group in _PARAMETER_GRADIENTS))
+    name: str
+    meaning: str
+    made_of: Quotient | Extreme
+    axis: str
+    logarithmic: bool = True
+    mapped: bool = False
 
 
-def per_token(columns: Sequence[Tensor]) -> Tensor:
-    """Return the number of tokens, and the sum over tokens of each column, a value a token."""
-    counted = torch.stack([torch.ones_like(columns[0]), *columns])
-    return counted.flatten(1).sum(1, dtype=torch.float64)
+STREAM_MEAN_SQUARE = Statistic(
+    "stream_mean_square",
+    "mean(x^2) of the residual stream x after the layer",
+    Quotient("stream", "mean_square", "tokens"),
+    "mean square",
+)
+STREAM_VARIANCE = Statistic(
+    "stream_variance",
+    "mean(x^2) - mean(x)^2 of the residual stream",
+    Quotient("stream", "variance", "tokens"),
+    "variance",
+    mapped=True,
+)
+STREAM_MAX_ABS = Statistic("stream_max_abs", "max |x| of the residual stream", Extreme("stream"), "max |x|")
+STREAM_FP16_HALF_FRACTION = Statistic(
+    "stream_fp16_half_fraction",
+    "share of elements of x with |x| > 65,504/2",
+    Quotient("stream", "fp16_half_fraction", "tokens"),
+    "share",
+    logarithmic=False,
+)
+ANGULAR_DISTANCE = Statistic(
+    "angular_distance",
+    "mean over tokens of arccos(cos(x_before, x_after))/pi: 0 same direction, 1 opposite",
+    Quotient("angle", "angular_distance", "tokens"),
+    "angle / π",
+    logarithmic=False,
+)
+STREAM_GRADIENT_NORM = Statistic(
+    "stream_gradient_norm",
+    "L2 norm of the loss's gradient with respect to the residual stream",
+    Quotient("stream_gradient", "square", None, root=True),
+    "gradient norm",
+    mapped=True,
+)
+NORM_GRADIENT_NORM = Statistic(
+    "norm_gradient_norm",
+    "L2 norm of the gradient of the weights (and biases) of the layer's norms",
+    Quotient("norm_gradient", "square", None, root=True),
+    "gradient norm",
+)
 
 
-def square_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's mean square and variance over the hidden dimension, of fp32 ``[..., hidden]``."""
-    variance, mean = torch.var_mean(x, dim=-1, correction=0)
-    return variance + mean.square(), variance
+class SublayerStatistics(NamedTuple):
+    """The statistics of attention, or of the MLP, in the order of the file.
 
-
-def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return each token's angle between ``x`` and ``y``, ``[..., hidden]``, in units of pi.
-
-    This is ``arccos(cos(x, y)) / pi`` in Kahan's form, which keeps its precision where the vectors
-    are almost parallel, as those of neighbouring layers are ("How Futile are Mindless Assessments
-    of Roundoff in Floating-Point Computation?", 2006, section 12).
+    ``output_`` is what is added to the stream, after the output norm; ``gain_`` are that norm's weights.
     """
-    x, y = (torch.nn.functional.normalize(v, dim=-1, eps=torch.finfo(v.dtype).tiny) for v in (x, y))
-    return 2 / math.pi * torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1))
+
+    mean_square: Statistic
+    variance: Statistic
+    output_mean_square: Statistic
+    output_variance: Statistic
+    ratio: Statistic
+    gradient_norm: Statistic
+    gain_mean: Statistic
+    gain_min: Statistic
+    gain_max: Statistic
+
+
+def _of_sublayer(name: str, called: str, letter: str) -> SublayerStatistics:
+    square = f"mean({letter}^2)"
+    variance = f"{square} - mean({letter})^2"
+    weight = f"{name}_weight"
+    mean = Quotient(weight, "sum", "elements")
+
+    def per_token(part: str, meaning: str) -> Statistic:
+        axis = part.removeprefix("output_").replace("_", " ")
+        return Statistic(f"{name}_{part}", meaning, Quotient(name, part, "tokens"), axis)
+
+    def of_weight(part: str, meaning: str, made_of: Quotient | Extreme) -> Statistic:
+        return Statistic(f"{name}_gain_{part}", meaning, made_of, "weight", logarithmic=False)
+
+    return SublayerStatistics(
+        per_token("mean_square", f"{square} of {called}'s output {letter} before its output norm"),
+        per_token("variance", f"{variance} before the output norm"),
+        per_token("output_mean_square", f"{square} of what is added to the stream: after the output norm"),
+        per_token("output_variance", f"{variance} of what is added to the stream"),
+        Statistic(
+            f"{name}_ratio",
+            f"RMS of what {called} adds / RMS of the stream that it is added to",
+            Quotient(name, "output_mean_square", "residual_mean_square", root=True),
+            "RMS ratio",
+        ),
+        Statistic(
+            f"{name}_gradient_norm",
+            f"L2 norm of the gradient of {called}'s parameters",
+            Quotient(f"{name}_gradient", "square", None, root=True),
+            "gradient norm",
+        ),
+        of_weight("mean", f"mean of the weight of {called}'s output norm", mean),
+        of_weight("min", "its minimum", Extreme(weight, sign=-1)),
+        of_weight("max", "its maximum", Extreme(weight)),
+    )
+
+
+SUBLAYERS: dict[str, SublayerStatistics] = {
+    "attention": _of_sublayer("attention", "attention", "a"),
+    "mlp": _of_sublayer("mlp", "the MLP", "m"),
+}
+
+_TABLE = (
+    STREAM_MEAN_SQUARE,
+    STREAM_VARIANCE,
+    STREAM_MAX_ABS,
+    STREAM_FP16_HALF_FRACTION,
+    ANGULAR_DISTANCE,
+    STREAM_GRADIENT_NORM,
+    *(statistic for sublayer in SUBLAYERS.values() for statistic in sublayer),
+    NORM_GRADIENT_NORM,
+)
+STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in _TABLE}
+"""Every statistic by its name, in the order of the file."""
+
+BACKWARD: tuple[Statistic, ...] = (
+    STREAM_GRADIENT_NORM,
+    *(sublayer.gradient_norm for sublayer in SUBLAYERS.values()),
+    NORM_GRADIENT_NORM,
+)
+"""What the backward pass computes of a layer."""
+
+_OF_A_FORWARD = [
+    statistic
+    for of in SUBLAYERS.values()
+    for statistic in (
+        of.mean_square, of.variance, of.gain_mean, of.gain_min, of.gain_max,
+        of.output_mean_square, of.output_variance, of.ratio,
+    )
+]  # fmt: skip
+FORWARD: tuple[Statistic, ...] = (
+    *_OF_A_FORWARD,
+    *(statistic for statistic in _TABLE if statistic not in (*_OF_A_FORWARD, *BACKWARD)),
+)
+"""What the forward pass computes of a layer, in the order of computation: the stream comes out of it last."""

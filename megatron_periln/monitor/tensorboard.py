@@ -8,10 +8,10 @@ import numpy as np
 from megatron.training.global_vars import get_tensorboard_writer
 from numpy.typing import NDArray
 
+from megatron_periln.monitor.statistics import STATISTICS
+
 __all__ = ["Board", "heat_map"]
 
-# Drawn by depth over training; each spans orders of magnitude.
-_MAPS = ("stream_variance", "stream_gradient_norm")
 _COLUMNS, _PIXELS = 96, 8
 
 
@@ -19,7 +19,8 @@ class Board:
     """Writes to Megatron's writer, if this process has it (``--tensorboard-dir``, last rank)."""
 
     def __init__(self) -> None:
-        self.history: dict[str, list[list[float | None]]] = {name: [] for name in _MAPS}
+        mapped = [name for name, statistic in STATISTICS.items() if statistic.mapped]
+        self.history: dict[str, list[list[float | None]]] = {name: [] for name in mapped}
 
     def layers(
         self, iteration: int, layers: Sequence[int], statistics: dict[str, list[float | None]]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.errors import ReportError
+from megatron_periln.monitor.lines import FILE_NAME
 from megatron_periln.monitor.reading import Run, read_run
-from megatron_periln.monitor.schema import FILE_NAME
 from megatron_periln.report.colors import PLACEMENT_COLORS
 
 __all__ = ["ReportedRun", "load_runs"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_periln.monitor.statistics import STREAM_MAX_ABS, STREAM_VARIANCE
 from megatron_periln.report.runs import ReportedRun
 
 __all__ = ["Table", "alert_table", "flag_table", "remarks", "summary_table"]
@@ -85,7 +86,7 @@ def _final_loss(run: ReportedRun) -> str:
 
 def _largest(run: ReportedRun) -> str:
     layers = run.run.layers
-    values = layers.values.get("stream_max_abs")
+    values = layers.values.get(STREAM_MAX_ABS.name)
     if values is None or not np.isfinite(values).any():
         return "-"
     values = np.where(np.isfinite(values) & (layers.layers <= run.num_layers), values, -np.inf)
@@ -97,7 +98,7 @@ def _largest(run: ReportedRun) -> str:
 
 def _variance(run: ReportedRun) -> str:
     layers = run.run.layers
-    values = layers.values.get("stream_variance")
+    values = layers.values.get(STREAM_VARIANCE.name)
     if values is None:
         return "-"
     column = np.flatnonzero(layers.layers <= run.num_layers)[-1:]

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_periln.report.figures import Figure, Panel, limit_line, trace
-from megatron_periln.report.points import extremes, numbers, smooth, thin
+from megatron_periln.monitor.statistics import STREAM_MAX_ABS
+from megatron_periln.report.figures import (
+    Figure,
+    Floats,
+    Panel,
+    extremes,
+    limit_line,
+    numbers,
+    smooth,
+    thin,
+    trace,
+)
 from megatron_periln.report.runs import ReportedRun
 
 __all__ = [
@@ -97,15 +106,15 @@ def largest_by_iteration(runs: Sequence[ReportedRun]) -> Panel:
     for index, run in enumerate(runs):
         layers = run.run.layers
         stream = layers.layers <= run.num_layers
-        if "stream_max_abs" not in layers.values or not stream.any():
+        if STREAM_MAX_ABS.name not in layers.values or not stream.any():
             continue
-        values = layers.values["stream_max_abs"][:, stream]
+        values = layers.values[STREAM_MAX_ABS.name][:, stream]
         finite = np.isfinite(values)
         largest = np.where(finite.any(axis=1), np.where(finite, values, -np.inf).max(axis=1), np.nan)
         kept = extremes(largest, _SMOOTH_POINTS // len(runs))
         x, y = layers.iteration[kept].tolist(), numbers(largest[kept])
         traces.append(trace(index, run, x, y, hovertemplate=_HOVER))
-    layout = _iterations("max |x|")
+    layout = _iterations(STREAM_MAX_ABS.axis)
     layout["yaxis"] |= {"type": "log"}
     traces += limit_line(traces, FP16_LARGEST, FP16_TEXT)
     return Panel(title="Largest of all layers, over training", traces=traces, layout=layout)
@@ -115,7 +124,7 @@ def _curves(runs: Sequence[ReportedRun], what: str, spike: str) -> Panel:
     traces, marks = [], []
     for index, run in enumerate(runs):
         steps = run.run.steps
-        values: NDArray[np.float64] = getattr(steps, what)
+        values: Floats = getattr(steps, what)
         x = steps.iteration
         raw = extremes(values, _RAW_POINTS // len(runs))
         faint = {"line": {"width": 1, "dash": "solid"}, "opacity": 0.3, "hoverinfo": "skip"}
@@ -128,7 +137,7 @@ def _curves(runs: Sequence[ReportedRun], what: str, spike: str) -> Panel:
     return Panel(traces=traces + marks, layout=_iterations(title))
 
 
-def _marks(index: int, run: ReportedRun, values: NDArray[np.float64], spike: str) -> list[dict[str, Any]]:
+def _marks(index: int, run: ReportedRun, values: Floats, spike: str) -> list[dict[str, Any]]:
     """Return markers of the run's spikes, and of NaN where the curve was last seen."""
     iterations = run.run.steps.iteration
     marks = []
@@ -154,7 +163,7 @@ def _marks(index: int, run: ReportedRun, values: NDArray[np.float64], spike: str
     return marks
 
 
-def _rate(tokens: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rate(tokens: Floats, seconds: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = tokens / seconds
     rate[:1] = math.nan if len(rate) > 1 else rate[:1]  # the first iteration starts everything up

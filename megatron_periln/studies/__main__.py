@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from megatron_periln.command_line import exit_code, parse_flags, run_command
 from megatron_periln.errors import UsageError
-from megatron_periln.studies.state import DONE, CellFolder
+from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study, read_study
 from megatron_periln.studies.table import collect, write_results
 
-__all__ = ["main"]
+__all__ = ["main", "train"]
 
 PROGRAM = "python -m megatron_periln.studies"
 
@@ -58,17 +58,17 @@ def _run(args: argparse.Namespace, more_flags: list[str], given: str) -> list[st
     """Do what the command line says; return the names of runs that failed."""
     study = read_study(args.study, more_flags)
     output = args.output or Path("runs/studies") / study.name
-    folders = [CellFolder(output / cell.name, cell) for cell in study.cells()]
+    folders = [RunFolder(output / run.name, run) for run in study.runs()]
     if args.list:
         for number, folder in enumerate(folders):
-            print(f"{number:>4}  {folder.read()['status']:<9} {folder.cell.name}")
+            print(f"{number:>4}  {folder.read()['status']:<9} {folder.run.name}")
         return []
-    failed = [] if args.collect else _train(study, _chosen(args, folders), args.jobs)
+    failed = [] if args.collect else train(study, _chosen(args, folders), args.jobs)
     print(write_results(collect(study, folders, f"{PROGRAM} {given}"), output))
     return failed
 
 
-def _chosen(args: argparse.Namespace, folders: list[CellFolder]) -> list[CellFolder]:
+def _chosen(args: argparse.Namespace, folders: list[RunFolder]) -> list[RunFolder]:
     """Return the runs that this process should see to."""
     if args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; at least one run at a time")
@@ -100,15 +100,15 @@ def _task_of_array() -> str:
     return f"{task}/{count}"
 
 
-def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:
+def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     """Run those of ``folders`` that are not done; return the names of those that failed."""
     left = [folder for folder in folders if folder.read()["status"] not in DONE]
     if not left:
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_periln.command_line import quiet_megatron
+    from megatron_periln.studies.launching import Launcher, check_flags, prepare, shares_of_gpus
     from megatron_periln.studies.provenance import provenance
-    from megatron_periln.studies.running import Launcher, check_flags, prepare, shares_of_gpus
 
     quiet_megatron()
     prepare(study)
@@ -119,12 +119,12 @@ def _train(study: Study, folders: list[CellFolder], jobs: int) -> list[str]:
     tqdm.monitor_interval = 0  # a thread, which a fork would not have
     with tqdm(total=len(folders), initial=len(folders) - len(left), unit="run", disable=None) as bar:
 
-        def on_end(folder: CellFolder, status: str) -> None:
+        def on_end(folder: RunFolder, status: str) -> None:
             counts[status] += 1
             if status == "failed":
-                failed.append(folder.cell.name)
+                failed.append(folder.run.name)
                 reason = folder.read()["reason"]
-                tqdm.write(f"{folder.cell.name} failed: {reason} ({folder.path}/log.txt)", file=sys.stderr)
+                tqdm.write(f"{folder.run.name} failed: {reason} ({folder.path}/log.txt)", file=sys.stderr)
             bar.update()
             bar.set_postfix(counts)
 

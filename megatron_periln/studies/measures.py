@@ -1,4 +1,4 @@
-"""What a study takes from a finished run: numbers from its monitor's file and its log."""
+"""What a study takes from a finished run: numbers from its record, the monitor's file, and its log."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.monitor.reading import Run, read_run
-from megatron_periln.monitor.schema import FILE_NAME
+from megatron_periln.monitor.reading import Run
+from megatron_periln.monitor.statistics import ANGULAR_DISTANCE, STREAM_MAX_ABS, STREAM_VARIANCE, SUBLAYERS
 
-__all__ = ["LOG_NAME", "MEASURES", "Measure", "broken_off", "depth_profiles", "measure", "validation_loss"]
-
-LOG_NAME = "log.txt"
+__all__ = ["MEASURES", "Measure", "broken_off", "depth_profiles", "measure", "validation_loss"]
 
 _VALIDATION = re.compile(
     r"validation loss at iteration \d+ (?:on validation set )?\| lm loss value: ([\dEe.+-]+|nan|inf)"
@@ -38,8 +36,8 @@ class Measure:
 
 def layer_gradients(run: Run) -> Floats:
     """Return the gradient norm of each layer's attention and MLP together, ``[intervals, layers]``."""
-    values = run.layers.values
-    return np.sqrt(values["attention_gradient_norm"] ** 2 + values["mlp_gradient_norm"] ** 2)
+    attention, mlp = (run.layers.values[of.gradient_norm.name] for of in SUBLAYERS.values())
+    return np.sqrt(attention**2 + mlp**2)
 
 
 def _inner(run: Run) -> NDArray[np.bool_]:
@@ -48,7 +46,7 @@ def _inner(run: Run) -> NDArray[np.bool_]:
 
 
 def _last_variance(interval: int) -> Callable[[Run], float]:
-    return lambda run: float(run.layers.values["stream_variance"][interval][_inner(run)][-1])
+    return lambda run: float(run.layers.values[STREAM_VARIANCE.name][interval][_inner(run)][-1])
 
 
 def _spread(run: Run) -> float:
@@ -62,7 +60,7 @@ def _alerts(kind: str) -> Callable[[Run], float]:
 
 def _largest(run: Run) -> float:
     stream = run.layers.layers <= run.header["num_layers"]
-    return float(run.layers.values["stream_max_abs"][:, stream].max())
+    return float(run.layers.values[STREAM_MAX_ABS.name][:, stream].max())
 
 
 def _later_gradients(run: Run) -> Floats:
@@ -97,23 +95,16 @@ MEASURES: dict[str, Measure] = {
     "variance_at_end": Measure(title="variance of the last layer, last", of=_last_variance(-1)),
     "angular_distance": Measure(
         title="angular distance",
-        of=lambda run: float(run.layers.values["angular_distance"][-1][_inner(run)].mean()),
+        of=lambda run: float(run.layers.values[ANGULAR_DISTANCE.name][-1][_inner(run)].mean()),
         form=".3f",
     ),
     "seconds": Measure(title="seconds", of=lambda run: float(run.steps.seconds.sum())),
 }
 
 
-def measure(folder: Path) -> dict[str, float | None]:
-    """Return every measure of the run in ``folder``, None where it has none.
-
-    Raises
-    ------
-    UsageError
-        If it has no monitor's file, or a corrupt one.
-    """
-    run = read_run(folder / FILE_NAME)
-    values: dict[str, float | None] = {"validation_loss": validation_loss(folder / LOG_NAME)}
+def measure(run: Run, log: Path) -> dict[str, float | None]:
+    """Return every measure of a run with its log, None where it has none."""
+    values: dict[str, float | None] = {"validation_loss": validation_loss(log)}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
         for name, each in MEASURES.items():
@@ -131,8 +122,8 @@ def validation_loss(log: Path) -> float | None:
     return float(found[-1]) if found else None
 
 
-def broken_off(folder: Path) -> tuple[str | None, str | None]:
-    """Return what the record of the run in ``folder`` says against it.
+def broken_off(run: Run) -> tuple[str | None, str | None]:
+    """Return what a run's record says against it.
 
     Returns
     -------
@@ -140,24 +131,22 @@ def broken_off(folder: Path) -> tuple[str | None, str | None]:
         The first NaN or Inf of its loss, gradient norm or layers, and where it ended if that was before
         ``--train-iters``; None for what is not so.
     """
-    run = read_run(folder / FILE_NAME)
     messages = [f"{alert['message']}, iteration {alert['iteration']}" for alert in run.alerts]
     broken = [text for text, alert in zip(messages, run.alerts, strict=True) if alert["alert"] == "nan"]
     last, due = int(run.steps.iteration.max(initial=0)), run.header["flags"].get("train_iters") or 0
     return next(iter(broken), None), f"it ended at iteration {last} of {due}" if last < due else None
 
 
-def depth_profiles(folder: Path) -> dict[str, Any]:
+def depth_profiles(run: Run) -> dict[str, Any]:
     """Return statistics by depth, each at the first and at the last interval, with four digits.
 
     Layers go from 0, the embedding's output, to the last; where a statistic has no meaning, None.
     """
-    run = read_run(folder / FILE_NAME)
     kept = run.layers.layers <= run.header["num_layers"]
     statistics = {
-        "variance": run.layers.values["stream_variance"],
-        "largest": run.layers.values["stream_max_abs"],
-        "angular_distance": run.layers.values["angular_distance"],
+        "variance": run.layers.values[STREAM_VARIANCE.name],
+        "largest": run.layers.values[STREAM_MAX_ABS.name],
+        "angular_distance": run.layers.values[ANGULAR_DISTANCE.name],
         "gradient_norm": layer_gradients(run),
     }
     return {

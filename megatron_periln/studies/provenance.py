@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "provenance"]
+__all__ = ["commit", "provenance", "versions"]
 
 _PACKAGES = ("megatron-periln", "megatron-core", "torch", "transformer-engine", "triton", "numpy")
 
@@ -35,12 +37,15 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Return the versions of Python, and of those ``packages`` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def provenance() -> dict[str, Any]:
     """Return the commit, and the versions of Python and of what training depends on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"commit": commit(), "versions": versions, "machine": platform.machine()}
+    return {"commit": commit(), "versions": versions(), "machine": platform.machine()}

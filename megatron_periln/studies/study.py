@@ -16,15 +16,15 @@ import yaml
 from megatron_periln import flag_files
 from megatron_periln.errors import UsageError
 
-__all__ = ["Cell", "Study", "read_study"]
+__all__ = ["Study", "StudyRun", "read_study"]
 
 _KEYS = ("about", "flags", "grid", "seeds", "ranks", "save", "diverged-above")
 _OWN_FLAGS = ("--seed", "--monitor-file", "--save", "--load")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One training run.
+class StudyRun:
+    """One training run of a study.
 
     Parameters
     ----------
@@ -77,22 +77,22 @@ class Study:
     save: bool
     diverged_above: float | None
 
-    def cells(self) -> list[Cell]:
+    def runs(self) -> list[StudyRun]:
         """Return all runs: every combination with the first seed, then with the next."""
         axes = [[(axis, *choice) for choice in choices.items()] for axis, choices in self.grid.items()]
-        cells = []
+        runs = []
         for seed, taken in itertools.product(self.seeds, itertools.product(*axes)):
             flags = [flag for _, _, flags in taken for flag in flags]
             parts = [choice if f"--{axis}" not in flags else f"{axis}={choice}" for axis, choice, _ in taken]
-            cells.append(
-                Cell(
+            runs.append(
+                StudyRun(
                     name=re.sub(r"[^\w.=+,-]+", "-", ",".join([*parts, f"seed={seed}"])),
                     choices={axis: choice for axis, choice, _ in taken},
                     seed=seed,
                     flags=(*self.flags, *flags, "--seed", str(seed)),
                 )
             )
-        return cells
+        return runs
 
 
 class _Loader(yaml.BaseLoader):
@@ -169,10 +169,10 @@ def _check(study: Study) -> None:
         raise _MistakeError(f"ranks is {study.ranks}; a run has at least one process")
     if not study.seeds:
         raise _MistakeError("seeds is empty; give at least one")
-    names = Counter(cell.name for cell in study.cells())
+    names = Counter(run.name for run in study.runs())
     if twice := [name for name, count in names.items() if count > 1]:
         raise _MistakeError(f"two runs would be called {twice[0]}; give seeds and choices names that differ")
-    flags = {flag.partition("=")[0] for cell in study.cells() for flag in cell.flags[:-2]}
+    flags = {flag.partition("=")[0] for run in study.runs() for flag in run.flags[:-2]}
     if own := [flag for flag in _OWN_FLAGS if flag in flags]:
         instead = "the key seeds" if own[0] == "--seed" else "--output for the folder of all runs"
         raise _MistakeError(f"{own[0]} differs from run to run; drop it and use {instead}")

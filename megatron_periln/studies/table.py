@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.files import write_text
+from megatron_periln.monitor.reading import Run
 from megatron_periln.studies.measures import MEASURES, depth_profiles, measure
-from megatron_periln.studies.state import DONE, CellFolder
+from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study
 
 __all__ = ["collect", "markdown", "summarize", "write_results"]
@@ -22,7 +23,7 @@ _NAMES = ("validation_loss", *MEASURES)
 _IN_MARKDOWN = tuple(name for name in _NAMES if name not in ("training_loss", "gradient_norm", "seconds"))
 
 
-def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[str, Any]:
+def collect(study: Study, folders: Sequence[RunFolder], command: str) -> dict[str, Any]:
     """Return the results of a study as far as they are there.
 
     Returns
@@ -34,8 +35,14 @@ def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[s
         (``made_before``); ``profiles``, statistics by depth of each run.
     """
     made: list[dict[str, Any]] = []
-    runs = [_run(folder, len(study.flags), made) for folder in folders]
-    done = [folder for folder, run in zip(folders, runs, strict=True) if run["status"] in DONE]
+    runs, profiles = [], []
+    for folder in folders:
+        state = folder.read()
+        record = folder.read_record() if state["status"] in DONE else None
+        runs.append(_row(folder, state, record, len(study.flags), made))
+        if record is not None:
+            of = {"choices": folder.run.choices, "seed": folder.run.seed}
+            profiles.append({**of, **depth_profiles(record)})
     return {
         "study": study.name,
         "about": study.about,
@@ -44,23 +51,23 @@ def collect(study: Study, folders: Sequence[CellFolder], command: str) -> dict[s
         "made": made,
         "summary": summarize(runs),
         "runs": runs,
-        "profiles": [
-            {"choices": each.cell.choices, "seed": each.cell.seed, **depth_profiles(each.path)}
-            for each in done
-        ],
+        "profiles": profiles,
     }
 
 
-def _run(folder: CellFolder, shared: int, made: list[dict[str, Any]]) -> dict[str, Any]:
-    state = folder.read()
-    run = {"choices": folder.cell.choices, "seed": folder.cell.seed, "flags": folder.cell.flags[shared:]}
-    run |= {key: state[key] for key in ("status", "reason", "attempts") if state.get(key)}
-    if state["status"] in DONE:
-        run["measures"] = measure(folder.path)
+def _row(
+    folder: RunFolder, state: dict[str, Any], record: Run | None, shared: int, made: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what became of a run; its first ``shared`` flags are those of every run."""
+    run = folder.run
+    row = {"choices": run.choices, "seed": run.seed, "flags": run.flags[shared:]}
+    row |= {key: state[key] for key in ("status", "reason", "attempts") if state.get(key)}
+    if record is not None:
+        row["measures"] = measure(record, folder.log)
     if state["status"] == "pending":
-        return run
+        return row
     last, *before = [_index(attempt, made) for attempt in (state, *state.get("earlier", ()))]
-    return run | {"made": last} | ({"made_before": before} if before else {})
+    return row | {"made": last} | ({"made_before": before} if before else {})
 
 
 def _index(attempt: dict[str, Any], made: list[dict[str, Any]]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, run_command
-from megatron_periln.report.write import write_report
+from megatron_periln.report.page import write_report
 
 __all__ = ["build_parser", "main"]
 

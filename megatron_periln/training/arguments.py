@@ -20,7 +20,7 @@ from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
-from megatron_periln.monitor.arguments import GROUP, add_monitor_arguments, check_monitor
+from megatron_periln.monitor.settings import GROUP, add_monitor_arguments, check_monitor
 from megatron_periln.norms import PLACEMENTS, NormPlacement
 from megatron_periln.norms.kernels import BACKENDS, MAX_JOINED_HIDDEN_SIZE
 from megatron_periln.training.checks import check_flags

@@ -15,7 +15,7 @@ import torch
 from megatron_periln import flag_files
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import PLACEMENTS
-from megatron_periln.studies.running import check_flags
+from megatron_periln.studies.launching import check_flags
 from megatron_periln.studies.study import read_study
 from megatron_periln.studies.table import markdown, summarize
 from megatron_periln.training.arguments import add_arguments, placement_from_args
@@ -65,7 +65,7 @@ def counts(parameters):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_size_has_the_paper_s_parameters_and_those_of_the_table(size, parameters):
+def test_a_size_has_the_parameters_of_the_paper_and_of_the_table(size, parameters):
     without_embeddings, in_all = counts(parameters(size, "pre"))
     assert without_embeddings == pytest.approx(SIZES[size], rel=0.02)
     row = next(line for line in (PAPER / "README.md").read_text().splitlines() if f"[{size}.flags]" in line)
@@ -73,7 +73,7 @@ def test_a_size_has_the_paper_s_parameters_and_those_of_the_table(size, paramete
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_placements_differ_by_their_gains_alone(placement, parameters):
+def test_placements_differ_by_their_norms_alone(placement, parameters):
     difference = counts(parameters("400m", placement))[0] - counts(parameters("400m", "pre"))[0]
     norms = {"pre": 0, "post": -1, "peri": 2 * 24 + 1, "output": 1}
     assert difference == norms[placement] * 1024
@@ -103,7 +103,7 @@ def test_studies_are_valid(path):
     assert len(study.seeds) >= 3
 
 
-def test_tokenizer_is_tiktoken_s_with_the_same_ids(tmp_path):
+def test_tokenizer_is_that_of_tiktoken_with_the_same_ids(tmp_path):
     """An encoding with a gap before and between its special tokens, as cl100k_base has."""
     from transformers import AutoTokenizer
 
@@ -145,7 +145,7 @@ def test_results_are_of_the_studies_that_are_shipped(results):
         study = read_study(PAPER / "studies" / f"{name}.yaml")
         assert of_study["flags"] == shlex.join(study.flags)
         assert [tuple(run["flags"]) for run in of_study["runs"]] == [
-            cell.flags[len(study.flags) :] for cell in study.cells()
+            run.flags[len(study.flags) :] for run in study.runs()
         ]
 
 

@@ -39,7 +39,7 @@ def trained(jobs):  # noqa: F811
     return job, record
 
 
-def test_progress_is_read_from_megatron_s_log(tour, trained):
+def test_progress_is_read_from_the_log_of_megatron(tour, trained):
     progress = tour["jobs"].Progress()
     shown = [line for line in map(progress.read, trained[0].log.splitlines()) if line]
     assert [line.split("  loss")[0] for line in shown[:2]] == [

@@ -19,34 +19,34 @@ def unroll(model, ids):
         x = x + model.positions(torch.arange(ids.size(1)))
     if model.shape.embedding_norm:
         x = model.embedding_norm(x)
-    streams, branches = [x], {"attention": [], "mlp": []}
+    streams, sublayers = [x], {"attention": [], "mlp": []}
     for layer in model.layers:
-        for name in branches:
+        for name in sublayers:
             parts = [getattr(layer, f"{name}{part}") for part in ("", "_input_norm", "_output_norm")]
             sublayer, input_norm, output_norm = parts
             output = sublayer(input_norm(x) if placement in ("pre", "peri") else x)
             added = output_norm(output) if placement in ("peri", "output") else output
-            branches[name].append((x, output, added))
+            sublayers[name].append((x, output, added))
             x = output_norm(x + added) if placement == "post" else x + added
         streams.append(x)
     if placement != "post":
         x = model.final_norm(x)
         streams.append(x)
-    return model.unembedding(x), streams, branches
+    return model.unembedding(x), streams, sublayers
 
 
 def statistics(model, microbatches):
     """Return ``{statistic: [value of layer 0 .. L + 1]}`` of the mean loss over ``(ids, labels)`` pairs."""
     depth = model.shape.num_layers
-    streams, branches = [], []
+    streams, sublayers = [], []
     for ids, labels in microbatches:
-        logits, stream, branch = unroll(model, ids)
+        logits, stream, outputs = unroll(model, ids)
         for x in stream:
             x.retain_grad()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         (loss / len(microbatches)).backward()
         streams.append(stream)
-        branches.append(branch)
+        sublayers.append(outputs)
 
     def joined(tensors):
         return torch.cat([tensor.flatten(0, 1) for tensor in tensors])
@@ -64,7 +64,7 @@ def statistics(model, microbatches):
     table["stream_gradient_norm"] = [gradient.norm().item() for gradient in gradients]
     for name in ("attention", "mlp"):
         rows = [
-            [joined(tensors) for tensors in zip(*(branch[name][i] for branch in branches), strict=True)]
+            [joined(tensors) for tensors in zip(*(outputs[name][i] for outputs in sublayers), strict=True)]
             for i in range(depth)
         ]
         table[f"{name}_mean_square"] = [None, *(mean_square(output) for _, output, _ in rows)]
@@ -74,9 +74,9 @@ def statistics(model, microbatches):
         ratios = [(mean_square(added) / mean_square(before)) ** 0.5 for before, _, added in rows]
         table[f"{name}_ratio"] = [None, *ratios]
         norms = [getattr(layer, f"{name}_output_norm") for layer in model.layers if placed(model)]
-        gains = [norm.weight.detach() + norm.zero_centered_gamma for norm in norms]
+        weights = [norm.weight.detach() + norm.zero_centered_gamma for norm in norms]
         for end in ("mean", "min", "max"):
-            table[f"{name}_gain_{end}"] = [None, *(getattr(gain, end)().item() for gain in gains)]
+            table[f"{name}_gain_{end}"] = [None, *(getattr(weight, end)().item() for weight in weights)]
     table.update(parameter_gradients(megatron_gradients(model), depth, model.shape))
     return {name: [*values, *[None] * (depth + 2 - len(values))] for name, values in table.items()}
 

@@ -7,10 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from megatron_periln.monitor.alerts import Alert, Watch
+from megatron_periln.monitor.alerts import ALERTS, STOPS, Alert, Watch, WeightLimits
 from megatron_periln.monitor.record import RunRecord
-from megatron_periln.monitor.schema import ALERTS
-from megatron_periln.monitor.thresholds import STOPS, GainLimits
 from tests.monitor.records import HEADER
 from tests.monitor.series import NOISES, falling_loss, gradient_norm, with_spikes
 
@@ -91,24 +89,26 @@ def test_ranges_once_each():
     ]
 
 
-def gains(low: float | None, high: float | None) -> dict[str, list[float | None]]:
+def weights(low: float | None, high: float | None) -> dict[str, list[float | None]]:
     return {"mlp_gain_min": [None, low, 1.0], "mlp_gain_max": [None, high, 1.0]}
 
 
-def test_gains():
+def test_weights_of_output_norms():
     watch = Watch()
-    assert watch.layers(1, [0, 1, 2], gains(-0.02, 0.001)) == []
-    (alert,) = watch.layers(2, [0, 1, 2], gains(-0.002, 0.001))
+    assert watch.layers(1, [0, 1, 2], weights(-0.02, 0.001)) == []
+    (alert,) = watch.layers(2, [0, 1, 2], weights(-0.002, 0.001))
     assert (alert.kind, alert.layer) == ("dead-gain", 1)
     assert "mlp in layer 1" in alert.message
-    assert watch.layers(3, [0, 1, 2], gains(-0.002, 0.001)) == []
-    assert kinds(watch.layers(4, [0, 1, 2], gains(-150.0, 1.0))) == ["exploding-gain"]
-    assert watch.layers(5, [0, 1, 2], gains(None, None)) == []
+    assert watch.layers(3, [0, 1, 2], weights(-0.002, 0.001)) == []
+    assert kinds(watch.layers(4, [0, 1, 2], weights(-150.0, 1.0))) == ["exploding-gain"]
+    assert watch.layers(5, [0, 1, 2], weights(None, None)) == []
 
 
-def test_gains_are_measured_by_their_start():
-    assert kinds(Watch(initial_gain=0.1).layers(1, [0, 1, 2], gains(0.0, 0.002))) == []
-    assert kinds(Watch(gains=GainLimits(dead=0.5)).layers(1, [0, 1, 2], gains(0.1, 0.2))) == ["dead-gain"]
+def test_weights_are_measured_by_their_start():
+    assert kinds(Watch(initial_weight=0.1).layers(1, [0, 1, 2], weights(0.0, 0.002))) == []
+    assert kinds(Watch(weights=WeightLimits(dead=0.5)).layers(1, [0, 1, 2], weights(0.1, 0.2))) == [
+        "dead-gain"
+    ]
 
 
 def test_what_stops_a_run_is_an_alert():

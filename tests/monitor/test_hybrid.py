@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_periln.monitor.hooks import watched
-from megatron_periln.monitor.statistics import Sums
+from megatron_periln.monitor.layer_sums import Sums
 from megatron_periln.norms import NormPlacement
 from tests.models import small
 from tests.models.test_hybrid import KINDS, as_hybrid, hybrid

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_periln.monitor.reading import read_run
 from megatron_periln.monitor.record import RunRecord
-from megatron_periln.monitor.schema import STATISTICS
+from megatron_periln.monitor.statistics import STATISTICS
 from tests.monitor.records import HEADER, iterations, write
 
 
@@ -57,17 +56,6 @@ def test_pandas_reads_it(path):
     layers = frame[frame.kind == "layers"][["iteration", "layers", "stream_variance"]]
     layers = layers.explode(["layers", "stream_variance"])
     assert layers[layers.layers == 0].stream_variance.tolist() == [10.0, 20.0]
-
-
-def test_pandas_recipe_of_the_documentation(path, monkeypatch):
-    pytest.importorskip("pandas", reason="pandas is not installed")
-    write(RunRecord.open(path, HEADER, 0), 1, 20)
-    monkeypatch.chdir(path.parent)
-    text = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
-    recipes = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert recipes
-    for recipe in recipes:
-        exec(compile(recipe, "docs/monitor.md", "exec"), {})
 
 
 @pytest.mark.parametrize("resume_from", [10, 15, 20, 30, 99])

@@ -15,9 +15,9 @@ import time
 import numpy as np
 import pytest
 
+from megatron_periln.monitor.lines import RecordError
 from megatron_periln.monitor.reading import read_run
 from megatron_periln.monitor.record import RunRecord
-from megatron_periln.monitor.schema import RecordError
 from tests.monitor.records import HEADER, iterations, write
 
 

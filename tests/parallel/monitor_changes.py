@@ -11,7 +11,7 @@ def keep_counts():
     """Write beside the record how often tokens were counted, and two norms of all gradients."""
     from megatron_periln.monitor import install
 
-    write = install.RunMonitor._write
+    write = install.RunMonitor.write
     groups = ("stream", "angle", "attention", "mlp")
     kept = []
 
@@ -22,7 +22,7 @@ def keep_counts():
             Path(self.args.monitor_file).with_name(COUNTS).write_text(json.dumps(kept))
         return write(self, iteration, losses, grad_norm, learning_rate)
 
-    install.RunMonitor._write = keeping
+    install.RunMonitor.write = keeping
 
 
 def forbid_the_monitor():
@@ -34,7 +34,7 @@ def count_recomputation():
     """Count what the backward pass computes again."""
     from megatron_periln.monitor import hooks
 
-    hooks._recomputing = lambda: False
+    hooks.recomputing = lambda: False
 
 
 def count_on_all_tensor_ranks():
@@ -60,7 +60,7 @@ def count_all_of_each_bucket():
             for parameter in group.params:
                 yield parameter, parameter.main_grad
 
-    gradients._own_pieces = all_pieces
+    gradients.own_pieces = all_pieces
 
 
 def forget_the_data_parallel_size():

@@ -10,7 +10,8 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_periln.monitor.schema import FILE_NAME, STATISTICS
+from megatron_periln.monitor.lines import FILE_NAME
+from megatron_periln.monitor.statistics import STATISTICS
 from tests.parallel.cases import Case
 from tests.parallel.compare import tensors_apart
 from tests.parallel.conftest import FIRST, LAST

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_periln.monitor.alerts import Watch
+from megatron_periln.monitor.lines import FILE_NAME
 from megatron_periln.monitor.record import RunRecord
-from megatron_periln.monitor.schema import FILE_NAME
 
 __all__ = ["write_run"]
 
@@ -105,13 +105,13 @@ def _layers(
             variance = 1 + (2 + 3 * progress) * depth
             maximum = np.sqrt(variance) * (5 + 10 * progress)
     noise = np.exp(0.05 * rng.standard_normal((6, num_layers + 1)))
-    branch = {"pre": 0.02 * 200**progress, "post": 0.3}.get(placement, 0.01 * 10**progress)
-    added = branch if placement in ("pre", "post") else 1.0 + progress
+    output = {"pre": 0.02 * 200**progress, "post": 0.3}.get(placement, 0.01 * 10**progress)
+    added = output if placement in ("pre", "post") else 1.0 + progress
     gradient = {
         "post": 0.02 * 1.3**depth,
         "pre": 0.3 * np.exp(-2 * depth / num_layers),
     }.get(placement, np.full(num_layers + 1, 0.08))
-    gain = 1 + progress * (0.2 + 0.05 * depth)
+    weight = 1 + progress * (0.2 + 0.05 * depth)
     output_norm = placement in ("peri", "output")
     stream = {
         "stream_mean_square": variance * 1.01,
@@ -125,15 +125,15 @@ def _layers(
     for index, what in enumerate(("attention", "mlp")):
         spread = noise[4 + index]
         sublayer |= {
-            f"{what}_mean_square": branch * spread,
-            f"{what}_variance": branch * spread,
+            f"{what}_mean_square": output * spread,
+            f"{what}_variance": output * spread,
             f"{what}_output_mean_square": added * spread,
             f"{what}_output_variance": added * spread,
             f"{what}_ratio": np.sqrt(added / variance) * spread,
             f"{what}_gradient_norm": gradient * spread,
         }
         if output_norm:
-            sublayer |= {f"{what}_gain_{part}": gain * factor * (1 + 0.1 * index)
+            sublayer |= {f"{what}_gain_{part}": weight * factor * (1 + 0.1 * index)
                          for part, factor in (("mean", 1.0), ("min", 0.6), ("max", 1.5))}  # fmt: skip
     final = dict.fromkeys(("stream_mean_square", "stream_variance"), 1.0) | {"stream_max_abs": 7.0}
     statistics: dict[str, list[float | None]] = {}

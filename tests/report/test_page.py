@@ -26,7 +26,7 @@ TITLES = [
     "Gradient norm by layer",
     "Angular distance between consecutive layers",
     "What a sublayer adds, beside the stream",
-    "Output gains",
+    "Output-norm weights",
     "Throughput",
     "Flags that differ",
     "Alerts",
@@ -64,10 +64,12 @@ def test_numbers_are_the_files(report, four_runs):
     assert raw["y"] == pytest.approx(losses, rel=1e-5)
     (row,) = [row for row in page.table("Run") if row[0] == "peri"]
     assert float(row[4]) == pytest.approx(np.mean(losses[-10:]), abs=1e-4)
-    (gains,) = [
-        trace for trace in page.traces("gains-1") if trace["name"] == "peri" and trace["line"]["width"] == 2
+    (weights,) = [
+        trace
+        for trace in page.traces("output-norm-weights-1")
+        if trace["name"] == "peri" and trace["line"]["width"] == 2
     ]
-    assert gains["y"] == pytest.approx(layers[-1]["mlp_gain_mean"][1:13], rel=1e-5)
+    assert weights["y"] == pytest.approx(layers[-1]["mlp_gain_mean"][1:13], rel=1e-5)
     (gradient,) = [trace for trace in page.traces("layer-gradients-2") if trace["name"] == "peri"]
     both = zip(
         layers[-1]["attention_gradient_norm"][1:13], layers[-1]["mlp_gradient_norm"][1:13], strict=True
@@ -133,7 +135,7 @@ def test_contrast(theme):
 def test_one_run(report, tmp_path, placement):
     page = Page(report(write_run(tmp_path / "run", placement)))
     assert "Flags that differ" not in page.headings
-    assert ("Output gains" in page.headings) == (placement == "peri")
+    assert ("Output-norm weights" in page.headings) == (placement == "peri")
 
 
 def test_no_layers(report, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_periln.errors import UsageError
-from megatron_periln.studies import running
-from megatron_periln.studies.state import CellFolder
+from megatron_periln.studies import launching
+from megatron_periln.studies.run_folder import RunFolder
 from megatron_periln.studies.study import read_study
 
 
@@ -36,25 +36,25 @@ def gpus(monkeypatch):
 
 
 def folders(study, path):
-    return [CellFolder(path / cell.name, cell) for cell in study.cells()]
+    return [RunFolder(path / run.name, run) for run in study.runs()]
 
 
 def test_every_run_at_a_time_has_its_own_gpus(study, gpus):
     gpus(8)
-    assert running.shares_of_gpus(study("--lr 1", 2), 3) == ["0,1", "2,3", "4,5"]
+    assert launching.shares_of_gpus(study("--lr 1", 2), 3) == ["0,1", "2,3", "4,5"]
     gpus(3, "5,GPU-1b,7")
-    assert running.shares_of_gpus(study("--lr 1", 1), 3) == ["5", "GPU-1b", "7"]
+    assert launching.shares_of_gpus(study("--lr 1", 1), 3) == ["5", "GPU-1b", "7"]
 
 
 def test_more_runs_than_gpus_are_refused(study, gpus):
     gpus(4)
     with pytest.raises(UsageError, match="--jobs 3 with ranks: 2 takes 6 GPUs, and 4 are visible"):
-        running.shares_of_gpus(study("--lr 1", 2), 3)
+        launching.shares_of_gpus(study("--lr 1", 2), 3)
 
 
 def test_the_cpu_is_not_shared_out(study, gpus):
     gpus(0)
-    assert running.shares_of_gpus(study("--device=cpu", 2), 3) == [None] * 3
+    assert launching.shares_of_gpus(study("--device=cpu", 2), 3) == [None] * 3
 
 
 def test_a_share_goes_from_run_to_run(study, gpus, tmp_path, monkeypatch):
@@ -70,10 +70,10 @@ def test_a_share_goes_from_run_to_run(study, gpus, tmp_path, monkeypatch):
         finally:
             os._exit(1)
 
-    monkeypatch.setattr(running, "_be_run", run)
+    monkeypatch.setattr(launching, "be_run", run)
     of = study("--lr 1", 2)
     ended = []
-    launcher = running.Launcher(of, running.shares_of_gpus(of, 2), {})
+    launcher = launching.Launcher(of, launching.shares_of_gpus(of, 2), {})
     launcher.run(folders(of, tmp_path), lambda folder, _: ended.append(folder.read()["reason"]))
     assert sorted(ended) == ["ran on 4,5"] * 2 + ["ran on 6,7"] * 2
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"

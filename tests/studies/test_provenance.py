@@ -15,9 +15,9 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_the_repository_is_the_package_s_own_or_none(repository, monkeypatch):
+def test_the_repository_is_that_of_the_package_or_none(repository, monkeypatch):
     for folder, found in ((repository, True), (repository / "lib" / "site-packages", False)):
-        file = folder / "megatron_periln" / "experiments" / "provenance.py"
+        file = folder / "megatron_periln" / "studies" / "provenance.py"
         file.parent.mkdir(parents=True)
         monkeypatch.setattr(provenance, "__file__", str(file))
         assert (provenance.commit() is not None) == found

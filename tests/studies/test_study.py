@@ -4,8 +4,8 @@ import pytest
 
 from megatron_periln.errors import UsageError
 from megatron_periln.studies.__main__ import main
-from megatron_periln.studies.running import command_line, is_forked
-from megatron_periln.studies.state import CellFolder
+from megatron_periln.studies.launching import command_line, is_forked
+from megatron_periln.studies.run_folder import RunFolder
 from megatron_periln.studies.study import read_study
 
 STUDY = """
@@ -35,32 +35,32 @@ def write(tmp_path):
 
 def test_grid_is_the_product_of_its_axes_seeds_last(write):
     study = read_study(write(STUDY))
-    cells = study.cells()
+    runs = study.runs()
     assert (study.name, study.about, study.ranks, study.save) == ("question", "Which is better?", 1, False)
-    assert [cell.seed for cell in cells] == [7] * 4 + [8] * 4
-    assert [tuple(cell.choices.values()) for cell in cells[:4]] == [
+    assert [run.seed for run in runs] == [7] * 4 + [8] * 4
+    assert [tuple(run.choices.values()) for run in runs[:4]] == [
         ("pre", "on"),
         ("pre", "off, really"),
         ("peri", "on"),
         ("peri", "off, really"),
     ]
     base = ("--device", "cpu", "--num-layers", "2", "--lr", "1e-3")
-    assert cells[5].flags == (
+    assert runs[5].flags == (
         *base, "--norm-placement", "pre", "--no-embedding-norm", "--weight-decay", "0", "--seed", "8",
     )  # fmt: skip
-    assert cells[5].name == "norm-placement=pre,off,-really,seed=8"
-    assert len({cell.name for cell in cells}) == 8
+    assert runs[5].name == "norm-placement=pre,off,-really,seed=8"
+    assert len({run.name for run in runs}) == 8
 
 
-def test_flags_after_two_dashes_come_before_a_run_s_own(write):
-    [cell, *_] = read_study(write(STUDY), ["--lr", "5"]).cells()
-    assert cell.flags[4:8] == ("--lr", "1e-3", "--lr", "5")
-    assert cell.flags[-2:] == ("--seed", "7")
+def test_flags_after_two_dashes_come_before_those_of_a_run(write):
+    [run, *_] = read_study(write(STUDY), ["--lr", "5"]).runs()
+    assert run.flags[4:8] == ("--lr", "1e-3", "--lr", "5")
+    assert run.flags[-2:] == ("--seed", "7")
 
 
-def test_study_without_a_grid_is_one_run_with_megatron_s_seed(write):
-    [cell] = read_study(write("flags: --lr 4e-3")).cells()
-    assert (cell.name, cell.flags) == ("seed=1234", ("--lr", "4e-3", "--seed", "1234"))
+def test_study_without_a_grid_is_one_run_with_the_seed_of_megatron(write):
+    [run] = read_study(write("flags: --lr 4e-3")).runs()
+    assert (run.name, run.flags) == ("seed=1234", ("--lr", "4e-3", "--seed", "1234"))
 
 
 def test_one_process_on_the_cpu_is_forked_and_others_are_not(write):
@@ -73,8 +73,8 @@ def test_one_process_on_the_cpu_is_forked_and_others_are_not(write):
 def test_runs_write_into_their_folder(write, tmp_path):
     for save in ("true", "false"):
         study = read_study(write(f"flags: --lr 1\nsave: {save}"))
-        [cell] = study.cells()
-        flags = command_line(study, CellFolder(tmp_path / cell.name, cell))
+        [run] = study.runs()
+        flags = command_line(study, RunFolder(tmp_path / run.name, run))
         assert flags[flags.index("--monitor-file") + 1] == str(tmp_path / "seed=1234" / "monitor.jsonl")
         assert ("--save" in flags) == ("--load" in flags) == (save == "true")
 
@@ -147,14 +147,16 @@ def test_tasks_of_an_array_without_the_others_are_refused(tasks, write, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_shards_share_the_runs_and_slurm_s_array_is_one(write, tmp_path, monkeypatch):
+def test_shards_share_the_runs_and_an_array_of_slurm_is_one(write, tmp_path, monkeypatch):
     from megatron_periln.studies import __main__ as command
 
     seen = []
     monkeypatch.setattr(
-        command, "_train", lambda study, folders, jobs: seen.append([f.cell.name for f in folders]) or []
+        command,
+        "train",
+        lambda study, folders, jobs: seen.append([folder.run.name for folder in folders]) or [],
     )
-    everything = [cell.name for cell in read_study(write(STUDY)).cells()]
+    everything = [run.name for run in read_study(write(STUDY)).runs()]
     arguments = [str(write(STUDY)), "--output", str(tmp_path / "runs")]
     for index in range(3):
         assert main([*arguments, "--shard", f"{index}/3"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from megatron_periln.errors import UsageError
 from megatron_periln.monitor.reading import read_run
 from megatron_periln.studies.measures import MEASURES, measure
-from megatron_periln.studies.state import CellFolder
+from megatron_periln.studies.run_folder import RunFolder
 from megatron_periln.studies.study import Study
 from megatron_periln.studies.table import collect, markdown, summarize, write_results
 from tests.report.synthetic import write_run
@@ -35,7 +35,7 @@ def ran(folder, loss, *, exit_code=0, log=None, **run):
     assert lock is not None
     folder.begin({"commit": "abc", "versions": {}})
     if run:
-        write_run(folder.path, folder.cell.choices["norm-placement"], steps=60, num_layers=4, **run)
+        write_run(folder.path, folder.run.choices["norm-placement"], steps=60, num_layers=4, **run)
     (folder.path / "log.txt").write_text(log_of(loss) if log is None else log)
     status = folder.end(exit_code, study().diverged_above)
     os.close(lock)
@@ -43,26 +43,30 @@ def ran(folder, loss, *, exit_code=0, log=None, **run):
 
 
 def folders(tmp_path, of=None):
-    return [CellFolder(tmp_path / cell.name, cell) for cell in (of or study()).cells()]
+    return [RunFolder(tmp_path / run.name, run) for run in (of or study()).runs()]
+
+
+def measured(folder):
+    return measure(folder.read_record(), folder.log)
 
 
 def test_a_run_finishes_diverges_or_fails(tmp_path):
     first, *_ = folders(tmp_path)
     assert first.read() == {"status": "pending"}
     assert ran(first, "3.25E+00", seed=0) == "finished"
-    assert measure(first.path)["validation_loss"] == 3.25
+    assert measured(first)["validation_loss"] == 3.25
     for loss, run, reason in (
         ("3.0", {"nan_from": 30}, "loss is nan, iteration 30"),
         ("NAN", {"seed": 0}, "not finite"),
         ("5.01", {"seed": 0}, "5.010, above 5.0"),
     ):
-        other = CellFolder(tmp_path / loss, first.cell)
+        other = RunFolder(tmp_path / loss, first.run)
         assert ran(other, loss.lower(), **run) == "diverged"
         assert reason in other.read()["reason"]
-    early = CellFolder(tmp_path / "early", first.cell)
+    early = RunFolder(tmp_path / "early", first.run)
     assert ran(early, "3.0", seed=0, train_iters=61) == "failed"
     assert early.read()["reason"] == "it ended at iteration 60 of 61"
-    broken = CellFolder(tmp_path / "broken", first.cell)
+    broken = RunFolder(tmp_path / "broken", first.run)
     assert ran(broken, "3.0", exit_code=1, log="error: no data\nmore\n") == "failed"
     assert broken.read()["reason"] == "no data"
     assert ran(broken, "3.0", exit_code=-9, log="Traceback\nKeyError: 1\n", seed=0) == "failed"
@@ -79,10 +83,10 @@ def test_a_folder_of_other_flags_is_refused(tmp_path):
     first, second, *_ = folders(tmp_path)
     ran(first, "3.0", seed=0)
     with pytest.raises(UsageError, match="other flags than the study has now; give another --output"):
-        CellFolder(first.path, second.cell).read()
+        RunFolder(first.path, second.run).read()
 
 
-def test_a_folder_is_one_process_s(tmp_path):
+def test_a_folder_belongs_to_one_process(tmp_path):
     first, *_ = folders(tmp_path)
     lock = first.lock()
     assert first.lock() is None
@@ -93,7 +97,7 @@ def test_a_folder_is_one_process_s(tmp_path):
 def test_measures_are_those_of_the_record(tmp_path):
     first, *_ = folders(tmp_path)
     ran(first, "3.0", seed=0)
-    run, measures = read_run(first.record), measure(first.path)
+    run, measures = read_run(first.record), measured(first)
     layers = run.layers.values
     assert measures["training_loss"] == pytest.approx(run.steps.loss[-6:].mean(), rel=1e-5)
     assert measures["largest_activation"] == pytest.approx(layers["stream_max_abs"][:, :5].max(), rel=1e-5)
@@ -117,15 +121,15 @@ def test_a_skipped_step_has_no_gradient_norm_and_leaves_the_others_theirs(tmp_pa
     first.record.write_text("".join(lines))
     norms = read_run(first.record).steps.grad_norm
     assert np.isnan(norms).sum() == 1
-    assert measure(first.path)["gradient_norm"] == pytest.approx(np.nanmedian(norms), rel=1e-5)
+    assert measured(first)["gradient_norm"] == pytest.approx(np.nanmedian(norms), rel=1e-5)
 
 
-def test_statistics_are_numpy_s_over_the_seeds_that_finished(tmp_path):
+def test_statistics_are_those_of_numpy_over_the_seeds_that_finished(tmp_path):
     every = folders(tmp_path)
     losses = {}
     for folder, loss in zip(every, (3.0, 3.5, 3.25, 4.0, 9.0, 3.75), strict=True):
-        losses.setdefault(folder.cell.choices["norm-placement"], []).append(loss)
-        ran(folder, str(loss), seed=folder.cell.seed)
+        losses.setdefault(folder.run.choices["norm-placement"], []).append(loss)
+        ran(folder, str(loss), seed=folder.run.seed)
     pre, peri = collect(study(), every, "command")["summary"]
     assert (pre["seeds"], pre["finished"], pre["diverged"], pre["missing"]) == (3, 2, 1, 0)
     assert (peri["seeds"], peri["finished"], peri["diverged"], peri["missing"]) == (3, 3, 0, 0)
@@ -135,7 +139,7 @@ def test_statistics_are_numpy_s_over_the_seeds_that_finished(tmp_path):
         "mean": pytest.approx(np.mean(kept)),
         "std": pytest.approx(np.std(kept, ddof=1)),
     }
-    spikes = [measure(f.path)["gradient_norm"] for f in every if f.cell.choices["norm-placement"] == "peri"]
+    spikes = [measured(f)["gradient_norm"] for f in every if f.run.choices["norm-placement"] == "peri"]
     assert peri["measures"]["gradient_norm"]["std"] == pytest.approx(np.std(spikes, ddof=1))
 
 

@@ -12,17 +12,18 @@ from typing import Any
 
 from megatron_periln.errors import UsageError
 from megatron_periln.files import try_lock, write_text
-from megatron_periln.monitor.schema import FILE_NAME
-from megatron_periln.studies.measures import LOG_NAME, broken_off, measure
-from megatron_periln.studies.study import Cell
+from megatron_periln.monitor.lines import FILE_NAME
+from megatron_periln.monitor.reading import Run, read_run
+from megatron_periln.studies.measures import broken_off, measure
+from megatron_periln.studies.study import StudyRun
 
-__all__ = ["DONE", "CellFolder"]
+__all__ = ["DONE", "RunFolder"]
 
 DONE = ("finished", "diverged")
 
 
 @dataclass(frozen=True)
-class CellFolder:
+class RunFolder:
     """The folder of a run, and what became of it.
 
     The status is ``pending``, ``running`` (or cut off while it was), ``finished``, ``diverged`` or
@@ -30,7 +31,7 @@ class CellFolder:
     """
 
     path: Path
-    cell: Cell
+    run: StudyRun
 
     def read(self) -> dict[str, Any]:
         """Return what ``cell.json`` says, or that the run is pending.
@@ -46,8 +47,8 @@ class CellFolder:
         except FileNotFoundError:
             return {"status": "pending"}
         except (OSError, ValueError) as error:
-            raise UsageError(f"{file}: cannot be read ({error}); remove it to run this cell again") from error
-        if state.get("flags") != list(self.cell.flags):
+            raise UsageError(f"{file}: cannot be read ({error}); remove it to run this one again") from error
+        if state.get("flags") != list(self.run.flags):
             raise UsageError(
                 f"{self.path}: holds a run with other flags than the study has now; give another --output, "
                 "or remove it"
@@ -80,9 +81,9 @@ class CellFolder:
         self._write(
             {
                 "status": "running",
-                "flags": list(self.cell.flags),
-                "choices": self.cell.choices,
-                "seed": self.cell.seed,
+                "flags": list(self.run.flags),
+                "choices": self.run.choices,
+                "seed": self.run.seed,
                 "attempts": state.get("attempts", 0) + 1,
                 "started": time.time(),
                 "earlier": earlier,
@@ -100,14 +101,15 @@ class CellFolder:
 
     def _outcome(self, exit_code: int, diverged_above: float | None) -> tuple[str, str | None]:
         try:
-            not_finite, early = broken_off(self.path)
+            record = self.read_record()
         except UsageError as error:
             return "failed", self._last_words() if exit_code else str(error)
+        not_finite, early = broken_off(record)
         if not_finite is not None:
             return "diverged", not_finite
         if exit_code or early is not None:
             return "failed", self._last_words() if exit_code else early
-        values = measure(self.path)
+        values = measure(record, self.log)
         loss = values["training_loss"] if values["validation_loss"] is None else values["validation_loss"]
         if loss is None or not math.isfinite(loss):
             return "diverged", "the loss at the end is not finite"
@@ -118,7 +120,7 @@ class CellFolder:
     def _last_words(self) -> str:
         """Return the line of the log that says why the run failed."""
         try:
-            log = (self.path / LOG_NAME).read_text(errors="replace")
+            log = self.log.read_text(errors="replace")
         except OSError:
             log = ""
         lines = [line for line in log.splitlines() if line.strip()] or ["it left no log"]
@@ -129,6 +131,21 @@ class CellFolder:
         write_text(self.path / "cell.json", json.dumps(state, indent=1) + "\n")
 
     @property
+    def log(self) -> Path:
+        """What the run prints."""
+        return self.path / "log.txt"
+
+    @property
     def record(self) -> Path:
         """The monitor's file."""
         return self.path / FILE_NAME
+
+    def read_record(self) -> Run:
+        """Read the monitor's file.
+
+        Raises
+        ------
+        UsageError
+            If there is none, or a corrupt one.
+        """
+        return read_run(self.record)

@@ -1,17 +1,17 @@
-"""The flags of the monitor."""
+"""The settings of the monitor: its flags, and the layers that they choose."""
 
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
-from megatron_periln.monitor.layers import chosen_layers
-from megatron_periln.monitor.schema import FILE_NAME
-from megatron_periln.monitor.thresholds import STOPS
+from megatron_periln.monitor.alerts import STOPS
+from megatron_periln.monitor.lines import FILE_NAME
 
-__all__ = ["GROUP", "add_monitor_arguments", "check_monitor"]
+__all__ = ["GROUP", "add_monitor_arguments", "check_monitor", "chosen_layers"]
 
 GROUP = "monitor"
 
@@ -92,3 +92,37 @@ def _check_file(path: Path) -> None:
     writable = path if path.exists() else folder
     if not folder.is_dir() or not os.access(writable, os.W_OK):
         raise UsageError(f"--monitor-file {path}: {writable} is not writable; give another file")
+
+
+def chosen_layers(choice: str, num_layers: int) -> list[int]:
+    """Return the numbers of the monitored layers, in order.
+
+    Parameters
+    ----------
+    choice
+        ``"all"``; ``"every:K"`` for layers ``K, 2K, ...`` and both ends; or numbers such as
+        ``"0,1,12"``.
+    num_layers
+        ``L``. Layer 0 is the embedding's output, ``L + 1`` the final norm's.
+
+    Raises
+    ------
+    UsageError
+        If it is none of these, or names a layer that is not there.
+    """
+    last = num_layers + 1
+    if choice == "all":
+        return list(range(last + 1))
+    if match := re.fullmatch(r"every:([1-9]\d*)", choice):
+        return sorted({*range(0, last, int(match[1])), last})
+    if not re.fullmatch(r"\d+(,\d+)*", choice):
+        raise UsageError(
+            f"--monitor-layers {choice} is none of all, every:K, and a list of numbers such as 0,1,12"
+        )
+    layers = sorted({int(number) for number in choice.split(",")})
+    if layers[-1] > last:
+        raise UsageError(
+            f"--monitor-layers {choice}: there is no layer {layers[-1]}; "
+            f"they are 0 (the embedding) to {last} (the final norm)"
+        )
+    return layers

@@ -66,8 +66,8 @@ def states(folder):
     return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/cell.json")}
 
 
-def statuses(cells):
-    return {name: state["status"] for name, state in cells.items()}
+def statuses(states):
+    return {name: state["status"] for name, state in states.items()}
 
 
 def test_the_killed_study_keeps_what_was_done(study):
@@ -91,7 +91,7 @@ def test_the_same_command_goes_on(study):
     assert after["hot,seed=1"] == between["hot,seed=1"]
 
 
-def test_a_run_that_failed_is_told_and_a_terminal_s_bar_is_not(study):
+def test_a_run_that_failed_is_told_and_the_bar_of_a_terminal_is_not(study):
     _, _, again, after, _ = study
     lines = again.stderr.splitlines()
     assert len(lines) == 2

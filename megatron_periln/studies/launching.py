@@ -1,4 +1,4 @@
-"""Runs the cells of a study, each in a process of its own: forked from this one, or by torchrun."""
+"""Runs of a study, each in a process of its own: forked from this one, or by torchrun."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_periln.errors import UsageError
-from megatron_periln.studies.measures import LOG_NAME
-from megatron_periln.studies.state import DONE, CellFolder
+from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study
 
-__all__ = ["Launcher", "check_flags", "command_line", "is_forked", "prepare", "shares_of_gpus"]
+__all__ = ["Launcher", "be_run", "check_flags", "command_line", "is_forked", "prepare", "shares_of_gpus"]
 
 
 def is_forked(study: Study) -> bool:
@@ -42,7 +41,7 @@ def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
     UsageError
         If fewer GPUs are visible than such runs need.
     """
-    if all(_on_cpu(cell.flags) for cell in study.cells()):
+    if all(_on_cpu(run.flags) for run in study.runs()):
         return [None] * jobs
     import torch
 
@@ -85,17 +84,17 @@ def check_flags(study: Study) -> None:
     from megatron_periln.megatron_arguments import megatron_arguments
     from megatron_periln.training.arguments import add_arguments
 
-    for cell in study.cells():
-        if cell.seed == study.seeds[0]:
+    for run in study.runs():
+        if run.seed == study.seeds[0]:
             try:
-                megatron_arguments(cell.flags, add_arguments)
+                megatron_arguments(run.flags, add_arguments)
             except UsageError as error:
-                raise UsageError(f"{study.name}, run {cell.name}: {error}") from error
+                raise UsageError(f"{study.name}, run {run.name}: {error}") from error
 
 
-def command_line(study: Study, folder: CellFolder) -> list[str]:
+def command_line(study: Study, folder: RunFolder) -> list[str]:
     """Return the flags of a run, with those for its folder."""
-    flags = [*folder.cell.flags, "--monitor-layers", "all", "--monitor-file", str(folder.record)]
+    flags = [*folder.run.flags, "--monitor-layers", "all", "--monitor-file", str(folder.record)]
     flags += ["--no-check-for-nan-in-loss-and-grad"]  # else the run ends before its record says why
     if study.save:
         checkpoints = str(folder.path / "checkpoints")
@@ -120,9 +119,9 @@ class Launcher:
     study: Study
     shares: list[str | None]
     about: dict[str, Any]
-    _running: dict[int, tuple[CellFolder, int, str | None]] = field(default_factory=dict)
+    _running: dict[int, tuple[RunFolder, int, str | None]] = field(default_factory=dict)
 
-    def run(self, folders: Sequence[CellFolder], on_end: Callable[[CellFolder, str], None]) -> None:
+    def run(self, folders: Sequence[RunFolder], on_end: Callable[[RunFolder, str], None]) -> None:
         """Run all of ``folders``; ``on_end`` is told the status of each as it ends.
 
         A folder that another process has is told as ``elsewhere``, one that it finished meanwhile with its
@@ -144,7 +143,7 @@ class Launcher:
             for pid in self._running:
                 os.waitpid(pid, 0)
 
-    def _start(self, folder: CellFolder) -> str | None:
+    def _start(self, folder: RunFolder) -> str | None:
         """Start a run, or return why not."""
         lock = folder.lock()
         if lock is None:
@@ -164,11 +163,11 @@ class Launcher:
             os.set_inheritable(lock, True)  # held as long as the run lives, should this process be killed
             if share is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = share
-            _be_run(self.study, folder)
+            be_run(self.study, folder)
         self._running[pid] = (folder, lock, share)
         return None
 
-    def _wait(self) -> tuple[CellFolder, str]:
+    def _wait(self) -> tuple[RunFolder, str]:
         pid, status = os.waitpid(-1, 0)
         while pid not in self._running:
             pid, status = os.waitpid(-1, 0)
@@ -179,13 +178,13 @@ class Launcher:
         return folder, outcome
 
 
-def _be_run(study: Study, folder: CellFolder) -> NoReturn:
+def be_run(study: Study, folder: RunFolder) -> NoReturn:
     """Be a run until it ends."""
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         mode = os.O_APPEND if study.save else os.O_TRUNC
-        log = os.open(folder.path / LOG_NAME, os.O_WRONLY | os.O_CREAT | mode)
+        log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | mode)
         os.dup2(log, 1)
         os.dup2(log, 2)
         # In a file: torchrun may take some of Megatron's flags for short forms of its own.
