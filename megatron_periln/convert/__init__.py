@@ -1,4 +1,6 @@
-"""Models of Megatron to and from transformers, checked by their logits.
+"""Models of Megatron to and from transformers, with a parity check of their logits.
 
-``targets`` says which architectures there are; ``export`` and ``import_model`` convert.
+``export`` and ``import_model`` convert; both read top to bottom. ``targets`` says which architectures of
+transformers there are, ``architecture`` what a model computes, ``unsupported`` what of it a target lacks, and
+``weights`` and ``hf_config`` how its parameters and its configuration stand on either side.
 """

@@ -61,7 +61,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 
 def _new_file_mode() -> int:
-    umask = os.umask(0o077)
+    umask = os.umask(0o077)  # read by setting it, there is no other way
     os.umask(umask)
     return 0o666 & ~umask
 

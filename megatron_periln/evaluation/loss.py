@@ -48,10 +48,10 @@ def window_length(asked: int | None, max_positions: int) -> int:
 def token_windows(
     prefix: str, length: int, vocab_size: int, count: int | None = None, skip: int = 0
 ) -> Iterator[Tensor]:
-    """Yield windows ``[length + 1]`` of a dataset's tokens: its documents in order, joined.
+    """Yield windows ``[length + 1]`` of a dataset's tokens: its documents in order, one after the other.
 
     Neighbours share one token, so that every token but the first is predicted once. What doesn't
-    fill a window at the end is left out.
+    fill a window at the end is skipped.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def token_windows(
     count
         The most windows; None for all.
     skip
-        Windows to leave out at the start.
+        Windows to skip at the start.
 
     Raises
     ------

@@ -33,7 +33,7 @@ def run_tasks(model: Path, tasks: Sequence[str], **options: Any) -> Mapping[str,
     UsageError
         If lm-evaluation-harness, the tokenizer, a task or its data is missing.
     """
-    try:
+    try:  # here, as it is optional, and takes seconds that the errors of the command line do without
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:

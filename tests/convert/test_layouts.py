@@ -1,4 +1,4 @@
-"""Checkpoints of real training jobs, in a parallel layout, are exported as those of one process are."""
+"""Checkpoints of real training jobs, in a parallel layout, are read whole, and exported as any other."""
 
 import pytest
 import torch
