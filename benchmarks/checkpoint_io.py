@@ -70,12 +70,13 @@ class Distributed(Plain):
 
         from megatron_periln.checkpoints import sums
         from megatron_periln.checkpoints.manifest import Manifest
+        from megatron_periln.patches import checkpoint_writer
 
         writer = filesystem_async.FileSystemWriterAsync
         original = writer.get_save_function_and_args
         vars(filesystem_async).pop("open", None)
         if self.ours == "full":
-            sums.sum_what_is_written()
+            checkpoint_writer.open_with(sums.open_summed)
         try:
             dist_checkpointing.save(
                 self.sharded(self.state),

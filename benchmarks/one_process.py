@@ -19,9 +19,9 @@ def start_megatron(device: str, micro_batch_size: int, num_microbatches: int = 1
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
-    from megatron_periln.patches import faults
+    from megatron_periln.patches import fixes
 
-    faults.apply()
+    fixes.apply()
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -154,9 +154,9 @@ class Trainer:
 
         from megatron_periln.models import GPTModelBuilder, GPTModelConfig
         from megatron_periln.norms import PERI
-        from megatron_periln.patches import faults
+        from megatron_periln.patches import fixes
 
-        faults.apply()
+        fixes.apply()
         size, options = self.size, self.options
         engine = options.transformer_impl == "transformer_engine"
         fp8 = {} if options.fp8 is None else {"fp8": "hybrid", "fp8_recipe": options.fp8}

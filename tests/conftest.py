@@ -45,9 +45,9 @@ def single_process():
     """Megatron's parallel state in a world of one process."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_periln.patches import faults
+    from megatron_periln.patches import fixes
 
-    faults.apply()
+    fixes.apply()
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)

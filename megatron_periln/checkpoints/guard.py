@@ -12,16 +12,16 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_periln.checkpoints import sums
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.intact import iteration_of
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
 from megatron_periln.checkpoints.rendezvous import Ranks
 from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.sums import open_summed
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.files import replacing
-from megatron_periln.patches import checkpoint_saving as upstream
+from megatron_periln.patches import checkpoint_saving, checkpoint_writer
 
 __all__ = ["SaveGuard", "failure", "install", "put_back", "tidy"]
 
@@ -50,8 +50,8 @@ def install(args: Namespace) -> None:
     if args.rank == 0:
         fence = _take(Path(args.save))
     if args.checkpoint_verify == "full":
-        sums.sum_what_is_written()
-    upstream.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
+        checkpoint_writer.open_with(open_summed)
+    checkpoint_saving.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
 
 
 def put_back(args: Namespace) -> None:
@@ -177,7 +177,7 @@ class SaveGuard:
             )
         return error
 
-    def publish(self, tracker: Path, text: str) -> None:
+    def finalize(self, tracker: Path, text: str) -> None:
         """Write the manifest, and replace the tracker, whole, if this run may still write."""
         assert self.fence is not None
         folder = tracker.parent / (text if text == "release" else f"iter_{int(text):07d}")

@@ -7,18 +7,13 @@ disk made of it is not believed.
 
 from __future__ import annotations
 
-import functools
 import io
-import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-__all__ = ["SIDECAR", "read_sidecar", "sum_file", "sum_what_is_written"]
+__all__ = ["SIDECAR", "open_summed", "read_sidecar", "sum_file"]
 
 SIDECAR = ".crc32"
 """The suffix of the file that holds size and checksum of another, until they are in the manifest."""
@@ -45,29 +40,8 @@ def read_sidecar(path: Path) -> tuple[int, str] | None:
         return None
 
 
-def sum_what_is_written() -> None:
-    """Let Megatron's writer of distributed checkpoints leave a sidecar beside each file.
-
-    Its function that writes may run in another process, which this module then comes to with it.
-    """
-    original = FileSystemWriterAsync.get_save_function_and_args
-
-    @functools.wraps(original)
-    def with_sums(self: Any) -> Any:
-        write, preload, args = original(self)
-        return (None if write is None else functools.partial(_write, write)), preload, args
-
-    FileSystemWriterAsync.get_save_function_and_args = with_sums
-
-
-def _write(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Call the writer, whose module opens its files by a name that stands for `open` of builtins."""
-    module: Any = sys.modules[FileSystemWriterAsync.__module__]
-    module.open = _open
-    write(*args, **kwargs)
-
-
-def _open(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+def open_summed(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+    """Open a file as ``open`` does; one that is written in binary leaves a sidecar beside it."""
     return _SummedFile(path) if mode == "wb" else open(path, mode, *args, **kwargs)  # noqa: PTH123
 
 

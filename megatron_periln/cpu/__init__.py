@@ -45,12 +45,14 @@ def activate(*, hide_gpu: bool = False) -> None:
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU all the same"
         )
     from megatron_periln.cpu import cuda_surface, device_alias
-    from megatron_periln.patches import cpu
+    from megatron_periln.patches import torch_on_cpu
 
     # Megatron asks for this setting, which orders kernels on a GPU, whenever ranks communicate.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_surface.install()
     device_alias.install()
-    cpu.install_before_import()
+    torch_on_cpu.install()
     _active = True
-    cpu.install_after_import()
+    from megatron_periln.patches import megatron_on_cpu  # which imports megatron: only now
+
+    megatron_on_cpu.install()

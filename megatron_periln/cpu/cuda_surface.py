@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_periln.patches.registry import changes
+
 __all__ = ["install"]
 
 _GENERATOR = torch.default_generator
@@ -218,6 +220,13 @@ def _distinct(function: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: function(*args, **kwargs)
 
 
+@changes(
+    "torch.cuda",
+    "torch.accelerator",
+    "torch.Tensor.record_stream",
+    why="under `--device cpu`, `torch.cuda` is one device, the CPU: streams, events, memory and random state",
+    stays="it is what `--device cpu` is",
+)
 def install() -> None:
     """Put the surface in place of ``torch.cuda``'s functions and classes."""
     surface = _surface()

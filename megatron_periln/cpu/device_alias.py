@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 
+from megatron_periln.patches.registry import changes
+
 __all__ = ["install", "on_cpu"]
 
 CPU = torch.device("cpu")
@@ -122,6 +124,22 @@ def _alias_process_groups() -> None:
         setattr(dist, name, wrapped)
 
 
+@changes(
+    "torch.empty",
+    "torch.load",
+    "torch.Tensor.to",
+    "torch.Tensor.cuda",
+    "torch.Tensor.pin_memory",
+    "torch.Tensor.type",
+    "torch.nn.Module.to",
+    "torch.nn.Module.cuda",
+    "torch.distributed.init_process_group",
+    "torch.distributed.new_group",
+    "torch.distributed.new_subgroups_by_enumeration",
+    why="under `--device cpu`, `cuda` means the CPU wherever a device is named, in `torch.empty` and "
+    "all other functions that make tensors too, and NCCL means gloo",
+    stays="it is what `--device cpu` is",
+)
 def install() -> None:
     """Alias the accelerator to the CPU everywhere a device is named."""
     _alias_factories()

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,7 +28,9 @@ from torch import nn
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, FusedInputNorm, NormedBiasDropoutAdd, NormPlacement
-from megatron_periln.patches.latent_attention import mend_latent_attention
+from megatron_periln.patches.latent_attention import fix_latent_attention
+from megatron_periln.patches.model_building import changed_mtp_spec
+from megatron_periln.patches.transformer_layers import gather_before_graphs, keep_grad_mode_of_caller
 
 __all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
 
@@ -67,7 +68,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
     ) -> GPTModel:
         """Build one pipeline stage, as upstream does, with its norms placed."""
         config: GPTModelConfig = self._model_config
-        with _placed_mtp_spec(config):
+        with changed_mtp_spec(functools.partial(_place, config=config)):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         finish_model(model, config.norm_placement)
         return model
@@ -108,32 +109,13 @@ def _place(spec: Any, config: GPTModelConfig) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _placed_mtp_spec(config: GPTModelConfig) -> Iterator[None]:
-    """Place norms in multi-token prediction layers while a model is built.
-
-    Upstream's builder derives their spec from the configuration anew, not from the layer spec it
-    is given (``mtp_block_spec``), and has no hook for it.
-    """
-    build_spec = upstream.mtp_block_spec
-
-    def placed(*args: Any, **kwargs: Any) -> Any:
-        spec = build_spec(*args, **kwargs)
-        return None if spec is None else _place(spec, config)
-
-    upstream.mtp_block_spec = placed
-    try:
-        yield
-    finally:
-        upstream.mtp_block_spec = build_spec
-
-
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
     """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
-    _honour_no_grad(model)
-    _gather_norms_before_graphs(model)
+    for layer, bdas in _layers_with_normed_bda(model):
+        keep_grad_mode_of_caller(layer)
+        gather_before_graphs(layer, bdas)
     _connect_fused_norms(model)
-    mend_latent_attention(model)
+    fix_latent_attention(model)
     if placement.embedding and model.pre_process:
         EmbeddingNorm(model.config).attach(model)
 
@@ -144,33 +126,9 @@ def _connect_fused_norms(model: nn.Module) -> None:
             layer.self_attn_bda.norm.compute_next(layer.pre_mlp_layernorm)
 
 
-def _honour_no_grad(model: nn.Module) -> None:
-    """Let the bias-dropout-adds see the caller's grad mode.
-
-    ``TransformerLayer`` calls them under ``torch.enable_grad``. With parameters in them that would keep every
-    layer's activations alive in evaluation, and inside full recomputation.
-    """
-    for layer, _ in _layers_with_normed_bda(model):
-        layer.bias_dropout_add_exec_handler = contextlib.nullcontext
-
-
-def _gather_norms_before_graphs(model: nn.Module) -> None:
-    """Have a layer's bias-dropout-adds counted among what Transformer Engine's CUDA graphs of its parts hold.
-
-    ``TransformerLayer`` lists the modules whose parameters are gathered before a graph is replayed
-    (``--overlap-param-gather``). The bias-dropout-adds are in the graphs, and not on its list: they have no
-    parameters in stock Megatron.
-    """
-    for layer, bdas in _layers_with_normed_bda(model):
-        listed = layer._get_submodules_under_cudagraphs
-        layer._get_submodules_under_cudagraphs = functools.partial(_also, listed, bdas)
-
-
-def _also(listed: Callable[[], list[nn.Module]], bdas: list[NormedBiasDropoutAdd]) -> list[nn.Module]:
-    return [*listed(), *bdas]
-
-
-def _layers_with_normed_bda(model: nn.Module) -> Iterator[tuple[Any, list[NormedBiasDropoutAdd]]]:
+def _layers_with_normed_bda(
+    model: nn.Module,
+) -> Iterator[tuple[TransformerLayer, list[NormedBiasDropoutAdd]]]:
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             both = (layer.self_attn_bda, layer.mlp_bda)

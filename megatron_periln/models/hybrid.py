@@ -7,9 +7,7 @@ GPT of ``L`` layers. Upstream means HybridModel to take GPTModel's place.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -34,6 +32,7 @@ from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import PERI, NoNorm, NormPlacement
+from megatron_periln.patches.model_building import final_norm_of_hybrid_stack
 
 __all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec"]
 
@@ -91,7 +90,7 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
                 f"hybrid_layer_pattern {config.hybrid_layer_pattern!r}: norm placement {placement.name!r} "
                 f"has no place in layers {', '.join(sorted(misfits))}; use layers *, - and E, or pre"
             )
-        with _final_norm(config):
+        with final_norm_of_hybrid_stack(_final_norm(config)):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         finish_model(model, placement)
         return model
@@ -124,20 +123,11 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
     return complete_local_spec(spec, config)
 
 
-@contextlib.contextmanager
-def _final_norm(config: HybridModelConfig) -> Iterator[None]:
-    """Choose the final norm while a model is built.
-
-    ``HybridStack`` (megatron/core/models/hybrid/hybrid_block.py) builds Transformer Engine's
-    ``TENorm`` by name; it takes none from the spec.
-    """
-    stock = hybrid_block.TENorm
+def _final_norm(config: HybridModelConfig) -> type | None:
+    """Return the final norm of a hybrid stack, None for upstream's own, Transformer Engine's."""
     if not config.norm_placement.final:
-        hybrid_block.TENorm = NoNorm
-    elif config.transformer.transformer_impl == "local":
-        table = complete_local_spec([WrappedTorchNorm], config.transformer)
-        hybrid_block.TENorm = table[0]
-    try:
-        yield
-    finally:
-        hybrid_block.TENorm = stock
+        return NoNorm
+    if config.transformer.transformer_impl == "local":
+        (norm,) = complete_local_spec([WrappedTorchNorm], config.transformer)
+        return norm
+    return None

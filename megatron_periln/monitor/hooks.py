@@ -24,6 +24,7 @@ from megatron_periln.monitor.layer_sums import (
 )
 from megatron_periln.monitor.statistics import STREAM_MAX_ABS, SUBLAYERS
 from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PostNorm
+from megatron_periln.patches.transformer_layers import replace_bda
 
 __all__ = ["recomputing", "watched"]
 
@@ -117,8 +118,7 @@ def _watch_bda(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
         # Runs after Megatron's own hooks, which gather the norm's parameters.
         return bda.norm.register_forward_pre_hook(partial(_before_norm, see)).remove
     # A function of Megatron's, for which there are no hooks.
-    setattr(layer, name, lambda training, fused: partial(_seen_add, see, bda(training, fused)))
-    return partial(setattr, layer, name, bda)
+    return replace_bda(layer, name, lambda training, fused: partial(_seen_add, see, bda(training, fused)))
 
 
 def _before_norm(see: Callable[..., None], norm: nn.Module, args: tuple[Any, ...]) -> None:

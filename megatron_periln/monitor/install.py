@@ -19,7 +19,7 @@ from megatron_periln.monitor.gradients import count_parameters
 from megatron_periln.monitor.record import RunRecord
 from megatron_periln.monitor.tensorboard import Board
 from megatron_periln.norms import NormPlacement
-from megatron_periln.patches import training_loop as upstream
+from megatron_periln.patches import training_loop
 from megatron_periln.version import __version__
 
 __all__ = ["RunMonitor", "install"]
@@ -34,7 +34,7 @@ def install(args: Namespace) -> None:
         Megatron's, checked by `megatron_periln.monitor.settings.check_monitor`.
     """
     monitor = RunMonitor(args)
-    upstream.observe(monitor)
+    training_loop.observe(monitor)
     atexit.register(monitor.close)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms.modules import Norm
+from megatron_periln.patches.transformer_layers import wrap_embedding_reads
 
 __all__ = ["EmbeddingNorm"]
 
@@ -43,9 +43,7 @@ class EmbeddingNorm(Norm):
         if getattr(model, "mtp", None) is None:
             return
         for layer in model.mtp.layers:
-            # The two places where a layer of multi-token prediction calls the embedding.
-            for name in ("_get_embeddings", "forward_single_position"):
-                setattr(layer, name, partial(self._bypass, getattr(layer, name)))
+            wrap_embedding_reads(layer, self._bypass)
 
     def _before_dropout(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return args if self.bypassed else (self(args[0]),)

@@ -1,11 +1,8 @@
 """Loading a distributed checkpoint runs no code from it.
 
 Megatron loads with ``weights_only=True``, which asks torch for tensors, plain containers and what
-megatron/core/safe_globals.py lists. Two places of torch's distributed checkpoints ask for anything,
-which then runs: ``FileSystemReader.read_metadata`` (torch/distributed/checkpoint/filesystem.py)
-gives ``.metadata`` to ``pickle.load``, and ``DefaultLoadPlanner.load_bytes`` (default_planner.py) loads
-what is no tensor, the arguments among it, with ``weights_only=False``. Their tests in
-tests/patches/test_checkpoint_loading.py fail once torch restricts them.
+megatron/core/safe_globals.py lists. Two places of torch's distributed checkpoints ask for anything, which
+then runs.
 """
 
 from __future__ import annotations
@@ -17,6 +14,8 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
+
+from megatron_periln.patches.registry import changes
 
 __all__ = ["restrict"]
 
@@ -64,6 +63,17 @@ def _load(file: IO[bytes], **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
+@changes(
+    "torch.distributed.checkpoint.filesystem.pickle",
+    "torch.distributed.checkpoint.DefaultLoadPlanner.load_bytes",
+    why="`FileSystemReader.read_metadata` gives `.metadata` to `pickle.load`, and `load_bytes` loads "
+    "what is no tensor, the arguments among it, with `weights_only=False`: either runs any code "
+    "that is in a checkpoint",
+    until=(
+        "patches/test_checkpoint_loading.py::test_upstream_still_loads_any_object_from_the_metadata",
+        "patches/test_checkpoint_loading.py::test_upstream_still_loads_any_object_that_is_no_tensor",
+    ),
+)
 def restrict() -> None:
     """Restrict what is unpickled from distributed checkpoints to what holds no code; once."""
     global _restricted

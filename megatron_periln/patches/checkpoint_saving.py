@@ -1,10 +1,9 @@
-"""The one place where this package stands in Megatron's saving of checkpoints.
+"""Where this package stands in Megatron's saving of checkpoints.
 
 ``megatron.training.training`` finds ``save_checkpoint`` by name, and megatron/training/checkpointing.py
 finds ``maybe_msc`` by name, which opens every file of its own. A function around the first sees a save
 begin on all ranks; one around ``maybe_msc.open`` sees rank 0 write latest_checkpointed_iteration.txt,
-with which a checkpoint counts, after a synchronous save and an asynchronous one alike. Megatron truncates
-that file before it writes it: a run killed in between could not go on.
+with which a checkpoint counts, after a synchronous save and an asynchronous one alike.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from megatron.training import checkpointing, get_args, training
 
 from megatron_periln.errors import UsageError
+from megatron_periln.patches.registry import changes
 
 __all__ = ["Guard", "guard"]
 
@@ -34,10 +34,21 @@ class Guard(Protocol):
     def explain(self, folder: Path, error: Exception) -> Exception:
         """Return what to raise, on whichever rank, for what its part of the save raised."""
 
-    def publish(self, tracker: Path, text: str) -> None:
+    def finalize(self, tracker: Path, text: str) -> None:
         """Write the tracker, which names a checkpoint that is complete."""
 
 
+@changes(
+    "megatron.training.training.save_checkpoint",
+    "megatron.training.checkpointing.maybe_msc",
+    why="a checkpoint is to count once it is complete and if this run may still write. Megatron has no "
+    "hook for either, and truncates the file that names the checkpoint before it writes it: a run "
+    "killed in between could not go on",
+    until=(
+        "patches/test_checkpoint_saving.py::test_upstream_still_truncates_the_tracker",
+        "patches/test_checkpoint_saving.py::test_upstream_still_has_no_hook_around_a_save",
+    ),
+)
 def guard(guard: Guard) -> None:
     """Let ``guard`` watch over every checkpoint that this process saves."""
     save = training.save_checkpoint
@@ -97,7 +108,7 @@ class _Storage:
 
 
 class _Tracker(io.StringIO):
-    """Collects the tracker's text, and has it published."""
+    """Collects the tracker's text, and has the guard write it."""
 
     def __init__(self, guard: Guard, path: Path) -> None:
         super().__init__()
@@ -105,4 +116,4 @@ class _Tracker(io.StringIO):
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
-            self._guard.publish(self._path, self.getvalue())
+            self._guard.finalize(self._path, self.getvalue())

@@ -1,14 +1,4 @@
-"""Gradients of multi-latent attention under tensor parallelism.
-
-Two of upstream's gradients are wrong with Megatron's own linears (``--transformer-impl local``)
-and more than one tensor-parallel rank (megatron/core/transformer/multi_latent_attention.py and
-megatron/core/distributed/finalize_model_grads.py):
-
-- The positional key is shared by all heads, of which each rank has some. Its gradient is not
-  summed over the ranks.
-- The query norm sees whole vectors on every rank, unless sequence parallelism splits the tokens.
-  Its gradient, equal on all ranks, is summed all the same, because of the parameter's name.
-"""
+"""Gradients of multi-latent attention under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -24,11 +14,23 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
-__all__ = ["mend_latent_attention"]
+from megatron_periln.patches.registry import changes
+
+__all__ = ["fix_latent_attention"]
 
 
-def mend_latent_attention(model: nn.Module) -> None:
-    """Mend the gradients of every multi-latent attention in ``model``; others are left alone."""
+@changes(
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention.linear_kv_down_proj",
+    "megatron.core.distributed.finalize_model_grads.average_gradients_across_tp_domain",
+    why="with Megatron's own linears and several tensor-parallel ranks two gradients are wrong. The "
+    "positional key is shared by all heads, of which each rank has some: its gradient is not "
+    "summed over the ranks. The query norm sees whole vectors on every rank, unless sequence "
+    "parallelism splits the tokens: its gradient, equal on all ranks, is summed all the same, "
+    "because of the parameter's name",
+    until="parallel/test_faults.py::test_upstream_still_has_wrong_gradients_in_latent_attention",
+)
+def fix_latent_attention(model: nn.Module) -> None:
+    """Fix the gradients of every multi-latent attention in ``model``; others are left alone."""
     for attention in model.modules():
         if not isinstance(attention, MLASelfAttention) or attention.tp_group.size() == 1:
             continue

@@ -1,11 +1,9 @@
-"""The one place where the monitor stands in Megatron's training loop.
+"""Where the monitor stands in Megatron's training loop.
 
-``megatron.training.pretrain`` has no callback for an iteration. Its loop finds ``train_step`` and
-``training_log`` by name in megatron/training/training.py, so two functions around them see every
-iteration begin and end, and one around ``save_checkpoint_and_time`` sees every checkpoint; nothing
-else of Megatron's is replaced. ``train_step`` is given the
-pipeline schedule as an argument: the monitored iterations get a wrapped one, which ends after
-``finalize_model_grads`` and before the optimizer's step.
+The loop finds ``train_step`` and ``training_log`` by name in megatron/training/training.py, so two
+functions around them see every iteration begin and end, and one around ``save_checkpoint_and_time`` sees
+every checkpoint. ``train_step`` is given the pipeline schedule as an argument: the monitored iterations get
+a wrapped one, which ends after ``finalize_model_grads`` and before the optimizer's step.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from megatron.training import training
+
+from megatron_periln.patches.registry import changes
 
 __all__ = ["Observer", "observe"]
 
@@ -39,6 +39,16 @@ class Observer(Protocol):
         """See that a checkpoint is about to be saved."""
 
 
+@changes(
+    "megatron.training.training.train_step",
+    "megatron.training.training.training_log",
+    "megatron.training.training.save_checkpoint_and_time",
+    why="the monitor is to see every iteration, and `megatron.training.pretrain` has no callback for one",
+    until=(
+        "patches/test_training_loop.py::test_upstream_still_has_no_callback_for_an_iteration",
+        "patches/test_training_loop.py::test_upstream_still_calls_what_is_observed_by_name_and_with_these_arguments",
+    ),
+)
 def observe(observer: Observer) -> None:
     """Let ``observer`` see every training iteration of this process."""
     train_step, training_log = training.train_step, training.training_log

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
-from megatron_periln.patches import faults
+from megatron_periln.patches import fixes
 from megatron_periln.training.arguments import parse, placement_from_args
 from megatron_periln.training.checks import check_save_folder
 from megatron_periln.training.datasets import check_data, train_valid_test_datasets
@@ -56,7 +56,7 @@ def run(program_start: float) -> None:
     UsageError
         For input that the user can mend.
     """
-    faults.apply()
+    fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = parse()
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

@@ -89,7 +89,7 @@ def test_without_sums(folder):
 
 def test_what_is_written_is_summed_in_passing(tmp_path):
     path, pieces = tmp_path / "x.distcp", [b"head", os.urandom(5 << 20), b"", memoryview(b"tail" * 3)]
-    with sums._open(str(path), "wb") as stream:
+    with sums.open_summed(str(path), "wb") as stream:
         for piece in pieces:
             stream.write(piece)
     whole = b"".join(map(bytes, pieces))
@@ -103,7 +103,7 @@ def test_what_is_written_is_summed_in_passing(tmp_path):
 
 def test_a_sum_taken_in_passing_finds_what_the_disk_lost(tmp_path):
     path = tmp_path / "x.distcp"
-    with sums._open(str(path), "wb") as stream:
+    with sums.open_summed(str(path), "wb") as stream:
         stream.write(b"content")
     flip_a_bit(path)
     manifest = Manifest.of(tmp_path, sums=True)
@@ -116,7 +116,7 @@ def test_a_sum_taken_in_passing_finds_what_the_disk_lost(tmp_path):
 
 def test_a_file_that_is_not_written_in_order_is_not_summed_in_passing(tmp_path):
     path = tmp_path / "x.distcp"
-    with sums._open(str(path), "wb") as stream:
+    with sums.open_summed(str(path), "wb") as stream:
         stream.write(b"content")
         stream.seek(0)
         stream.write(b"C")

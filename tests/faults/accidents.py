@@ -42,14 +42,14 @@ def superseded_before_saving():
 
 def superseded_while_saving():
     """SLURM requeues the job while its second checkpoint is being written."""
-    publish = guard.SaveGuard.publish
+    finalize = guard.SaveGuard.finalize
 
     def late(self, tracker, text):
         if text == "4":
             Fence.take(self.fence.folder, SUCCESSOR)
-        publish(self, tracker, text)
+        finalize(self, tracker, text)
 
-    guard.SaveGuard.publish = late
+    guard.SaveGuard.finalize = late
 
 
 def killed():
@@ -98,7 +98,7 @@ def read_only():
 
 def hangs():
     """Its disk, ``DISK``, hangs for ``SECONDS`` before its second checkpoint counts; ranks wait for 12."""
-    publish, parse = guard.SaveGuard.publish, run.parse
+    finalize, parse = guard.SaveGuard.finalize, run.parse
 
     def late(self, tracker, text):
         if text == "4":
@@ -107,11 +107,11 @@ def hangs():
             subprocess.Popen(
                 ["sh", "-c", f"sleep {seconds}; fsfreeze --unfreeze {disk}"], start_new_session=True
             )
-        publish(self, tracker, text)
+        finalize(self, tracker, text)
 
     def impatient():
         args = parse()
         args.distributed_timeout_minutes = 0.2
         return args
 
-    guard.SaveGuard.publish, run.parse = late, impatient
+    guard.SaveGuard.finalize, run.parse = late, impatient

@@ -163,18 +163,18 @@ def test_what_a_cut_off_save_left_is_removed(checkpoints, capsys):
     assert choose(checkpoints) is None
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_a_checkpoint_that_was_being_replaced_is_put_back(checkpoints, published):
+@pytest.mark.parametrize("finalized", [False, True])
+def test_a_checkpoint_that_was_being_replaced_is_put_back(checkpoints, finalized):
     """Killed while iteration 6 was saved anew, before or after its manifest was there."""
     old, new = checkpoints / "replaced-iter_0000006", checkpoints / "iter_0000006"
     new.rename(old)
     shutil.copytree(old, new)
     (new / "is-new").touch()
-    if not published:
+    if not finalized:
         (new / MANIFEST).unlink()
     tidy(checkpoints)
     assert not old.exists()
-    assert (new / "is-new").exists() == published
+    assert (new / "is-new").exists() == finalized
     assert choose(checkpoints) is None
 
 
@@ -216,7 +216,7 @@ def test_killed_while_what_was_replaced_is_deleted(checkpoints, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("shutil.rmtree", killed)
-        guard.publish(checkpoints / TRACKER, "6")
+        guard.finalize(checkpoints / TRACKER, "6")
     tidy(checkpoints)
     assert {path.name: path.read_bytes() for path in new.iterdir()} == good
     assert [path.name for path in checkpoints.iterdir() if "iter_0000006" in path.name] == [new.name]

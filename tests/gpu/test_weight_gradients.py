@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_periln.patches.layers import add_product
+from megatron_periln.patches.fixes import add_product
 
 pytestmark = pytest.mark.gpu
 

@@ -74,4 +74,4 @@ def skip_the_embedding_norms_gradient():
 
 def leave_latent_attention_as_it_is():
     """Undo `megatron_periln.patches.latent_attention`."""
-    gpt.mend_latent_attention = lambda model: None
+    gpt.fix_latent_attention = lambda model: None

@@ -24,10 +24,10 @@ from tests.ports import free_port
 
 def warm_up():
     from megatron_periln import cpu
-    from megatron_periln.patches import faults
+    from megatron_periln.patches import fixes
 
     cpu.activate()
-    faults.apply()
+    fixes.apply()
     import torch
     import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard

@@ -1,6 +1,6 @@
 """Calls checks in processes of their own, where nothing but what they apply has been fixed."""
 
-from megatron_periln.patches import layers, optimizers
+from megatron_periln.patches import fixes
 from tests.cpu import fresh
 
 
@@ -13,7 +13,7 @@ def with_fixes(names, check, *arguments):
 
 
 def _fix_and_check(names, check, arguments):
+    by_name = {fix.__name__: fix for fix in fixes.FIXES}
     for name in names:
-        fix = getattr(layers, name, None) or getattr(optimizers, name)
-        fix()
+        by_name[name]()
     return check(*arguments)

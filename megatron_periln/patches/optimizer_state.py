@@ -1,4 +1,8 @@
-"""Faults of megatron-core 0.19 in the state of its optimizers: what is saved, and loaded."""
+"""What is wrong in megatron-core 0.19 with the state of its optimizers: what is saved, and loaded.
+
+``DistributedOptimizer`` is in megatron/core/optimizer/distrib_optimizer.py, ``ChainedOptimizer`` in
+optimizer.py beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,33 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 
-__all__ = ["FIXES"]
+from megatron_periln.patches.registry import changes
+
+__all__ = [
+    "keep_adam_steps_apart",
+    "materialize_adam_state",
+    "reshard_over_expert_parallelism",
+    "save_every_bucket_of_adam_state",
+]
+
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 
+@changes(
+    f"{_DISTRIBUTED}.state_dict",
+    why="without Transformer Engine and Apex it expects a `step` in every parameter's state, which "
+    "torch's Adam creates in its first step only: loading a checkpoint fails",
+    until="patches/test_optimizer_state.py::test_upstream_still_cannot_describe_adam_before_its_first_step",
+)
 def materialize_adam_state() -> None:
-    """Let the distributed optimizer describe Adam's state before the first step.
-
-    Without Transformer Engine and Apex, ``DistributedOptimizer.state_dict``
-    (megatron/core/optimizer/distrib_optimizer.py) expects a ``step`` in every parameter's state,
-    which torch's Adam creates in its first step only: loading a checkpoint fails.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
+    """Let the distributed optimizer describe Adam's state before the first step."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    state_dict = optimizer_class.state_dict
+    state_dict = DistributedOptimizer.state_dict
 
     def with_state(self: Any) -> Any:
         inner = self.optimizer
@@ -36,25 +50,27 @@ def materialize_adam_state() -> None:
                     }
         return state_dict(self)
 
-    optimizer_class.state_dict = with_state
+    DistributedOptimizer.state_dict = with_state
 
 
+@changes(
+    f"{_DISTRIBUTED}.load_state_dict",
+    f"{_DISTRIBUTED}._set_main_param_and_optimizer_states",
+    why="all parameters get the same `step` tensor, which torch's Adam then increments once per "
+    "parameter: a resumed run diverges silently. The loaders of resharded state want `step` from "
+    "checkpoints that keep it elsewhere, and copy into fp32 weights while autograd watches: errors",
+    until=(
+        "patches/test_optimizer_state.py::test_upstream_still_counts_one_step_for_all_parameters_after_loading",
+        "patches/test_optimizer_state.py::test_upstream_still_wants_the_step_from_resharded_state",
+        "patches/test_optimizer_state.py::test_upstream_still_cannot_load_state_saved_by_bucket_in_fp32",
+    ),
+)
 def keep_adam_steps_apart() -> None:
-    """Restore one ``step`` per parameter.
-
-    ``DistributedOptimizer.load_state_dict`` gives all parameters the same ``step`` tensor, which
-    torch's Adam then increments once per parameter: a resumed run diverges silently. The loaders
-    of resharded state moreover copy every entry of the state, ``step`` included, from a checkpoint
-    that keeps ``step`` elsewhere, and raise ``KeyError``; and copy into fp32 weights while autograd
-    watches, and raise ``RuntimeError``.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
+    """Restore one ``step`` per parameter."""
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    load_state_dict = optimizer_class.load_state_dict
-    set_states = optimizer_class._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_own_steps(self: Any, state_dict: Any) -> None:
         load_state_dict(self, state_dict)
@@ -66,22 +82,23 @@ def keep_adam_steps_apart() -> None:
         with torch.no_grad():
             set_states(self, model_param, {**tensors, "step": None})
 
-    optimizer_class.load_state_dict = with_own_steps
-    optimizer_class._set_main_param_and_optimizer_states = without_step
+    DistributedOptimizer.load_state_dict = with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = without_step
 
 
+@changes(
+    f"{_DISTRIBUTED}.sharded_param_state_fully_reshardable",
+    why="it joins the buckets without the padding at their ends, but finds a parameter in them at its "
+    "offset in the padded buffer: behind a padded bucket it saves a neighbour's values, and zeros "
+    "at the end. Upstream fixed it after 0.19 (Megatron-LM #5077)",
+    until="patches/test_optimizer_state.py::test_upstream_still_saves_a_shared_embedding_from_the_wrong_place",
+)
 def save_every_bucket_of_adam_state() -> None:
     """Save Adam's state of parameters that don't share the first bucket.
 
-    ``DistributedOptimizer.sharded_param_state_fully_reshardable``
-    (megatron/core/optimizer/distrib_optimizer.py) joins the buckets without the padding at their
-    ends, but finds a parameter in them at its offset in the padded buffer: behind a padded bucket
-    it saves a neighbour's values, and zeros at the end. An embedding that two pipeline stages share
-    has a bucket of its own, and overlapping communication makes many. Upstream mended it after 0.19
-    (Megatron-LM #5077).
+    An embedding that two pipeline stages share has a bucket of its own, and overlapping communication makes
+    many.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     sharded_state = DistributedOptimizer.sharded_param_state_fully_reshardable
 
     def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,16 +124,15 @@ def _without_padding(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, in
     }
 
 
+@changes(
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+    why="expert parallelism gives the experts an optimizer of their own. Every tensor reshards, but "
+    "what is saved beside the tensors, such as the step, is kept per optimizer, and another number "
+    "of them is refused",
+    until="patches/test_optimizer_state.py::test_upstream_still_cannot_load_another_number_of_optimizers",
+)
 def reshard_over_expert_parallelism() -> None:
-    """Load an optimizer's state that was saved with, or without, expert parallelism into the other.
-
-    Expert parallelism gives the experts an optimizer of their own, in a ``ChainedOptimizer``
-    (megatron/core/optimizer/optimizer.py). Every tensor reshards, but what is saved beside the
-    tensors, such as the step, is kept per optimizer, and ``load_state_dict`` refuses another number
-    of them.
-    """
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
+    """Load an optimizer's state that was saved with, or without, expert parallelism into the other."""
     load_state_dict = ChainedOptimizer.load_state_dict
 
     def with_any_number(self: Any, state_dict: dict[Any, Any]) -> None:
@@ -146,16 +162,6 @@ def _regrouped(state_dict: dict[Any, Any], optimizers: list[Any]) -> dict[Any, A
 
 def _unique(groups: list[dict[str, Any]], *, experts: bool) -> list[dict[str, Any]]:
     """Return the parameter groups as those of experts, or of all else; each kind once."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
     names = [name for name in param_group_identifier_keys if name != "is_expert_parallel"]
     kinds = {tuple(str(group.get(name)) for name in names): group for group in groups}
     return [{**group, "is_expert_parallel": experts} for group in kinds.values()]
-
-
-FIXES = (
-    materialize_adam_state,
-    keep_adam_steps_apart,
-    save_every_bucket_of_adam_state,
-    reshard_over_expert_parallelism,
-)

@@ -1,4 +1,4 @@
-"""Which parameters and modules are mended; that the gradients come out right, tests/parallel shows."""
+"""Which parameters and modules are fixed; that the gradients come out right, tests/parallel shows."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_periln.patches.latent_attention import mend_latent_attention
+from megatron_periln.patches.latent_attention import fix_latent_attention
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -29,23 +29,23 @@ def attentions(**changes):
     return model, found
 
 
-def mend(model, found, ranks):
+def fix(model, found, ranks):
     for attention in found:
         attention.tp_group = SimpleNamespace(size=lambda: ranks)
-    mend_latent_attention(model)
+    fix_latent_attention(model)
 
 
 def test_query_norms_are_averaged_and_down_projections_widened():
     model, found = attentions(q_lora_rank=16)
-    mend(model, found, ranks=2)
+    fix(model, found, ranks=2)
     for attention in found:
         assert all(p.average_gradients_across_tp_domain for p in attention.q_layernorm.parameters())
         assert len(attention.linear_kv_down_proj._forward_hooks) == 1
 
 
-def test_one_rank_needs_no_mending():
+def test_one_rank_needs_no_fix():
     model, found = attentions(q_lora_rank=16)
-    mend(model, found, ranks=1)
+    fix(model, found, ranks=1)
     for attention in found:
         assert not any(hasattr(p, "average_gradients_across_tp_domain") for p in attention.parameters())
         assert not attention.linear_kv_down_proj._forward_hooks
@@ -53,5 +53,5 @@ def test_one_rank_needs_no_mending():
 
 def test_queries_that_are_not_compressed_have_no_norm():
     model, found = attentions(q_lora_rank=None, qk_layernorm=False)
-    mend(model, found, ranks=2)
+    fix(model, found, ranks=2)
     assert all(len(attention.linear_kv_down_proj._forward_hooks) == 1 for attention in found)

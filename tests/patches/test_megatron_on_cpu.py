@@ -1,87 +1,21 @@
-"""Each change to Megatron for the CPU, and whether upstream still needs it.
+"""What is changed in Megatron for the CPU, and whether it is still needed.
 
 A test named ``upstream_still_...`` fails once the change can go.
 """
 
-import inspect
 import logging
 import types
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
-from torch.utils.data import DataLoader
 
 from tests.cpu.unpatched import copy_of
 
 RNG_LOGGER = logging.getLogger(random.__name__)
-
-
-def add_one(x):
-    return x + 1
-
-
-@pytest.mark.parametrize(
-    "decorated",
-    [
-        lambda: torch.compile(add_one),
-        lambda: torch.compile()(add_one),
-        lambda: torch.compile(fullgraph=True, dynamic=False)(add_one),
-        lambda: torch.compile(add_one, mode="max-autotune"),
-        lambda: torch.compile(model=add_one),
-    ],
-)
-def test_compile_returns_its_argument(decorated):
-    assert decorated() is add_one
-
-
-def test_compile_returns_modules_too():
-    module = torch.nn.Linear(2, 2)
-    assert torch.compile(module) is module
-
-
-@pytest.mark.parametrize("name", ["megatron.core.jit", "megatron.core.transformer.moe.router"])
-def test_upstream_still_compiles_while_being_imported(monkeypatch, name):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    module = copy_of(name)
-    getattr(module, "jit_fuser", add_one)(add_one)
-    assert compiled
-
-
-def order_and_state(loader):
-    """Return what ``loader`` yields in two epochs, and whether that left the device's random state alone."""
-    state = torch.cuda.get_rng_state()
-    order = [[int(item) for item in loader] for _ in range(2)]
-    return order, torch.equal(torch.cuda.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_data_loaders_leave_the_device_s_random_state_alone(shuffle):
-    torch.manual_seed(3)
-    order, untouched = order_and_state(DataLoader(range(20), shuffle=shuffle))
-    assert untouched
-    assert [sorted(epoch) for epoch in order] == [list(range(20))] * 2
-    assert (order[0] != order[1]) is shuffle
-    assert order_and_state(DataLoader(range(20), shuffle=shuffle))[0] == order
-
-
-def test_data_loaders_draw_from_the_generator_they_are_given():
-    given = torch.Generator().manual_seed(3)
-    loader = DataLoader(range(20), shuffle=True, generator=given)
-    assert loader.generator is given
-    order, untouched = order_and_state(loader)
-    assert untouched
-    assert order != order_and_state(DataLoader(range(20), shuffle=True, generator=given))[0]
-
-
-def test_torch_s_data_loaders_still_draw_from_the_cpu_s_generator(monkeypatch):
-    unpatched = inspect.getclosurevars(DataLoader.__init__).nonlocals["init"]
-    monkeypatch.setattr(DataLoader, "__init__", unpatched)
-    assert not order_and_state(DataLoader(range(20)))[1]
 
 
 class Contexts:
@@ -96,7 +30,7 @@ class Contexts:
 
 
 @pytest.mark.parametrize("arguments", [(), ("spawn",), ("forkserver",)])
-def test_checkpoint_writer_s_queue_comes_from_a_fork(monkeypatch, arguments):
+def test_the_queue_of_the_checkpoint_writer_comes_from_a_fork(monkeypatch, arguments):
     contexts = Contexts()
     # The wrapped function's globals are the module's, whichever name it goes by.
     monkeypatch.setattr(filesystem_async, "mp", contexts)
@@ -111,11 +45,38 @@ def test_checkpoint_writer_asks_for_the_queue_by_its_patched_name():
     assert writer.__globals__["get_write_results_queue"] is filesystem_async.get_write_results_queue
 
 
-def test_upstream_still_spawns_the_checkpoint_writer_s_queue(monkeypatch):
+def test_upstream_still_spawns_the_queue_of_the_checkpoint_writer(monkeypatch):
     upstream, contexts = copy_of(filesystem_async.__name__), Contexts()
     monkeypatch.setattr(upstream, "mp", contexts)
     upstream.get_write_results_queue()
     assert contexts.methods == ["spawn"]
+
+
+def test_upstream_still_spawns_the_process_of_the_checkpoint_writer(monkeypatch):
+    upstream, contexts = copy_of(async_utils.__name__), Contexts()
+    monkeypatch.setattr(upstream, "mp", contexts)
+    with pytest.raises(AttributeError, match="JoinableQueue"):
+        upstream.PersistentAsyncCaller._get_process(0)
+    assert contexts.methods == ["spawn"]
+
+
+def preloaded(writer, tensor):
+    ((_, _, (_, ((_, copy),))),) = writer.preload_tensors([("path", "key", ([], [("item", tensor)]))])
+    return copy
+
+
+def test_tensors_that_are_shared_are_copied_before_training_goes_on():
+    shared, own = torch.ones(3).share_memory_(), torch.ones(3)
+    copy = preloaded(filesystem_async.FileSystemWriterAsync, shared)
+    shared.zero_()
+    assert copy.tolist() == [1, 1, 1]
+    assert preloaded(filesystem_async.FileSystemWriterAsync, own) is own
+
+
+def test_upstream_still_preloads_tensors_without_a_copy():
+    upstream = copy_of(filesystem_async.__name__).FileSystemWriterAsync
+    shared = torch.ones(3).share_memory_()
+    assert preloaded(upstream, shared).data_ptr() == shared.data_ptr()
 
 
 def draw_inside_the_tracker():
@@ -133,12 +94,12 @@ def test_random_tracker_draws_without_a_warning(caplog):
     assert not caplog.records
 
 
-def test_random_tracker_s_other_warnings_are_kept(caplog):
+def test_other_warnings_of_the_random_tracker_are_kept(caplog):
     RNG_LOGGER.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
-def test_upstream_still_warns_that_the_cpu_s_random_state_moved(monkeypatch, caplog):
+def test_upstream_still_warns_that_the_random_state_of_the_cpu_moved(monkeypatch, caplog):
     monkeypatch.setattr(RNG_LOGGER, "filters", [])
     draw_inside_the_tracker()
     assert [record.getMessage() for record in caplog.records] == [
@@ -178,7 +139,7 @@ def test_discarded_outputs_are_recomputed_without_compiling_anything(monkeypatch
     x, weight = (torch.linspace(0.1, 1, 6).requires_grad_() for _ in range(2))
     expected = torch.autograd.grad(function(x, weight).square().sum(), (x, weight))
 
-    # None, as fixes.checkpoint_without_output_off_fp8 passes it on.
+    # None, as patches.fixes.checkpoint_without_output_off_fp8 passes it on.
     checkpoint = random.CheckpointWithoutOutput(fp8=None)
     output = checkpoint.checkpoint(function, x, weight)
     squared = output.view(2, 3).square()

@@ -1,6 +1,6 @@
-"""Each fix of the optimizers' state: the fault without it, and none with it.
+"""Each fix of the optimizers' state: the failure without it, and none with it.
 
-A test whose name says what upstream does fails once upstream has mended it.
+A test named ``upstream_still_...`` fails once upstream has fixed it.
 """
 
 import pytest
@@ -79,7 +79,7 @@ def torch_adam():
         pytest.skip("Adam is Transformer Engine's or Apex's here")
 
 
-def test_upstream_cannot_describe_adam_before_its_first_step(torch_adam):
+def test_upstream_still_cannot_describe_adam_before_its_first_step(torch_adam):
     with pytest.raises(fresh.CallError, match="AssertionError"):
         without_fixes(state_before_the_first_step)
 
@@ -91,7 +91,7 @@ def test_adam_is_described_before_its_first_step(torch_adam):
     assert trained == without_fixes(weights_after_two_steps)
 
 
-def test_upstream_counts_one_step_for_all_parameters_after_loading(torch_adam):
+def test_upstream_still_counts_one_step_for_all_parameters_after_loading(torch_adam):
     tensors, counted = without_fixes(resumed_steps, 1)
     assert tensors == 1
     assert counted == [3 + 4] * 4
@@ -104,7 +104,7 @@ def test_each_parameter_counts_its_own_steps_after_loading(torch_adam, names):
     assert counted == [5, 5, 5, 5]
 
 
-def test_upstream_wants_the_step_from_resharded_state(torch_adam):
+def test_upstream_still_wants_the_step_from_resharded_state(torch_adam):
     with pytest.raises(fresh.CallError, match="KeyError: 'step'"):
         without_fixes(load_resharded_state)
 
@@ -114,7 +114,7 @@ def test_resharded_state_loads_without_the_step(torch_adam):
     assert loaded == {"param": [1], "exp_avg": [1], "exp_avg_sq": [1], "step": [3]}
 
 
-def test_upstream_cannot_load_state_saved_by_bucket_in_fp32(torch_adam):
+def test_upstream_still_cannot_load_state_saved_by_bucket_in_fp32(torch_adam):
     with pytest.raises(fresh.CallError, match="view of a leaf Variable"):
         without_fixes(resume_from_buckets, 3.0)
 
@@ -145,7 +145,7 @@ def largest_difference_of_the_saved_weights():
     )
 
 
-def test_upstream_saves_a_shared_embedding_from_the_wrong_place(torch_adam):
+def test_upstream_still_saves_a_shared_embedding_from_the_wrong_place(torch_adam):
     assert with_fixes(["materialize_adam_state"], largest_difference_of_the_saved_weights) > 0.1
 
 
@@ -173,10 +173,10 @@ def steps_resumed_with(experts):
 
 
 @pytest.mark.parametrize(
-    "experts, fault", [(True, "RuntimeError: Expected 2 entries"), (False, "KeyError: 'param_groups'")]
+    "experts, failure", [(True, "RuntimeError: Expected 2 entries"), (False, "KeyError: 'param_groups'")]
 )
-def test_upstream_cannot_load_another_number_of_optimizers(torch_adam, experts, fault):
-    with pytest.raises(fresh.CallError, match=fault):
+def test_upstream_still_cannot_load_another_number_of_optimizers(torch_adam, experts, failure):
+    with pytest.raises(fresh.CallError, match=failure):
         without_fixes(steps_resumed_with, experts)
 
 

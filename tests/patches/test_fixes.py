@@ -1,25 +1,16 @@
-"""Each fix of datasets and layers: the fault without it, and none with it.
+"""Each fix of a single function: the failure without it, and none with it.
 
-A test whose name says what upstream does fails once upstream has mended it.
+A test named ``upstream_still_...`` fails once upstream has fixed it.
 """
+
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_periln.patches import faults, layers, optimizers
+from megatron_periln.patches import fixes
 from tests.cpu import fresh
 from tests.patches.applied import with_fixes, without_fixes
-
-
-@pytest.mark.parametrize("module", [layers, optimizers])
-def test_every_fix_is_in_its_list(module):
-    public = [
-        value
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__ and name not in ("add_product",)
-        if not name.startswith("_")
-    ]
-    assert sorted(fix.__name__ for fix in module.FIXES) == sorted(fix.__name__ for fix in public)
 
 
 def test_all_fixes_are_applied_once():
@@ -30,13 +21,10 @@ def test_all_fixes_are_applied_once():
 
 def what_apply_calls():
     """Return the fixes that two calls of ``apply`` apply, and those there are."""
-    called, expected = [], []
-    for module in (layers, optimizers):
-        names = [fix.__name__ for fix in module.FIXES]
-        expected += names
-        module.FIXES = [lambda name=name: called.append(name) for name in names]
-    faults.apply()
-    faults.apply()
+    called, expected = [], [fix.__name__ for fix in fixes.FIXES]
+    fixes.FIXES = [partial(called.append, name) for name in expected]
+    fixes.apply()
+    fixes.apply()
     return called, expected
 
 
@@ -50,7 +38,7 @@ def compile_dataset_helpers():
     return callable(helpers.build_sample_idx)
 
 
-def test_upstream_cannot_compile_the_dataset_helpers_of_its_wheel():
+def test_upstream_still_cannot_compile_the_dataset_helpers_of_its_wheel():
     with pytest.raises(fresh.CallError, match=r"SystemExit: 1|FileNotFoundError"):
         without_fixes(compile_dataset_helpers)
 
@@ -76,11 +64,11 @@ def recompute_without_fp8():
 
 
 @pytest.mark.parametrize("fp8", [{}, {"fp8": False}])
-def test_upstream_takes_false_for_fp8(fp8):
+def test_upstream_still_takes_false_for_fp8(fp8):
     assert without_fixes(takes_the_fp8_path, fp8)
 
 
-def test_upstream_cannot_recompute_norms_without_transformer_engine():
+def test_upstream_still_cannot_recompute_norms_without_transformer_engine():
     with pytest.raises(fresh.CallError, match="FP8GlobalStateManager"):
         without_fixes(recompute_without_fp8)
 
@@ -125,7 +113,7 @@ def accumulated_weight_gradient(fusion):
     return ((accumulated.double() - expected).norm() / expected.norm()).item()
 
 
-def test_upstream_needs_apex_to_accumulate_weight_gradients():
+def test_upstream_still_needs_apex_to_accumulate_weight_gradients():
     with pytest.raises(fresh.CallError, match="fused_weight_gradient_mlp_cuda"):
         without_fixes(accumulated_weight_gradient, True)
 
@@ -140,6 +128,6 @@ def test_torch_has_the_product_that_a_gpu_adds_in_fp32(dtype):
     """On torch's meta device, which has the shapes and dtypes of a GPU's operations and no values."""
     inputs, gradients = (torch.empty(10, n, dtype=dtype, device="meta") for n in (8, 12))
     total = torch.empty(12, 8, device="meta")
-    layers.add_product(inputs, gradients, total)
+    fixes.add_product(inputs, gradients, total)
     with pytest.raises(RuntimeError):
-        layers.add_product(inputs, gradients[:9], total)
+        fixes.add_product(inputs, gradients[:9], total)

@@ -1,0 +1,45 @@
+"""How Megatron's writer of distributed checkpoints opens its files."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megatron_periln.patches.registry import changes
+
+__all__ = ["open_with"]
+
+_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+@changes(
+    f"{_MODULE}.FileSystemWriterAsync.get_save_function_and_args",
+    f"{_MODULE}.open",
+    why="checksums are computed while the files are written, and the writer has no place for that",
+    until="patches/test_checkpoint_writer.py::test_upstream_still_opens_its_files_by_the_name_of_the_builtin",
+)
+def open_with(opener: Callable[..., Any]) -> None:
+    """Let the writer open its files with ``opener``, as it would with ``open``.
+
+    The writer's function may run in another process, which ``opener`` and this module then come to with it:
+    pickled by their names.
+    """
+    original = FileSystemWriterAsync.get_save_function_and_args
+
+    @functools.wraps(original)
+    def with_opener(self: Any) -> Any:
+        write, preload, args = original(self)
+        return (None if write is None else functools.partial(_write, opener, write)), preload, args
+
+    FileSystemWriterAsync.get_save_function_and_args = with_opener
+
+
+def _write(opener: Callable[..., Any], write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call the writer, whose module then has an ``open`` of its own in front of the builtin."""
+    module: Any = sys.modules[FileSystemWriterAsync.__module__]
+    module.open = opener
+    write(*args, **kwargs)

@@ -1,0 +1,90 @@
+"""What an observer sees of Megatron's training loop, and that there is no other way to see it."""
+
+import inspect
+
+import pytest
+from megatron.training import training
+
+from megatron_periln.patches import training_loop
+
+NAMES = ("train_step", "training_log", "save_checkpoint_and_time")
+
+
+class Observer:
+    """Remembers what it sees, and gives an iteration another schedule."""
+
+    def __init__(self):
+        self.seen = []
+
+    def begin(self, iteration, forward_backward, model, optimizer):
+        self.seen.append(("begin", iteration, forward_backward, model, optimizer))
+        return "watched schedule"
+
+    def end(self, iteration, losses, grad_norm, learning_rate):
+        self.seen.append(("end", iteration, losses, grad_norm, learning_rate))
+
+    def before_save(self):
+        self.seen.append(("before save",))
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What reaches the functions of Megatron, which only remember it here."""
+    called = {}
+    for name in NAMES:
+        monkeypatch.setattr(
+            training, name, lambda *args, name=name, **kwargs: called.update({name: (args, kwargs)})
+        )
+    return called
+
+
+def test_an_observer_sees_every_iteration_and_changes_the_schedule_alone(called):
+    observer = Observer()
+    training_loop.observe(observer)
+    step = ("forward", "data", ["model"], "optimizer", "scheduler", "config")
+    training.train_step(*step, "schedule", 3, pg_collection="groups")
+    log = ({"lm loss": 2.0}, {}, 0.1, 4, 1.0, True, 0, 5.0)
+    training.training_log(*log, "params norm", is_first_iteration=True)
+    training.save_checkpoint_and_time(4, non_persistent_ckpt=True)
+    assert observer.seen == [
+        ("begin", 4, "schedule", ["model"], "optimizer"),
+        ("end", 4, {"lm loss": 2.0}, 5.0, 0.1),
+        ("before save",),
+    ]
+    assert called == {
+        "train_step": ((*step, "watched schedule"), {"iteration": 3, "pg_collection": "groups"}),
+        "training_log": ((*log, "params norm"), {"is_first_iteration": True}),
+        "save_checkpoint_and_time": ((4,), {"non_persistent_ckpt": True}),
+    }
+
+
+def test_upstream_still_has_no_callback_for_an_iteration():
+    """One would be a new argument of ``pretrain``."""
+    assert list(inspect.signature(training.pretrain).parameters) == [
+        "cfg_container",
+        "train_valid_test_dataset_provider",
+        "model_type",
+        "forward_step_func",
+        "model_provider",
+        "process_non_loss_data_func",
+        "get_embedding_ranks",
+        "get_position_embedding_ranks",
+        "non_loss_data_func",
+        "store",
+        "inprocess_call_wrapper",
+        "p2p_communicator",
+        "pg_collection",
+        "skip_model_parallel_init",
+    ]
+
+
+def test_upstream_still_calls_what_is_observed_by_name_and_with_these_arguments():
+    source = inspect.getsource(training)
+    assert all(f"{name}(" in source for name in NAMES)
+    step, log = (
+        list(inspect.signature(function).parameters)
+        for function in (training.train_step, training.training_log)
+    )
+    assert step[2:4] == ["model", "optimizer"]
+    assert step[6:8] == ["forward_backward_func", "iteration"]
+    assert [log[i] for i in (0, 2, 3, 7)] == ["loss_dict", "learning_rate", "iteration", "grad_norm"]
