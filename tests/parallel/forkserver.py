@@ -24,10 +24,8 @@ from tests.ports import free_port
 
 def warm_up():
     from megatron_periln import cpu
-    from megatron_periln.patches import fixes
 
     cpu.activate()
-    fixes.apply()
     import torch
     import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard
@@ -35,8 +33,10 @@ def warm_up():
     from megatron.training.arguments import add_megatron_arguments
 
     import megatron_periln.training.run  # noqa: F401
+    from megatron_periln.patches import fixes
     from tests.parallel import probe  # noqa: F401
 
+    fixes.apply()
     MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
     # Megatron takes its flags' help from its sources, for each of a run's three parsers: 0.2 s a rank.
     inspect.getsource = functools.cache(inspect.getsource)
