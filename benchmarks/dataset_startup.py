@@ -51,7 +51,7 @@ def launch_arguments(options: argparse.Namespace, prefixes: list[Path], cache: P
     """Return the arguments of a training run on ``prefixes``, parsed as a launch does."""
     from megatron.training.global_vars import unset_global_variables
 
-    from megatron_periln.training.arguments import parse
+    from megatron_periln.training.parsing import parse
 
     unset_global_variables()
     data = [word for prefix in prefixes for word in (["1.0"] if len(prefixes) > 1 else []) + [str(prefix)]]
@@ -70,19 +70,19 @@ def stock(sizes: list[int]) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.training import get_args
 
-    from megatron_periln.training.datasets import _dataset_config
+    from megatron_periln.training.gpt_datasets import dataset_config
 
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, _dataset_config(get_args())).build()
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config(get_args())).build()
 
 
 def ours(sizes: list[int]) -> Any:
     """Check and build the datasets as megatron_periln.pretrain does."""
     from megatron.training import get_args
 
-    from megatron_periln.training import datasets
+    from megatron_periln.training import gpt_datasets
 
-    datasets.check_data(get_args())
-    return datasets.train_valid_test_datasets(sizes)
+    gpt_datasets.check_data(get_args())
+    return gpt_datasets.train_valid_test_datasets(sizes)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
     """Time the parts of Megatron's start-up, and our check, while in the context."""
     from megatron.core.datasets import gpt_dataset, helpers, indexed_dataset
 
-    from megatron_periln.training import datasets
+    from megatron_periln.training import gpt_datasets
 
     seconds: dict[str, float] = defaultdict(float)
 
@@ -109,7 +109,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
         ("document index", gpt_dataset, "_build_document_index"),
         ("sample index", helpers, "build_sample_idx"),
         ("shuffle index", gpt_dataset, "_build_shuffle_index"),
-        ("our check", datasets, "check_data"),
+        ("our check", gpt_datasets, "check_data"),
     ]
     with ExitStack() as stack:
         for name, place, attribute in parts:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_periln.errors import UsageError
 from megatron_periln.megatron_arguments import megatron_arguments
-from megatron_periln.training.arguments import add_arguments
+from megatron_periln.training.parsing import add_arguments
 
 
 def test_flags_are_parsed_without_the_command_lines():

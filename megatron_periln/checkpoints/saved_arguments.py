@@ -19,19 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints.intact import iteration_of
 from megatron_periln.errors import UsageError
-from megatron_periln.norms import NormPlacement
 from megatron_periln.patches import checkpoint_loading
 
-__all__ = ["STOCK_PLACEMENT", "checkpoint_path", "placement_of", "saved_arguments"]
-
-STOCK_PLACEMENT: dict[str, Any] = {
-    "norm_placement": "pre",
-    "embedding_norm": False,
-    "output_norm_init": "ones",
-    "freeze_output_norm": False,
-    "output_norm_epsilon": None,
-}
-"""The placement's arguments, and what they are in stock Megatron."""
+__all__ = ["checkpoint_path", "saved_arguments"]
 
 
 def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
@@ -96,19 +86,3 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     except (pickle.UnpicklingError, OSError, RuntimeError) as error:
         raise UsageError(f"{path} can't be read: {error}") from error
     return state.get("args")
-
-
-def placement_of(args: Namespace) -> NormPlacement:
-    """Return the placement that ``args`` ask for, parsed or saved; stock Megatron's ask for Pre-LN.
-
-    Raises
-    ------
-    ValueError
-        If they contradict each other.
-    """
-    name, embedding, init, freeze, epsilon = (
-        getattr(args, name, stock) for name, stock in STOCK_PLACEMENT.items()
-    )
-    return NormPlacement.named(name).with_options(
-        embedding=embedding, output_norm_init=init, freeze_output_norm=freeze, output_norm_epsilon=epsilon
-    )

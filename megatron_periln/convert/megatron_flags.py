@@ -10,9 +10,9 @@ import torch
 
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.megatron_arguments import megatron_arguments
-from megatron_periln.norms import NormPlacement
+from megatron_periln.norms.arguments import placement_flags, set_placement
 
-__all__ = ["flag_file", "model_arguments", "model_flags", "placement_flags"]
+__all__ = ["flag_file", "model_arguments", "model_flags"]
 
 _PRECISIONS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.float32: []}
 
@@ -20,7 +20,7 @@ _PRECISIONS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.floa
 def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str]]:
     """Return Megatron's flags for a model without scales of its own: each a flag and its value.
 
-    The norm placement is not among them; see `placement_flags`.
+    The norm placement is not among them; see `megatron_periln.norms.arguments.placement_flags`.
     """
     rope, biases = architecture.rope, architecture.biases
     numbers = {
@@ -57,12 +57,6 @@ def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str
     ]
 
 
-def placement_flags(placement: NormPlacement) -> list[list[str]]:
-    """Return our flags for a placement."""
-    embedding = "--embedding-norm" if placement.embedding else "--no-embedding-norm"
-    return [["--norm-placement", placement.name], [embedding]]
-
-
 def _tokenizer_flags(folder: Path | None) -> list[list[str]]:
     if folder is None:
         return []
@@ -91,7 +85,5 @@ def model_arguments(
     args = megatron_arguments([word for flag in flags for word in flag])
     args.params_dtype = dtype
     args.add_position_embedding = True
-    args.norm_placement = architecture.placement.name
-    args.embedding_norm = architecture.placement.embedding
-    args.output_norm_init, args.freeze_output_norm, args.output_norm_epsilon = "ones", False, None
+    set_placement(args, architecture.placement)
     return args

@@ -19,7 +19,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_periln.checkpoints.reader import Checkpoint
-from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.convert.unsupported import refuse_unsupported
 from megatron_periln.errors import UsageError
 from megatron_periln.evaluation.loss import Loss, mean_loss, token_windows, window_length
@@ -31,7 +30,8 @@ from megatron_periln.models.one_process import (
     save_model,
     single_process,
 )
-from megatron_periln.norms import OutputNorm
+from megatron_periln.norms import PERI, OutputNorm
+from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
 
 __all__ = ["calibrated_output_norms", "insert_output_norms"]
 
@@ -129,8 +129,8 @@ def insert_output_norms(
         "Warning: this is another model, not a conversion; its activations have other sizes: warm the "
         "learning rate up anew"
     )
-    embedding = "--embedding-norm" if placement.embedding else "--no-embedding-norm"
-    say(f"Wrote {output}. Go on with --norm-placement peri {embedding} --load {output}")
+    flags = " ".join(word for flag in placement_flags(placement_of(args)) for word in flag)
+    say(f"Wrote {output}. Go on with {flags} --load {output}")
     return before, after
 
 
@@ -153,9 +153,7 @@ def _descend(model: GPTModel, windows: Tensor) -> None:
 
 def _with_output_norms(args: Namespace) -> Namespace:
     inserted = copy.copy(args)
-    inserted.norm_placement, inserted.embedding_norm = "peri", placement_of(args).embedding
-    inserted.output_norm_init, inserted.freeze_output_norm = "ones", False
-    inserted.output_norm_epsilon = None
+    set_placement(inserted, PERI.with_options(embedding=placement_of(args).embedding))
     inserted.consumed_train_samples = inserted.skipped_train_samples = inserted.consumed_valid_samples = 0
     return inserted
 

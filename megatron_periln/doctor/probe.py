@@ -74,7 +74,7 @@ def _cpu(_: list[str]) -> dict[str, Any]:
 
 def _parameters(flags: list[str]) -> dict[str, Any]:
     from megatron_periln.megatron_arguments import megatron_arguments
-    from megatron_periln.training.arguments import add_arguments
+    from megatron_periln.training.parsing import add_arguments
 
     args = megatron_arguments(flags, add_arguments, ignore_unknown=True)
     args.vocab_size = args.vocab_size or _vocabulary_of(args.data_path or [])

@@ -18,8 +18,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
 
 from megatron_periln.checkpoints.manifest import Manifest
-from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+from megatron_periln.norms.arguments import placement_of
 
 __all__ = ["build_model", "load_model", "megatron_config", "megatron_logits", "save_model", "single_process"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import FusedInputNorm, NoNorm, NormedBiasDropoutAdd, NormPlacement
+from megatron_periln.norms.arguments import why_norms_stay_apart
 
 __all__ = ["place_norms"]
 
@@ -82,8 +83,6 @@ def place_norms[Spec](
             f"inference_fuse_tp_communication adds the residual without norm placement {placement.name!r}'s "
             "norm; turn it off or choose pre"
         )
-    if fuse_pre_mlp_norm:
-        _check_fusible(placement, config)
     place: Callable[[Any], Any] = functools.partial(
         place_norms, placement=placement, config=config, fuse_pre_mlp_norm=fuse_pre_mlp_norm
     )
@@ -98,6 +97,8 @@ def place_norms[Spec](
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, TransformerLayerSubmodules):
+        if fuse_pre_mlp_norm:
+            _check_fusion(spec, placement, config)
         placed = replace(spec, **_normed_bdas(spec, placement, config), **_input_norms(spec, placement))
         if placement.input and placement.output and _wants_input_norms_apart(config):
             placed = _with_separate_input_norms(placed)
@@ -129,20 +130,17 @@ def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) ->
     }
 
 
-def _check_fusible(placement: NormPlacement, config: TransformerConfig) -> None:
-    if not (placement.input and placement.output):
-        raise ValueError(
-            f"fuse_pre_mlp_norm fuses an output norm with the next input norm, and norm placement "
-            f"{placement.name!r} has not both; choose peri, or do without"
-        )
-    if _recomputes_norms(config):
-        raise ValueError(
-            "fuse_pre_mlp_norm computes a norm that recompute_modules layernorm recomputes alone; choose one"
-        )
-    if config.fine_grained_activation_offloading and "mlp_norm" in (config.offload_modules or []):
-        raise ValueError(
-            "fuse_pre_mlp_norm keeps the sum that offload_modules mlp_norm would release; choose one"
-        )
+def _check_fusion(
+    layer: TransformerLayerSubmodules, placement: NormPlacement, config: TransformerConfig
+) -> None:
+    reason = why_norms_stay_apart(
+        placement,
+        whole_layers=IdentityFuncOp not in (layer.self_attn_bda, layer.mlp_bda),
+        recomputed=_recomputed(config),
+        offloaded=config.offload_modules or () if config.fine_grained_activation_offloading else (),
+    )
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def separate_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
@@ -159,12 +157,12 @@ def separate_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn
     return norm
 
 
-def _recomputes_norms(config: TransformerConfig) -> bool:
-    return config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
+def _recomputed(config: TransformerConfig) -> Collection[str]:
+    return config.recompute_modules or () if config.recompute_granularity == "selective" else ()
 
 
 def _wants_input_norms_apart(config: TransformerConfig) -> bool:
-    return _recomputes_norms(config) or config.fused_residual_rmsnorm
+    return "layernorm" in _recomputed(config) or config.fused_residual_rmsnorm
 
 
 def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
@@ -183,8 +181,6 @@ def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> Transformer
 
 
 def _with_fused_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
-    if IdentityFuncOp in (layer.self_attn_bda, layer.mlp_bda):  # a hybrid model's: half a layer
-        raise ValueError("fuse_pre_mlp_norm needs layers of attention and MLP; hybrid models have none")
     unfused = _unfuse_input_norm(layer.mlp, "fuse_pre_mlp_norm computes that norm; do without one of the two")
     keys = layer.sharded_state_dict_keys_map
     if unfused is not layer.mlp:

@@ -82,7 +82,7 @@ def check_flags(study: Study) -> None:
         For the first that is not, with the run's name.
     """
     from megatron_periln.megatron_arguments import megatron_arguments
-    from megatron_periln.training.arguments import add_arguments
+    from megatron_periln.training.parsing import add_arguments
 
     for run in study.runs():
         if run.seed == study.seeds[0]:

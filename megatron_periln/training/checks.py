@@ -7,9 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
-from megatron_periln.norms.kernels import MAX_JOINED_HIDDEN_SIZE
+from megatron_periln.norms import NormPlacement
+from megatron_periln.norms.arguments import why_norms_stay_apart
 
-__all__ = ["check_flags", "check_save_folder"]
+__all__ = ["check_flags", "make_save_folder"]
 
 # Megatron's flags that belong to another kind of training than GPT pretraining.
 _OTHER_TRAINING = {
@@ -47,7 +48,15 @@ def check_flags(args: Namespace) -> None:
         if count is not None and count < 1:
             raise UsageError(f"{flag} must be positive, not {count}")
     if args.fuse_pre_mlp_norm:
-        _check_fused_norm(args)
+        reason = why_norms_stay_apart(
+            NormPlacement.named(args.norm_placement),
+            whole_layers=not args.hybrid_layer_pattern,
+            recomputed=args.recompute_modules or (),
+            offloaded=args.offload_modules or (),
+            hidden_size=args.hidden_size,
+        )
+        if reason is not None:
+            raise UsageError(reason)
     if args.save and args.save_interval is None:
         raise UsageError("--save needs --save-interval, the iterations between checkpoints")
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
@@ -83,24 +92,7 @@ def check_flags(args: Namespace) -> None:
         )
 
 
-def _check_fused_norm(args: Namespace) -> None:
-    """Check that there are an output norm and an input norm to fuse, and kernels for it."""
-    obstacles = {
-        f"--norm-placement {args.norm_placement} has not both norms": args.norm_placement != "peri",
-        "--hybrid-layer-pattern has no layers of attention and MLP": args.hybrid_layer_pattern,
-        "--recompute-modules layernorm recomputes that norm alone": "layernorm"
-        in (args.recompute_modules or []),
-        "--offload-modules mlp_norm offloads that norm alone": "mlp_norm" in (args.offload_modules or []),
-        f"--hidden-size {args.hidden_size} is beyond the {MAX_JOINED_HIDDEN_SIZE} of its kernel": (
-            args.hidden_size and args.hidden_size > MAX_JOINED_HIDDEN_SIZE
-        ),
-    }
-    for obstacle, stands in obstacles.items():
-        if stands:
-            raise UsageError(f"--fuse-pre-mlp-norm: {obstacle}; drop one of them")
-
-
-def check_save_folder(args: Namespace) -> None:
+def make_save_folder(args: Namespace) -> None:
     """Make the folder that checkpoints go to, and check that it can be written.
 
     Raises

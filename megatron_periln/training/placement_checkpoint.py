@@ -5,14 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_periln.checkpoints.intact import loads_from
-from megatron_periln.checkpoints.saved_arguments import (
-    STOCK_PLACEMENT,
-    checkpoint_path,
-    placement_of,
-    saved_arguments,
-)
+from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
+from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
 
 __all__ = ["adopt_saved_placement", "refuse_other_placement"]
 
@@ -20,10 +16,8 @@ __all__ = ["adopt_saved_placement", "refuse_other_placement"]
 def adopt_saved_placement(args: Namespace) -> None:
     """Set the placement arguments to the checkpoint's, as ``--use-checkpoint-args`` does for Megatron's."""
     saved = saved_arguments(args, loads_from(args))
-    if saved is None:
-        return
-    for name, stock in STOCK_PLACEMENT.items():
-        setattr(args, name, getattr(saved, name, stock))
+    if saved is not None:
+        set_placement(args, placement_of(saved))
 
 
 def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
@@ -33,7 +27,7 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
     ------
     UsageError
         Naming both placements. Megatron would drop or leave uninitialized the norms that only one
-        of them has; or, for another epsilon or other frozen gains, go on with another model, or without
+        of them has; or, for another epsilon or other frozen weights, go on with another model, or without
         a part of the optimizer's state.
     """
     load_arg = loads_from(args)
@@ -44,10 +38,10 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
     if theirs.structure() != placement.structure():
         origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
         warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
-        embedding = "--embedding-norm" if theirs.embedding else "--no-embedding-norm"
+        flags = " ".join(word for flag in placement_flags(theirs) for word in flag)
         raise UsageError(
             f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
-            f"and this run asks for {placement.structure()}; give --norm-placement {theirs.name} {embedding} "
+            f"and this run asks for {placement.structure()}; give {flags} "
             f"to continue it, or another {flag} (and --save) to start anew{warm}"
         )
     centered = args.layernorm_zero_centered_gamma
@@ -55,7 +49,7 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
         was, other = ("without", "drop") if centered else ("with", "give")
         raise UsageError(
             f"the checkpoint in {getattr(args, load_arg)} was trained {was} --apply-layernorm-1p, which "
-            f"stores each gain less 1; {other} that flag"
+            f"stores each norm weight less 1; {other} that flag"
         )
     if load_arg != "load" or args.finetune:
         return

@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
+from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import fixes
-from megatron_periln.training.arguments import parse, placement_from_args
-from megatron_periln.training.checks import check_save_folder
-from megatron_periln.training.datasets import check_data, train_valid_test_datasets
+from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.forward_step import forward_step
+from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
+from megatron_periln.training.parsing import parse
 
 __all__ = ["embedding_ranks", "run"]
 
@@ -54,7 +55,7 @@ def run(program_start: float) -> None:
     Raises
     ------
     UsageError
-        For input that the user can mend.
+        For input that the user can correct.
     """
     fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
@@ -62,14 +63,14 @@ def run(program_start: float) -> None:
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     if args.rank == 0:
         check_data(args)
-        check_save_folder(args)
+        make_save_folder(args)
     guard.install(args)
     if args.hybrid_layer_pattern is None:
         model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
         model_config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    model_config.norm_placement = placement_from_args(args)
+    model_config.norm_placement = placement_of(args)
     if args.monitor_layers:
         from megatron_periln.monitor.install import install
 

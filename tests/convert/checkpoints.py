@@ -8,10 +8,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.models.one_process import build_model, megatron_config, megatron_logits
-from megatron_periln.training.arguments import add_arguments
+from megatron_periln.norms.arguments import placement_of
+from megatron_periln.training.parsing import add_arguments
 
 LAYERS, VOCABULARY, POSITIONS = 3, 160, 64
 

@@ -15,10 +15,11 @@ import torch
 from megatron_periln import flag_files
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import PLACEMENTS
+from megatron_periln.norms.arguments import placement_of
 from megatron_periln.studies.launching import check_flags
 from megatron_periln.studies.study import read_study
 from megatron_periln.studies.table import markdown, summarize
-from megatron_periln.training.arguments import add_arguments, placement_from_args
+from megatron_periln.training.parsing import add_arguments
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples/paper"
@@ -50,7 +51,7 @@ def parameters(monkeypatch, single_process):
         args = arguments(monkeypatch, f"@{PAPER / size}.flags", "--norm-placement", placement)
         args.use_cpu_initialization, args.padded_vocab_size = True, PADDED_VOCABULARY
         config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
-        config.norm_placement = placement_from_args(args)
+        config.norm_placement = placement_of(args)
         with torch.device("meta"):
             model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
         return {name: parameter.numel() for name, parameter in model.named_parameters()}

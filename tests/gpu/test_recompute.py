@@ -67,7 +67,7 @@ def kept(placement, **options):
     return after - before
 
 
-def test_the_residual_fused_with_transformer_engine_s_norm():
+def test_the_residual_fused_with_the_norm_of_transformer_engine():
     pytest.importorskip("transformer_engine")
     options = {"transformer_impl": "transformer_engine", "normalization": "RMSNorm"}
     plain, fused = (gradients("peri", **options, fused_residual_rmsnorm=fuse) for fuse in (False, True))

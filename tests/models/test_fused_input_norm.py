@@ -89,7 +89,7 @@ def test_a_linear_of_transformer_engine_gives_its_norm_away_but_not_its_name(te_
 
 @pytest.mark.parametrize("placement", ["pre", "post", "output"])
 def test_a_placement_without_both_norms_is_refused(placement):
-    with pytest.raises(ValueError, match=f"norm placement '{placement}' has not both"):
+    with pytest.raises(ValueError, match=f"--norm-placement {placement} has not both norms"):
         small.build(placement, fuse_pre_mlp_norm=True)
 
 

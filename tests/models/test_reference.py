@@ -140,7 +140,7 @@ def test_the_comparison_rejects_a_toggled_embedding_norm(family, placement):
 
 
 def put_norms_before_the_biases(reference):
-    """Make every output norm see its branch without the bias, which is added to the norm's result."""
+    """Make every output norm see its sublayer's output without the bias, which is added to what it gives."""
     for layer in reference.layers:
         for norm, linear in (
             (layer.attention_output_norm, layer.attention.out),

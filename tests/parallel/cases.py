@@ -8,7 +8,7 @@ _MODERN = """--num-layers 4 --normalization RMSNorm --swiglu --disable-bias-line
 
 ARCHITECTURES = {
     "dense": f"{_MODERN} --group-query-attention --num-query-groups 2",
-    # LayerNorm with shifts, linear biases, learned positions, embedding tied to the output.
+    # LayerNorm with its biases, linear biases, learned positions, embedding tied to the output.
     "biased": "--num-layers 4 --normalization LayerNorm --position-embedding-type learned_absolute",
     "moe": f"""{_MODERN} --num-experts 4 --moe-layer-freq [0,1,0,1] --moe-router-topk 2
         --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64 --moe-aux-loss-coeff 0
@@ -44,8 +44,8 @@ _OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1"
 OPTIONS = {
     "": "",
     "overlap": _OVERLAP,
-    "joined norms": "--fuse-pre-mlp-norm",
-    "overlap, joined norms": f"{_OVERLAP} --fuse-pre-mlp-norm",
+    "fused norms": "--fuse-pre-mlp-norm",
+    "overlap, fused norms": f"{_OVERLAP} --fuse-pre-mlp-norm",
     "full recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective recompute": "--recompute-granularity selective --recompute-modules layernorm core_attn",
 }
@@ -119,8 +119,8 @@ def _cases():
         yield Case(placement, "biased", "TP2xPP2+SP")
         yield Case(placement, "moe", "EP2xTP2+SP", variant=distributed)
         yield Case(placement, "mla", "TP2")
-    yield Case("peri", layout="TP2xPP2+SP", options="joined norms")
-    yield Case("peri", layout="DP2", options="overlap, joined norms", variant=distributed)
+    yield Case("peri", layout="TP2xPP2+SP", options="fused norms")
+    yield Case("peri", layout="DP2", options="overlap, fused norms", variant=distributed)
     yield Case("peri", "mla", "CP2")
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")

@@ -43,7 +43,7 @@ TAIL = """
 
 ## Also tested
 
-- Mistakes that the comparison must notice, and does: gains untagged for sequence parallelism, the
+- Mistakes that the comparison must notice, and does: output norms untagged for sequence parallelism, the
   embedding norm on the wrong stage, a norm before the bias, a gradient that is dropped
   ([test_faults.py](../tests/parallel/test_faults.py)).
 - A checkpoint saved in one layout and loaded in another holds the same weights and Adam moments, bit for

@@ -160,7 +160,7 @@ def test_no_part_of_the_package_asks_for_more():
 def test_remote_code_of_tokenizers_is_off_unless_asked_for(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from megatron_periln.training.arguments import add_arguments
+    from megatron_periln.training.parsing import add_arguments
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     assert parse_args(add_arguments).trust_remote_code is False

@@ -11,8 +11,8 @@ from torch.distributed.run import get_args_parser
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.norms import kernels
 from megatron_periln.training import norm_backend
-from megatron_periln.training.arguments import add_arguments
 from megatron_periln.training.checks import check_flags
+from megatron_periln.training.parsing import add_arguments
 
 ENOUGH = "--eval-interval 100 --save checkpoints --save-interval 10"
 
@@ -52,7 +52,7 @@ def test_a_launcher_is_missing(check, monkeypatch):
         check(ENOUGH)
 
 
-def short_forms_of_torchrun_s(flags):
+def short_forms_for_torchrun(flags):
     """Return the flags that Python before 3.13 makes torchrun refuse, wherever they stand."""
     theirs = get_args_parser()._option_string_actions
     return [
@@ -64,8 +64,8 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     parser = add_arguments(argparse.ArgumentParser())
     own = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     assert "--monitor-layers" in own
-    assert short_forms_of_torchrun_s(own) == []
-    assert short_forms_of_torchrun_s(["--monitor"]) == ["--monitor"]
+    assert short_forms_for_torchrun(own) == []
+    assert short_forms_for_torchrun(["--monitor"]) == ["--monitor"]
 
 
 def test_kernels_that_are_off_on_a_rank_are_refused(monkeypatch):

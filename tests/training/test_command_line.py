@@ -24,7 +24,7 @@ BAD_FLAGS = {
         "--norm-placement pre --freeze-output-norm",
         ["'pre' has no output norm", "freeze", "choose peri or output", "drop the output-norm options"],
     ),
-    "depth-scaled gains without output norm": (
+    "depth-scaled weights without output norm": (
         "--norm-placement post --output-norm-init depth-scaled",
         ["'post' has no output norm", "choose peri or output"],
     ),
@@ -174,7 +174,7 @@ def test_foreign_index_is_found(refused, damaged):
     assert "tools/preprocess_data.py" in error
 
 
-def test_help_all_shows_megatron_s_flags_too(jobs):
+def test_help_all_shows_the_flags_of_megatron_too(jobs):
     job = jobs.run("help-all", common="--help-all")
     assert "--norm-placement {pre,post,peri,output}" in job.log
     for flag in ("--hidden-size", "--tensor-model-parallel-size", "--use-distributed-optimizer"):
@@ -219,7 +219,7 @@ def test_no_gpu_is_an_error_that_says_what_to_do():
     assert process.stdout == ""
 
 
-def test_torchrun_s_report_names_the_cause(monkeypatch, tmp_path):
+def test_the_report_of_torchrun_names_the_cause(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert pretrain("@absent.flags").returncode == 1
     report = str(ChildFailedError("pretrain", {0: ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))}))

@@ -121,11 +121,14 @@ def test_a_pretrained_checkpoint_counts_until_there_is_one_of_the_run(trained, j
 
 
 @pytest.mark.parametrize("more", ["", "--finetune"])
-def test_gains_stored_otherwise_are_refused(trained, refused, more):
+def test_weights_stored_otherwise_are_refused(trained, refused, more):
     """Megatron's --use-checkpoint-args leaves that flag as it is."""
     flags = f"--norm-placement peri --apply-layernorm-1p {more} --load {checkpoints(trained('peri'))}"
     error = refused(f"one-less{more}", flags)
-    assert "was trained without --apply-layernorm-1p, which stores each gain less 1; drop that flag" in error
+    assert (
+        "was trained without --apply-layernorm-1p, which stores each norm weight less 1; drop that flag"
+        in error
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def test_a_sharded_checkpoint_without_arguments_is_left_to_megatron(tmp_path):
 
 
 @pytest.mark.parametrize("no_optimizer", [{"iteration": "release"}, {"no_save_optim": True}], ids=str)
-def test_gains_may_be_frozen_where_there_is_no_optimizer_s_state(tmp_path, no_optimizer):
+def test_weights_may_be_frozen_where_there_is_no_optimizer_state(tmp_path, no_optimizer):
     """And an older Megatron, which names the epsilon otherwise, is no obstacle."""
     named = no_optimizer.pop("iteration", "5")
     folder = tmp_path / (named if named == "release" else "iter_0000005") / "mp_rank_00"

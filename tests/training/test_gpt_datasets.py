@@ -11,8 +11,8 @@ import pytest
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
-from megatron_periln.training import datasets
-from megatron_periln.training.datasets import check_data
+from megatron_periln.training import gpt_datasets
+from megatron_periln.training.gpt_datasets import check_data
 
 FLAGS = (
     "data_path",
@@ -127,14 +127,14 @@ def test_split_leaves_enough_of_every_dataset(good, tmp_path):
     ],
 )
 def test_another_tokenizer_is_told(made_with_1000_ids, monkeypatch, capsys, kind, ids, said):
-    monkeypatch.setattr(datasets, "get_tokenizer", lambda: Namespace(vocab_size=ids))
+    monkeypatch.setattr(gpt_datasets, "get_tokenizer", lambda: Namespace(vocab_size=ids))
     check_data(arguments(data_path=[made_with_1000_ids], tokenizer_type=kind, padded_vocab_size=1024))
     out = capsys.readouterr().out
     assert out.startswith(said.format(made_with_1000_ids)) and bool(out) == bool(said)
 
 
 def test_ids_that_the_model_lacks_are_an_error(made_with_1000_ids, monkeypatch):
-    monkeypatch.setattr(datasets, "get_tokenizer", lambda: Namespace(vocab_size=900))
+    monkeypatch.setattr(gpt_datasets, "get_tokenizer", lambda: Namespace(vocab_size=900))
     with pytest.raises(UsageError, match="of 1,000 ids, and this run's model has 896; give the tokenizer"):
         check_data(
             arguments(data_path=[made_with_1000_ids], tokenizer_type="NullTokenizer", padded_vocab_size=896)
@@ -165,5 +165,5 @@ def test_a_sidecar_of_what_was_here_before_is_none(made_with_1000_ids):
     check_data(arguments(data_path=[made_with_1000_ids], tokenizer_type="x", padded_vocab_size=896))
 
 
-def test_datasets_in_object_storage_are_megatron_s_to_find(good):
+def test_datasets_in_object_storage_are_left_to_megatron(good):
     check_data(arguments(data_path=[good, "s3://bucket/text"]))

@@ -28,7 +28,7 @@ from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexe
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, UsageError
 
-__all__ = ["check_data", "predicts_more_tokens_here", "train_valid_test_datasets"]
+__all__ = ["check_data", "dataset_config", "predicts_more_tokens_here", "train_valid_test_datasets"]
 
 
 def check_data(args: Namespace) -> None:
@@ -125,7 +125,8 @@ def _reads_data_here(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or predicts_more_tokens_here(get_args(), vp_stage)
 
 
-def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+def dataset_config(args: Namespace) -> GPTDatasetConfig:
+    """Return the configuration of the datasets that the arguments name, as in Megatron's pretrain_gpt.py."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     lengths = args.per_dataset_sequences_path
     return GPTDatasetConfig(
@@ -171,7 +172,7 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     reads_here = partial(_reads_data_here, vp_stage)
-    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, _dataset_config(args)).build()
+    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args)).build()
 
 
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

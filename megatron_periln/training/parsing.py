@@ -1,4 +1,4 @@
-"""The command line: Megatron's flags, the norm placement's and the monitor's."""
+"""The command line: parses Megatron's flags and ours, and checks them against the checkpoint to load."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megatron_periln.checkpoints.arguments import GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.arguments import add_checkpoint_arguments
 from megatron_periln.checkpoints.guard import put_back
 from megatron_periln.checkpoints.intact import choose_intact_checkpoint, loads_from
-from megatron_periln.checkpoints.saved_arguments import placement_of
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
-from megatron_periln.monitor.settings import GROUP, add_monitor_arguments, check_monitor
-from megatron_periln.norms import PLACEMENTS, NormPlacement
-from megatron_periln.norms.kernels import BACKENDS, MAX_JOINED_HIDDEN_SIZE
+from megatron_periln.monitor.settings import GROUP as MONITOR
+from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
+from megatron_periln.norms.arguments import GROUP as NORMS
+from megatron_periln.norms.arguments import add_norm_arguments, placement_of
 from megatron_periln.training.checks import check_flags
 from megatron_periln.training.norm_backend import choose_norm_backend
 from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
 
-__all__ = ["add_arguments", "parse", "placement_from_args"]
+__all__ = ["add_arguments", "parse"]
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
@@ -47,43 +47,7 @@ class _HelpAll(argparse.Action):
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our groups of flags to Megatron's parser, and a help that fits a screen."""
-    group = parser.add_argument_group(title="norm placement")
-    group.add_argument(
-        "--norm-placement",
-        choices=tuple(PLACEMENTS),
-        default="peri",
-        help="where norms stand around each sublayer M: pre x+M(N(x)), post N(x+M(x)), peri x+N(M(N(x))), "
-        "output x+N(M(x)); default: peri",
-    )
-    group.add_argument(
-        "--embedding-norm",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="normalize the embedding; default: on for peri and output, off for pre and post",
-    )
-    group.add_argument(
-        "--output-norm-init",
-        choices=("ones", "depth-scaled"),
-        default="ones",
-        help="output gains start at 1, or at 1/sqrt(num_layers); default: ones",
-    )
-    group.add_argument("--freeze-output-norm", action="store_true", help="keep output gains at their start")
-    group.add_argument(
-        "--output-norm-epsilon", type=float, default=None, help="default: that of --norm-epsilon"
-    )
-    group.add_argument(
-        "--norm-backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what computes these norms: fused Triton kernels, torch.compile or plain torch; default: auto, "
-        "the fastest that the device can run",
-    )
-    group.add_argument(
-        "--fuse-pre-mlp-norm",
-        action="store_true",
-        help="peri: attention's output norm and the MLP's input norm as one kernel, up to hidden size "
-        f"{MAX_JOINED_HIDDEN_SIZE}",
-    )
+    add_norm_arguments(parser)
     add_monitor_arguments(parser)
     add_checkpoint_arguments(parser)
     group = parser.add_argument_group(title="device")
@@ -106,7 +70,7 @@ def _raise_usage_error(message: str) -> NoReturn:
 
 
 def _short_help(parser: ArgumentParser) -> str:
-    own = ("norm placement", GROUP, CHECKPOINTS, "device")
+    own = (NORMS, MONITOR, CHECKPOINTS, "device")
     groups = [group for group in parser._action_groups if group._group_actions and group.title is not None]
     formatter = parser._get_formatter()
     formatter.add_usage(parser.usage, [], [])
@@ -124,20 +88,6 @@ def _short_help(parser: ArgumentParser) -> str:
         f"with their number: {', '.join(titles)}."
     )
     return formatter.format_help()
-
-
-def placement_from_args(args: Namespace) -> NormPlacement:
-    """Return the placement that parsed arguments ask for.
-
-    Raises
-    ------
-    UsageError
-        If they contradict each other.
-    """
-    try:
-        return placement_of(args)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def parse() -> Namespace:
@@ -168,7 +118,7 @@ def parse() -> Namespace:
         adopt_saved_placement(args)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
     check_tokenizer_files(args)
-    placement = placement_from_args(args)
+    placement = placement_of(args)
     args.embedding_norm = placement.embedding
     refuse_other_placement(args, placement)
     if cpu.is_active():
