@@ -77,7 +77,7 @@ def measurements(results: Callable[[str], Results]) -> dict[str, str]:
         return Runs(sweep, norm_placement=placement, lr=rate)
 
     long = {name: Runs(longer, norm_placement=name) for name in ("peri", "pre", "post", "output")}
-    frozen = Runs(ablations, variant="peri, gains frozen")
+    frozen = Runs(ablations, variant="peri, output norms frozen")
     bare = Runs(ablations, variant="peri, no embedding norm")
     embedded = Runs(ablations, variant="pre, embedding norm")
     found = {}
@@ -118,7 +118,7 @@ def measurements(results: Callable[[str], Results]) -> dict[str, str]:
     found["loss of Pre-LN with an embedding norm over Peri-LN's"] = embedded.over(peri)
     found["loss of Peri-LN without its embedding norm over its own"] = bare.over(peri)
     found["loss of Peri-LN without its embedding norm over Pre-LN's"] = bare.over(pre)
-    found["loss of Peri-LN with frozen gains over its own"] = frozen.over(peri)
+    found["loss of Peri-LN with frozen output norms over its own"] = frozen.over(peri)
     return found
 
 

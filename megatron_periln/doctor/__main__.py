@@ -11,8 +11,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_periln.doctor import datasets, gpus, options, ranks, software, storage
-from megatron_periln.doctor.rows import Check, Row, as_json, as_lines, as_table, fit, run_check
+from megatron_periln.doctor import gpus, indexed_datasets, options, software, storage
+from megatron_periln.doctor.communication import (
+    ThisRank,
+    check_all_reduce,
+    check_clocks,
+    connect,
+    disconnect,
+    find_rank,
+    gather,
+)
+from megatron_periln.doctor.rows import Row, as_json, as_lines, as_table, fit
+from megatron_periln.doctor.timeouts import Check, run_check
 from megatron_periln.errors import UsageError
 
 __all__ = ["main"]
@@ -32,9 +42,9 @@ def _node_checks(flags: Namespace, answers: software.Answers) -> list[tuple[str,
         checks.append(("save folder", lambda: [Row("save folder", "warning", "not checked", "give --save")]))
     else:
         size = software.checkpoint_bytes(flags, answers)
-        checks.append(("save folder", partial(storage.check_save_folder, Path(flags.save))))
+        checks.append(("save folder", partial(storage.try_save_folder, Path(flags.save))))
         checks.append(("free disk", partial(storage.check_checkpoint_room, flags, size)))
-    checks.append(("datasets", partial(datasets.check_datasets, flags)))
+    checks.append(("datasets", partial(indexed_datasets.check_datasets, flags)))
     return checks
 
 
@@ -43,20 +53,20 @@ def _check_node(flags: Namespace) -> list[Row]:
     return [row for name, check in checks for row in run_check(name, check, flags.timeout)]
 
 
-def _check_ranks(flags: Namespace, here: ranks.Ranks, node: str, rows: list[Row]) -> tuple[list[Row], bool]:
+def _check_ranks(flags: Namespace, here: ThisRank, node: str, rows: list[Row]) -> tuple[list[Row], bool]:
     """Return the rows of all ranks and True; or this rank's and False, where the ranks can't meet."""
     # The others may still look at their nodes: there are about five slow checks.
-    met = run_check("rendezvous", partial(ranks.connect, here, 5 * flags.timeout), 5 * flags.timeout + 5)
+    met = run_check("rendezvous", partial(connect, here, 5 * flags.timeout), 5 * flags.timeout + 5)
     found = met
     if fit(met):
-        found = found + run_check("clocks, ranks", partial(ranks.check_clocks, here, node), flags.timeout)
-        found = found + run_check("all-reduce", partial(ranks.check_all_reduce, here, flags), flags.timeout)
+        found = found + run_check("clocks, ranks", partial(check_clocks, here, node), flags.timeout)
+        found = found + run_check("all-reduce", partial(check_all_reduce, here, flags), flags.timeout)
     rows = rows + [replace(row, node=node) for row in found]
     if not fit(met):
         return rows, False
     try:
-        rows = ranks.gather(rows, here)
-        ranks.disconnect()
+        rows = gather(rows, here)
+        disconnect()
     except RuntimeError as error:
         return [*rows, Row("rendezvous", "failed", f"a rank went away: {error}", node=node)], False
     return rows, True
@@ -69,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         flags = options.parse(sys.argv[1:] if argv is None else argv)
-        here = ranks.find_ranks(flags.all_reduce)
+        here = find_rank(flags.all_reduce)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,9 +12,9 @@ from typing import Literal
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from megatron_periln.doctor.commands import run_command
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.software import Answers
+from megatron_periln.doctor.timeouts import run_command
 
 __all__ = ["check_gpus", "check_kernel_log"]
 

@@ -139,7 +139,7 @@ STEPS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "parameters": _parameters,
 }
 ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", "Apex")
-"""The steps that ``--device cpu`` leaves out; "CPU" is left out otherwise."""
+"""The steps that ``--device cpu`` skips; "CPU" is skipped otherwise."""
 
 
 def _main(device: str, flags: list[str]) -> None:

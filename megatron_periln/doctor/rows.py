@@ -1,19 +1,14 @@
-"""The rows of the table, and how a check that hangs or breaks becomes one."""
+"""The rows of the table."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from megatron_periln.errors import UsageError
-
-__all__ = ["Check", "Row", "as_json", "as_lines", "as_table", "fit", "run_check"]
-
-Check = Callable[[], Iterable["Row"]]
+__all__ = ["Row", "as_json", "as_lines", "as_table", "fit"]
 
 _WIDTH = 90
 
@@ -41,29 +36,6 @@ class Row:
     value: str
     advice: str = ""
     node: str = ""
-
-
-def run_check(name: str, check: Check, seconds: float) -> list[Row]:
-    """Return the rows of ``check``, or one that failed if it raises, or doesn't end in time.
-
-    A check that hangs, on a dead file server for example, is left behind in a thread.
-    """
-    rows: list[Row] = []
-
-    def run() -> None:
-        try:
-            rows.extend(list(check()))
-        except (UsageError, OSError) as error:
-            rows.append(Row(name, "failed", _one_line(error)))
-        except Exception as error:
-            rows.append(Row(name, "failed", f"{type(error).__name__}: {_one_line(error)}"))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        return [Row(name, "failed", f"no answer in {seconds:g} s", "something hangs; look at this by hand")]
-    return rows
 
 
 def fit(rows: Iterable[Row]) -> bool:
@@ -100,7 +72,3 @@ def as_lines(rows: Iterable[Row]) -> list[str]:
 def as_json(rows: Sequence[Row]) -> str:
     """Return the rows as JSON."""
     return json.dumps({"fit": fit(rows), "rows": [asdict(row) for row in rows]}, indent=2)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or repr(error)

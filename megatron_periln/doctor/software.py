@@ -13,9 +13,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_periln.doctor.commands import run_command
 from megatron_periln.doctor.probe import ON_A_GPU
 from megatron_periln.doctor.rows import Row
+from megatron_periln.doctor.timeouts import run_command
 
 __all__ = ["Answers", "check_python", "check_requirements", "checkpoint_bytes", "package_rows", "probe"]
 
@@ -28,7 +28,7 @@ _ADVICE = {
     "NCCL": "use a torch built with NCCL",
     "GPUs": "drain the node, and run nvidia-smi",
     "Transformer Engine": "install it, or give --transformer-impl local and the flags beside it in README.md",
-    "Apex": "mend or remove it",
+    "Apex": "fix or remove it",
     "CPU": "see the other rows",
     "megatron-core": "pip install -e .",
 }
@@ -114,6 +114,7 @@ def check_python() -> Iterator[Row]:
 
 def check_requirements() -> Iterator[Row]:
     """Compare what is installed with what this package requires."""
+    # Not before here: it may be missing; that is a row.
     from packaging.requirements import Requirement
 
     try:

@@ -15,10 +15,19 @@ from typing import Literal
 from megatron_periln.doctor.rows import Row
 from megatron_periln.files import sync
 
-__all__ = ["check_checkpoint_room", "check_save_folder", "check_shared_memory", "clock_row"]
+__all__ = [
+    "SLOW",
+    "TRIED_BYTES",
+    "check_checkpoint_room",
+    "check_shared_memory",
+    "clock_row",
+    "try_save_folder",
+]
 
-_BYTES = 64 << 20
-_SLOW = 100e6
+TRIED_BYTES = 64 << 20
+"""The size of the file that is tried."""
+
+SLOW = 100e6
 """Bytes a second below which saving checkpoints holds up training."""
 
 _SKEW_WARNING, _SKEW_FAILED = 0.5, 10.0
@@ -28,7 +37,7 @@ _SHARED_MEMORY = 1 << 30
 """What NCCL and data-loader workers may need of /dev/shm; containers often start with 64 MiB."""
 
 
-def check_save_folder(folder: Path) -> Iterator[Row]:
+def try_save_folder(folder: Path) -> Iterator[Row]:
     """Write, sync, rename and read a file in ``folder``, as checkpoints are; compare its clock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +47,7 @@ def check_save_folder(folder: Path) -> Iterator[Row]:
             "save folder",
             "failed",
             f"{folder}: cannot be written: {error.strerror or error}",
-            "mend its rights or its mount, or give another --save",
+            "fix its permissions or its mount, or give another --save",
         )
 
 
@@ -48,7 +57,7 @@ def _try_file(path: Path) -> Iterator[Row]:
     try:
         started = time.perf_counter()
         with temporary.open("wb") as stream:
-            for _ in range(_BYTES // len(content)):
+            for _ in range(TRIED_BYTES // len(content)):
                 stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -60,11 +69,11 @@ def _try_file(path: Path) -> Iterator[Row]:
         skew = path.stat().st_mtime - time.time()
         with path.open("rb") as stream:
             same = all(block == content for block in iter(lambda: stream.read(len(content)), b""))
-            same = same and stream.tell() == _BYTES
+            same = same and stream.tell() == TRIED_BYTES
     finally:
         temporary.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-    speed = _BYTES / max(written - started, 1e-9)
+    speed = TRIED_BYTES / max(written - started, 1e-9)
     value = f"write and fsync {speed / 1e6:,.0f} MB/s, rename {1e3 * (renamed - written):.1f} ms"
     if not same:
         yield Row(
@@ -73,7 +82,7 @@ def _try_file(path: Path) -> Iterator[Row]:
             f"{path.parent}: reads back other bytes than were written",
             "take this file system out of use",
         )
-    elif speed < _SLOW:
+    elif speed < SLOW:
         yield Row(
             "save folder", "warning", f"{path.parent}: {value}", "give a faster file system, or --async-save"
         )
@@ -96,7 +105,7 @@ def check_checkpoint_room(options: Namespace, checkpoint_bytes: int | str) -> It
     """Compare the free space with one checkpoint, and with all that the flags will write.
 
     ``checkpoint_bytes`` is the size of a checkpoint, or says why it is unknown. There is no row where
-    `check_save_folder` could not make the folder.
+    `try_save_folder` could not make the folder.
     """
     folder = Path(options.save)
     if not folder.is_dir():

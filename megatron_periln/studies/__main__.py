@@ -17,8 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_periln.command_line import exit_code, parse_flags, run_command
+from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
 from megatron_periln.errors import UsageError
+from megatron_periln.studies.launching import Launcher, check_flags, prepare, shares_of_gpus
+from megatron_periln.studies.provenance import provenance
 from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study, read_study
 from megatron_periln.studies.table import collect, write_results
@@ -106,10 +108,6 @@ def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     if not left:
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_periln.command_line import quiet_megatron
-    from megatron_periln.studies.launching import Launcher, check_flags, prepare, shares_of_gpus
-    from megatron_periln.studies.provenance import provenance
-
     quiet_megatron()
     prepare(study)
     check_flags(study)

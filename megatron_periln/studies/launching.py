@@ -1,4 +1,8 @@
-"""Runs of a study, each in a process of its own: forked from this one, or by torchrun."""
+"""Runs of a study, each in a process of its own: forked from this one, or by torchrun.
+
+Functions import torch and Megatron themselves: it takes seconds, which a list of the runs need not wait
+for, and on the CPU `megatron_periln.cpu.activate` must come first.
+"""
 
 from __future__ import annotations
 

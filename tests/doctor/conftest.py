@@ -41,8 +41,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def any_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow this machine's is."""
-    monkeypatch.setattr(storage, "_BYTES", 2 << 20)
-    monkeypatch.setattr(storage, "_SLOW", 0)
+    monkeypatch.setattr(storage, "TRIED_BYTES", 2 << 20)
+    monkeypatch.setattr(storage, "SLOW", 0)
 
 
 @pytest.fixture

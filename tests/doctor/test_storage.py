@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_periln.doctor import storage
-from megatron_periln.doctor.rows import Row, as_table, run_check
+from megatron_periln.doctor.rows import Row, as_table
+from megatron_periln.doctor.timeouts import run_check
 
 
 def test_healthy(doctor, tmp_path, data):
@@ -53,7 +54,7 @@ def test_folder_that_can_t_be_made_has_no_free_space(doctor, data):
 def test_no_inode_left(fails, mount, monkeypatch):
     disk = mount("size=100m,nr_inodes=2")
     (disk / "last").touch()
-    monkeypatch.setattr(storage, "check_save_folder", lambda _: [])
+    monkeypatch.setattr(storage, "try_save_folder", lambda _: [])
     assert fails("free disk", save=disk).startswith(f"{disk}: no inode left; ")
 
 
@@ -93,8 +94,8 @@ def test_slow_disk(fails, monkeypatch):
 
     monkeypatch.setattr(storage, "time", clock)
     monkeypatch.setattr(os, "fsync", slow)
-    monkeypatch.setattr(storage, "_BYTES", 64 << 20)
-    monkeypatch.setattr(storage, "_SLOW", 100e6)
+    monkeypatch.setattr(storage, "TRIED_BYTES", 64 << 20)
+    monkeypatch.setattr(storage, "SLOW", 100e6)
     assert "write and fsync 7 MB/s" in fails("save folder", kind="warning")
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_periln.doctor import ranks, software
+from megatron_periln.doctor import communication, software
 from megatron_periln.doctor.__main__ import main
 from tests.doctor.conftest import FOUND
 from tests.ports import free_port
@@ -33,7 +33,7 @@ def run(folder, flags, faults, by_srun=False):
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SLURMD_NODENAME=f"node{rank}"
                 )
                 software.probe = lambda _: FOUND
-                ranks._BYTES = {"cpu": 1 << 20}
+                communication.BYTES = {"cpu": 1 << 20}
                 if rank in faults:
                     globals()[faults[rank]]()
                 code = main(flags)
@@ -52,7 +52,7 @@ def run(folder, flags, faults, by_srun=False):
 
 def a_clock_ahead():
     """Be a minute ahead of the others."""
-    ranks.time = SimpleNamespace(time=lambda: time.time() + 60, perf_counter=time.perf_counter)
+    communication.time = SimpleNamespace(time=lambda: time.time() + 60, perf_counter=time.perf_counter)
 
 
 def a_wrong_sum():

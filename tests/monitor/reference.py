@@ -48,23 +48,23 @@ def statistics(model, microbatches):
         streams.append(stream)
         sublayers.append(outputs)
 
-    def joined(tensors):
+    def concatenated(tensors):
         return torch.cat([tensor.flatten(0, 1) for tensor in tensors])
 
     table = {}
     layers = range(len(streams[0]))
-    x = [joined(stream[i].detach() for stream in streams) for i in layers]
+    x = [concatenated(stream[i].detach() for stream in streams) for i in layers]
     table["stream_mean_square"] = [mean_square(x[i]) for i in layers]
     table["stream_variance"] = [variance(x[i]) for i in layers]
     table["stream_max_abs"] = [x[i].abs().max().item() for i in layers]
     table["stream_fp16_half_fraction"] = [(x[i].abs() > 65504 / 2).double().mean().item() for i in layers]
     cosines = [F.cosine_similarity(x[i - 1], x[i], dim=-1) for i in range(1, depth + 1)]
     table["angular_distance"] = [None, *(c.clamp(-1, 1).arccos().mean().item() / math.pi for c in cosines)]
-    gradients = [joined(stream[i].grad for stream in streams) for i in layers]
+    gradients = [concatenated(stream[i].grad for stream in streams) for i in layers]
     table["stream_gradient_norm"] = [gradient.norm().item() for gradient in gradients]
     for name in ("attention", "mlp"):
         rows = [
-            [joined(tensors) for tensors in zip(*(outputs[name][i] for outputs in sublayers), strict=True)]
+            [concatenated(parts) for parts in zip(*(outputs[name][i] for outputs in sublayers), strict=True)]
             for i in range(depth)
         ]
         table[f"{name}_mean_square"] = [None, *(mean_square(output) for _, output, _ in rows)]

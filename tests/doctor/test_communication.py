@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_periln.doctor.ranks import Ranks, find_ranks
+from megatron_periln.doctor.communication import ThisRank, find_rank
 from tests.cpu.fresh import call
 from tests.doctor import two_ranks
 
@@ -72,12 +72,12 @@ def test_a_rank_that_never_comes(together):
     assert "error: node0: rendezvous: " in err
 
 
-def test_ranks_of_the_environment(monkeypatch):
+def test_the_rank_of_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert find_ranks(False) == Ranks(0, 1, 0)
+    assert find_rank(False) == ThisRank(0, 1, 0)
     for name, value in {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert find_ranks(False) == Ranks(0, 1, 0)  # one process on each node, which checks that node alone
+    assert find_rank(False) == ThisRank(0, 1, 0)  # one process on each node, which checks that node alone
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 2}.items():
         monkeypatch.setenv(name, str(value))
-    assert find_ranks(False) == find_ranks(True) == Ranks(5, 8, 2)
+    assert find_rank(False) == find_rank(True) == ThisRank(5, 8, 2)

@@ -26,6 +26,7 @@ def check_datasets(options: Namespace) -> Iterator[Row]:
         else:
             yield Row(_CHECK, "warning", "not checked", "give --data-path, as for pretraining")
         return
+    # Not before here: it needs numpy, which may be missing, or broken; that is a row.
     from megatron_periln.data.indexed.format import check_indexed_dataset
 
     tokens = size = 0
@@ -43,7 +44,7 @@ def check_datasets(options: Namespace) -> Iterator[Row]:
                 _CHECK,
                 "failed",
                 f"{prefix}: cannot be read: {error.strerror}",
-                "mount it, or mend its rights",
+                "mount it, or fix its permissions",
             )
     if not failed:
         yield Row(_CHECK, "ok", f"{len(prefixes)} of {tokens:,} tokens, {size / 1e9:.2f} GB")

@@ -1,4 +1,7 @@
-"""Several ranks: whether they find each other and agree on the time, and how fast they reduce."""
+"""Several ranks: whether they find each other and agree on the time, and how fast they reduce.
+
+Functions import torch themselves: it takes seconds, and a single rank needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,27 @@ from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.storage import clock_row
 from megatron_periln.errors import UsageError
 
-__all__ = ["Ranks", "check_all_reduce", "check_clocks", "connect", "disconnect", "find_ranks", "gather"]
+__all__ = [
+    "BYTES",
+    "ThisRank",
+    "check_all_reduce",
+    "check_clocks",
+    "connect",
+    "disconnect",
+    "find_rank",
+    "gather",
+]
 
-_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
+BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
+"""What is reduced, by device."""
+
 _SLOW = {"cuda": 10.0, "cpu": 0.0}
 """GB/s of bus bandwidth that only a network without RDMA stays below."""
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ThisRank:
     """A process among the others."""
 
     rank: int
@@ -31,8 +45,8 @@ class Ranks:
     local_rank: int
 
 
-def find_ranks(all_reduce: bool) -> Ranks:
-    """Return what torchrun says of the ranks; or with ``all_reduce`` and without torchrun, SLURM.
+def find_rank(all_reduce: bool) -> ThisRank:
+    """Return what torchrun says of this rank; or with ``all_reduce`` and without torchrun, SLURM.
 
     Raises
     ------
@@ -50,21 +64,21 @@ def find_ranks(all_reduce: bool) -> Ranks:
             )
         environment.update({theirs: environment[ours] for ours, theirs in names.items()})
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):  # one may be a job script's own
-        return Ranks(0, 1, 0)
-    return Ranks(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        return ThisRank(0, 1, 0)
+    return ThisRank(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def connect(ranks: Ranks, seconds: float) -> Iterator[Row]:
+def connect(here: ThisRank, seconds: float) -> Iterator[Row]:
     """Let the ranks find each other, over gloo."""
     import torch.distributed as distributed
 
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     distributed.barrier()
-    if ranks.rank == 0:
-        yield Row("rendezvous", "ok", f"{ranks.size} ranks")
+    if here.rank == 0:
+        yield Row("rendezvous", "ok", f"{here.size} ranks")
 
 
-def check_clocks(ranks: Ranks, node: str) -> Iterator[Row]:
+def check_clocks(here: ThisRank, node: str) -> Iterator[Row]:
     """Compare the ranks' clocks, to within the time that a barrier takes."""
     import torch.distributed as distributed
 
@@ -72,16 +86,16 @@ def check_clocks(ranks: Ranks, node: str) -> Iterator[Row]:
     for _ in range(_ROUNDS):
         distributed.barrier()
         now = (time.time(), node)
-        times: list[tuple[float, str]] = [now] * ranks.size
+        times: list[tuple[float, str]] = [now] * here.size
         distributed.all_gather_object(times, now)
         if not best or max(times)[0] - min(times)[0] < max(best)[0] - min(best)[0]:
             best = times
-    if ranks.rank == 0:
+    if here.rank == 0:
         (last, ahead), (first, behind) = max(best), min(best)
         yield clock_row("clocks, ranks", last - first, f": {ahead} is ahead of {behind}")
 
 
-def check_all_reduce(ranks: Ranks, options: Namespace) -> Iterator[Row]:
+def check_all_reduce(here: ThisRank, options: Namespace) -> Iterator[Row]:
     """Measure the bus bandwidth of all-reduce: 2(n-1)/n bytes over time, as nccl-tests does."""
     import torch
     import torch.distributed as distributed
@@ -89,10 +103,10 @@ def check_all_reduce(ranks: Ranks, options: Namespace) -> Iterator[Row]:
     device = torch.device("cpu")
     group: distributed.ProcessGroup | None = None
     if options.device == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
-        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(here.local_rank)
+        device = torch.device("cuda", here.local_rank)
         group = cast(distributed.ProcessGroup, distributed.new_group(backend="nccl"))
-    count = _BYTES[options.device] // 4
+    count = BYTES[options.device] // 4
     seconds = []
     right = True
     for _ in range(1 + _ROUNDS):  # the first connects
@@ -100,14 +114,14 @@ def check_all_reduce(ranks: Ranks, options: Namespace) -> Iterator[Row]:
         distributed.barrier()
         started = time.perf_counter()
         distributed.all_reduce(tensor, group=group)
-        right = bool((tensor == ranks.size).all()) and right  # waits for the GPU
+        right = bool((tensor == here.size).all()) and right  # waits for the GPU
         seconds.append(time.perf_counter() - started)
-    speed = 2 * (ranks.size - 1) / ranks.size * 4 * count / sorted(seconds[1:])[_ROUNDS // 2] / 1e9
+    speed = 2 * (here.size - 1) / here.size * 4 * count / sorted(seconds[1:])[_ROUNDS // 2] / 1e9
     backend = "NCCL" if group is not None else "gloo"
-    value = f"{speed:.2f} GB/s bus bandwidth, {ranks.size} ranks, {4 * count >> 20} MiB, {backend}"
+    value = f"{speed:.2f} GB/s bus bandwidth, {here.size} ranks, {4 * count >> 20} MiB, {backend}"
     if not right:
-        yield Row("all-reduce", "failed", f"rank {ranks.rank} got a wrong sum", "drain the node")
-    elif ranks.rank == 0:
+        yield Row("all-reduce", "failed", f"rank {here.rank} got a wrong sum", "drain the node")
+    elif here.rank == 0:
         yield _speed_row(speed, value, options)
 
 
@@ -120,11 +134,11 @@ def _speed_row(speed: float, value: str, options: Namespace) -> Row:
     return Row("all-reduce", "ok", value)
 
 
-def gather(rows: list[Row], ranks: Ranks) -> list[Row]:
+def gather(rows: list[Row], here: ThisRank) -> list[Row]:
     """Return the rows of all ranks, on all ranks."""
     import torch.distributed as distributed
 
-    everyone: list[list[Row]] = [[]] * ranks.size
+    everyone: list[list[Row]] = [[]] * here.size
     distributed.all_gather_object(everyone, rows)
     return [row for theirs in everyone for row in theirs]
 
