@@ -33,7 +33,7 @@ study: install  ## Run the small ones of examples/paper/studies on the CPU, thre
 		$(PY) -m megatron_periln.studies examples/paper/studies/$$study.yaml --jobs $(JOBS) || exit; done
 
 test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
-	MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)
+	MEGATRON_PERILN_UV=$(UV) MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)
 
 test-all: lint  ## The same, and every placement and model in every layout: an hour
 	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)

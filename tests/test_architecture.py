@@ -1,0 +1,139 @@
+"""The package's structure: imports run one way, rooms are small, and the page that describes them is true."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_periln"
+PAGE = ROOT / "docs" / "architecture.md"
+MOST_FILES = 16  # "about fifteen" beside __init__.py
+
+LOWER = {
+    "norms": {"patches"},
+    "patches": set(),
+    "cpu": {"patches"},
+    "data": set(),
+    "monitor": {"norms", "patches"},
+    "checkpoints": {"norms", "patches"},
+    "models": {"checkpoints", "norms", "patches"},
+    "report": {"monitor"},
+    "evaluation": set(),
+    "convert": {"checkpoints", "evaluation", "models", "norms"},
+    "training": {"checkpoints", "cpu", "data", "models", "monitor", "norms", "patches"},
+    "doctor": {"cpu", "data", "training"},
+    "studies": {"cpu", "monitor", "training"},
+    "tools": {"convert", "cpu", "data", "evaluation", "report"},
+}
+"""What each folder may import; files of the top level that are no folder's are free to all."""
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Return the package's modules by their dotted names."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Yield the modules of the package that a file imports, wherever in it, but for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
+
+
+def find_circle(package: Path) -> list[str]:
+    """Return the modules of one circle of imports, [] if there is none.
+
+    A package's own ``__init__`` that hands on names is not what its modules import when they import each
+    other.
+    """
+    known = modules(package)
+    arrows = {name: sorted(set(imports(name, path, known)) - {name}) for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name in done:
+            return []
+        for below in arrows[name]:
+            if circle := visit(below, [*above, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in arrows if (circle := visit(name, []))), [])
+
+
+def test_no_circle_of_imports() -> None:
+    """Those inside functions included."""
+    assert find_circle(PACKAGE) == []
+
+
+@pytest.mark.parametrize("late", ["from p.a import f", "def g():\n    import p.a"])
+def test_a_circle_is_found(tmp_path: Path, late: str) -> None:
+    """The negative control."""
+    package = tmp_path / "p"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text("from p import b\n")
+    (package / "b.py").write_text("from p.c import x\n")
+    (package / "c.py").write_text("x = 1\n")
+    assert find_circle(package) == []
+    (package / "c.py").write_text(f"{late}\nx = 1\n")
+    assert find_circle(package) == ["p.a", "p.b", "p.c", "p.a"]
+
+
+def test_folders_know_only_those_below() -> None:
+    """Tests and tools excepted, which are at the top."""
+    known = modules(PACKAGE)
+    wrong = []
+    for name, path in known.items():
+        folder = name.split(".")[1] if name.count(".") else ""
+        if folder in LOWER:
+            for other in set(imports(name, path, known)):
+                below = other.split(".")[1] if other.count(".") else ""
+                if below in LOWER and below != folder and below not in LOWER[folder]:
+                    wrong.append(f"{name} -> {other}")
+    assert wrong == []
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == LOWER.keys()
+
+
+def test_folders_are_small() -> None:
+    sizes = {
+        folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        for folder in PACKAGE.rglob("*")
+        if folder.is_dir()
+    }
+    assert {str(folder): size for folder, size in sizes.items() if size > MOST_FILES} == {}
+
+
+def test_the_page_has_a_line_for_each_folder() -> None:
+    """And each path that it names is there."""
+    text = PAGE.read_text()
+    tree = {
+        str(folder.relative_to(PACKAGE)) + "/"
+        for folder in PACKAGE.rglob("*")
+        if (folder / "__init__.py").exists()
+    }
+    assert tree - set(re.findall(r"^\s*`?([a-z_/]+/)`?\s", text, re.MULTILINE)) == set()
+    for link in re.findall(r"\]\((\.\./[^)#]+)", text):
+        assert (PAGE.parent / link).exists(), link
