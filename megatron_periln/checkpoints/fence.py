@@ -1,7 +1,7 @@
-"""One incarnation of a run writes to a checkpoint folder: the newest.
+"""One restart attempt of a run writes to a checkpoint folder: the newest.
 
 After a pulled cable, SLURM requeues a job whose old ranks live on: two runs save to one folder. The
-folder holds ``incarnation-N.json``, which names the incarnation that took it; a new one takes N + 1.
+folder holds ``incarnation-N.json``, which names the restart attempt that took it; a new one takes N + 1.
 Who sees a higher number than its own has been superseded, and writes nothing more.
 """
 
@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.errors import UsageError
 from megatron_periln.files import sync
 
@@ -25,49 +25,49 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class SupersededError(UsageError):
-    """A newer incarnation has taken the folder."""
+    """A newer restart attempt has taken the folder."""
 
 
 @dataclass(frozen=True)
 class _Ticket:
     token: int
-    holder: Incarnation
+    holder: RestartAttempt
     superseded: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Fence:
-    """A checkpoint folder, taken by an incarnation.
+    """A checkpoint folder, taken by a restart attempt.
 
     Attributes
     ----------
     folder
         What ``--save`` names.
     token
-        Higher than that of every incarnation before.
+        Higher than that of every restart attempt before.
     holder
-        The incarnation that took it.
+        The restart attempt that took it.
     """
 
     folder: Path
     token: int
-    holder: Incarnation
+    holder: RestartAttempt
 
     @classmethod
-    def take(cls, folder: Path, incarnation: Incarnation) -> Fence:
+    def take(cls, folder: Path, attempt: RestartAttempt) -> Fence:
         """Take a folder from whoever holds it.
 
         Parameters
         ----------
         folder
             An existing folder.
-        incarnation
+        attempt
             Takes it, and after it every other job or later restart.
 
         Raises
         ------
         SupersededError
-            If the incarnation lost this folder before, or its job has been requeued since.
+            If the attempt lost this folder before, or its job has been requeued since.
         UsageError
             If a run that is no job of a scheduler's holds it, and runs on this machine; or if the folder
             can't be written.
@@ -76,10 +76,10 @@ class Fence:
             while True:
                 current = _current(folder)
                 if current is not None:
-                    _check_successor(folder, current, incarnation)
-                token = _take_next(folder, current, incarnation)
+                    _check_successor(folder, current, attempt)
+                token = _take_next(folder, current, attempt)
                 if token is not None:
-                    return cls(folder, token, incarnation)
+                    return cls(folder, token, attempt)
         except OSError as error:
             raise UsageError(
                 f"--save {folder}: cannot be written: {error.strerror or error}; "
@@ -87,7 +87,7 @@ class Fence:
             ) from error
 
     def check(self) -> None:
-        """Check that no newer incarnation has taken the folder.
+        """Check that no newer restart attempt has taken the folder.
 
         Raises
         ------
@@ -111,24 +111,24 @@ class Fence:
             )
 
 
-def _check_successor(folder: Path, current: _Ticket, incarnation: Incarnation) -> None:
-    """Refuse ``incarnation`` if it is not newer than the one that holds the folder."""
-    if incarnation.name in current.superseded or incarnation.is_older_than(current.holder):
-        raise _superseded(folder, current, incarnation)
-    alone = not current.holder.job and current.holder.name != incarnation.name
-    if alone and not incarnation.job and current.holder.is_running_here():
+def _check_successor(folder: Path, current: _Ticket, attempt: RestartAttempt) -> None:
+    """Refuse ``attempt`` if it is not newer than the one that holds the folder."""
+    if attempt.name in current.superseded or attempt.is_older_than(current.holder):
+        raise _superseded(folder, current, attempt)
+    alone = not current.holder.job and current.holder.name != attempt.name
+    if alone and not attempt.job and current.holder.is_running_here():
         raise UsageError(
             f"--save {folder}: run {current.holder} writes there; stop it, or give another --save"
         )
 
 
-def _take_next(folder: Path, current: _Ticket | None, incarnation: Incarnation) -> int | None:
+def _take_next(folder: Path, current: _Ticket | None, attempt: RestartAttempt) -> int | None:
     """Write the ticket after ``current``; None if another took it, or went past it, in this moment."""
     token = 1 if current is None else current.token + 1
     before = () if current is None else (*current.superseded, current.holder.name)
-    superseded = tuple(dict.fromkeys(name for name in before if name != incarnation.name))
+    superseded = tuple(dict.fromkeys(name for name in before if name != attempt.name))
     try:
-        _write(folder, _Ticket(token, incarnation, superseded))
+        _write(folder, _Ticket(token, attempt, superseded))
     except FileExistsError:
         return None
     tickets = _tickets(folder)
@@ -140,7 +140,7 @@ def _take_next(folder: Path, current: _Ticket | None, incarnation: Incarnation) 
     return token
 
 
-def _superseded(folder: Path, newer: _Ticket, older: Incarnation) -> SupersededError:
+def _superseded(folder: Path, newer: _Ticket, older: RestartAttempt) -> SupersededError:
     return SupersededError(
         f"--save {folder} was taken over by a newer run: {newer.holder}; "
         f"this one, {older}, stops without writing there"
@@ -161,11 +161,13 @@ def _current(folder: Path) -> _Ticket | None:
         token = max(tickets)
         try:
             entries = json.loads(_path(folder, token).read_text())
-            return _Ticket(token, Incarnation.from_json(entries["holder"]), tuple(entries["superseded"]))
+            return _Ticket(token, RestartAttempt.from_json(entries["holder"]), tuple(entries["superseded"]))
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):  # cut off: whoever took it is unknown
-            return _Ticket(token, Incarnation("unknown", host="an unknown host", process="", started="?"), ())
+            return _Ticket(
+                token, RestartAttempt("unknown", host="an unknown host", process="", started="?"), ()
+            )
     return None
 
 

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.intact import iteration_of
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
-from megatron_periln.checkpoints.rendezvous import Ranks
-from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.rendezvous import Rendezvous
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.checkpoints.sums import open_summed
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
@@ -72,27 +72,27 @@ def put_back(args: Namespace) -> None:
     folder = Path(args.save)
     if folder.resolve() != Path(args.load).resolve():
         return
-    ranks = Ranks(args)
+    ranks = Rendezvous(args)
     if ranks.rank == 0 and any(folder.glob(f"{_REPLACED}iter_*")):
         _take(folder)
     ranks.broadcast(None)
 
 
 def _take(folder: Path) -> Fence:
-    fence = Fence.take(folder, _incarnation())
+    fence = Fence.take(folder, _restart_attempt())
     try:
         tidy(folder)
     except OSError as error:
         raise UsageError(
-            f"--save {folder}: what a save that was cut off left can't be cleared away: {error}; mend the "
+            f"--save {folder}: what a save that was cut off left can't be cleared away: {error}; repair the "
             "folder, or give another"
         ) from error
     return fence
 
 
 @functools.cache
-def _incarnation() -> Incarnation:
-    return Incarnation.from_environment()
+def _restart_attempt() -> RestartAttempt:
+    return RestartAttempt.from_environment()
 
 
 def failure(args: Namespace, error: CheckpointException) -> UsageError:
@@ -135,7 +135,7 @@ def tidy(folder: Path) -> None:
 
 
 class SaveGuard:
-    """Lets the newest incarnation save, and a checkpoint count once it is complete.
+    """Lets the newest restart attempt save, and a checkpoint count once it is complete.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ class SaveGuard:
         if isinstance(error, RuntimeError) and re.search(r"time(d )?out", str(error), re.IGNORECASE):
             return RankError(
                 f"{folder}: a rank has waited {self.minutes:g} minutes for another to save its part: the "
-                "file system is slow, or hangs; mend it, or give --distributed-timeout-minutes more; "
+                "file system is slow, or hangs; repair it, or give --distributed-timeout-minutes more; "
                 f"{_WHAT_IS_LEFT}"
             )
         return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +11,24 @@ from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename
 
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
-from megatron_periln.checkpoints.rendezvous import Ranks
+from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.errors import UsageError
 
-__all__ = ["choose_intact_checkpoint", "iteration_of", "loads_from"]
+__all__ = ["FLAG_GROUP", "add_checkpoint_arguments", "choose_intact_checkpoint", "iteration_of", "loads_from"]
+
+FLAG_GROUP = "checkpoints"
+
+
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Add the group of flags to a parser."""
+    group = parser.add_argument_group(title=FLAG_GROUP)
+    group.add_argument(
+        "--checkpoint-verify",
+        choices=("full", "size", "off"),
+        default="full",
+        help="check a checkpoint's checksums before loading it, or its files' sizes alone, and pass over a "
+        "broken one for the one before; default: full",
+    )
 
 
 def loads_from(args: Namespace) -> str:
@@ -44,10 +58,10 @@ def choose_intact_checkpoint(args: Namespace) -> None:
     flag = loads_from(args)
     folder = getattr(args, flag)
     if folder is not None:
-        _choose(args, Path(folder), f"--{flag.replace('_', '-')}", Ranks(args))
+        _choose(args, Path(folder), f"--{flag.replace('_', '-')}", Rendezvous(args))
 
 
-def _choose(args: Namespace, folder: Path, flag: str, ranks: Ranks) -> None:
+def _choose(args: Namespace, folder: Path, flag: str, ranks: Rendezvous) -> None:
     substitutes = flag == "--load" and not args.ckpt_step
     candidates = [] if ranks.rank else list(_candidates(args, folder, substitutes))
     broken: list[str] = []
@@ -107,7 +121,7 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _verify(path: Path, full: bool, ranks: Ranks) -> str | None:
+def _verify(path: Path, full: bool, ranks: Rendezvous) -> str | None:
     """Return what is wrong with a checkpoint, None if nothing is; the same on every rank."""
     started = time.perf_counter()
     manifest, reason = _look(path) if ranks.rank == 0 else (None, None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_periln.checkpoints.sums import SIDECAR, read_sidecar, sum_file
 from megatron_periln.files import sync, write_text
 
-__all__ = ["MANIFEST", "BrokenCheckpointError", "Entry", "Manifest"]
+__all__ = ["MANIFEST", "BrokenCheckpointError", "CheckpointFile", "Manifest"]
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +25,7 @@ class BrokenCheckpointError(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointFile:
     """A file of a checkpoint.
 
     Attributes
@@ -69,7 +69,7 @@ class Entry:
 class Manifest:
     """The files of a checkpoint, sorted by name."""
 
-    files: tuple[Entry, ...]
+    files: tuple[CheckpointFile, ...]
 
     @classmethod
     def of(cls, folder: Path, *, sums: bool) -> Manifest:
@@ -103,7 +103,7 @@ class Manifest:
         """
         try:
             entries = json.loads((folder / MANIFEST).read_text())["files"]
-            return cls(tuple(Entry(**entry) for entry in entries))
+            return cls(tuple(CheckpointFile(**entry) for entry in entries))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -137,18 +137,18 @@ class Manifest:
         _each(by_size[part::parts], lambda entry: entry.check_sum(folder))
 
 
-def _describe(folder: Path, path: Path, sums: bool) -> Entry:
+def _describe(folder: Path, path: Path, sums: bool) -> CheckpointFile:
     name, size = str(path.relative_to(folder)), path.stat().st_size
     written = read_sidecar(path)
     if written is None:
         sync(path)
-        return Entry(name, size, sum_file(path) if sums else None)
+        return CheckpointFile(name, size, sum_file(path) if sums else None)
     if written[0] != size:
         raise BrokenCheckpointError(f"{name} has {size:,} bytes instead of {written[0]:,}")
-    return Entry(name, size, written[1] if sums else None)
+    return CheckpointFile(name, size, written[1] if sums else None)
 
 
-def _each(entries: Iterable[Entry], check: object) -> None:
+def _each(entries: Iterable[CheckpointFile], check: object) -> None:
     with ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(check, entries):  # type: ignore[arg-type]
             pass

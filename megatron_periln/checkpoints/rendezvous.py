@@ -1,4 +1,4 @@
-"""Words between the ranks of a job before Megatron sets up its process groups."""
+"""What the ranks of a job tell each other before Megatron sets up its process groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ranks"]
+__all__ = ["Rendezvous"]
 
 _PATIENCE = timedelta(hours=2)
 
@@ -18,7 +18,7 @@ _store: Any = None
 _keys = itertools.count(1)  # of this process: every rank says the same things in the same order
 
 
-class Ranks:
+class Rendezvous:
     """Passes JSON through the store that the job's rendezvous has, at the address Megatron will use.
 
     Parameters
@@ -30,7 +30,7 @@ class Ranks:
     def __init__(self, args: Namespace) -> None:
         self.rank, self.size = args.rank, args.world_size
         if self.size > 1:
-            self._store = torch.distributed.PrefixStore("megatron_periln", _rendezvous(self.rank, self.size))
+            self._store = torch.distributed.PrefixStore("megatron_periln", _job_store(self.rank, self.size))
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
@@ -57,7 +57,7 @@ class Ranks:
         return json.loads(self._store.get(key))
 
 
-def _rendezvous(rank: int, size: int) -> Any:
+def _job_store(rank: int, size: int) -> Any:
     """Return the job's store; it lives as long as the process, for Megatron's connections go there too."""
     global _store
     if _store is None:

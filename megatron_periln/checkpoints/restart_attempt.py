@@ -11,17 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Incarnation"]
+__all__ = ["RestartAttempt"]
 
 
 @dataclass(frozen=True)
-class Incarnation:
+class RestartAttempt:
     """One start of a job.
 
     Attributes
     ----------
     name
-        Of the incarnation: the same for all its processes, and for those that torchrun restarts.
+        Of the attempt: the same for all its processes, and for those that torchrun restarts.
     job
         What it is a start of, "" if unknown.
     restart
@@ -41,8 +41,8 @@ class Incarnation:
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(" ", "seconds"))
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Incarnation:
-        """Return this process's incarnation.
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RestartAttempt:
+        """Return this process's restart attempt.
 
         ``MEGATRON_PERILN_INCARNATION`` names it, or else ``SLURM_JOB_ID`` and
         ``SLURM_RESTART_COUNT``; without either, every start is one of its own.
@@ -56,15 +56,15 @@ class Incarnation:
         return cls(uuid.uuid4().hex[:12])
 
     @classmethod
-    def from_json(cls, entries: Mapping[str, Any]) -> Incarnation:
-        """Return the incarnation that `to_json` wrote."""
+    def from_json(cls, entries: Mapping[str, Any]) -> RestartAttempt:
+        """Return the attempt that `to_json` wrote."""
         return cls(**{name: entries[name] for name in cls.__dataclass_fields__})
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
         return asdict(self)
 
-    def is_older_than(self, other: Incarnation) -> bool:
+    def is_older_than(self, other: RestartAttempt) -> bool:
         """Tell whether the same job was requeued after this start of it."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
 

@@ -54,10 +54,11 @@ def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
     path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
     if not path.is_dir():
         numbers = sorted(number for inner in Path(folder).glob("iter_*") if (number := iteration_of(inner)))
-        mend = "give another --ckpt-step" if args.ckpt_step else f"mend {tracker.name}, or give --ckpt-step"
-        raise UsageError(
-            f"{flag} {folder}: there is no {path.name}, but {', '.join(map(str, numbers)) or 'none'}; {mend}"
+        found = ", ".join(map(str, numbers)) or "none"
+        advice = (
+            "give another --ckpt-step" if args.ckpt_step else f"correct {tracker.name}, or give --ckpt-step"
         )
+        raise UsageError(f"{flag} {folder}: there is no {path.name}, but {found}; {advice}")
     return path
 
 

@@ -21,7 +21,7 @@ import torch
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["install"]
+__all__ = ["install", "surface"]
 
 _GENERATOR = torch.default_generator
 
@@ -139,7 +139,8 @@ def _memory_info(device: Any = None) -> tuple[int, int]:
     return total - _resident_bytes(), total
 
 
-def _surface() -> dict[str, Any]:
+def surface() -> dict[str, Any]:
+    """Return what takes the place of each name of ``torch.cuda``."""
     stream = Stream()
     constants: dict[str, Any] = {
         "is_available": True,
@@ -229,9 +230,9 @@ def _distinct(function: Any) -> Callable[..., Any]:
 )
 def install() -> None:
     """Put the surface in place of ``torch.cuda``'s functions and classes."""
-    surface = _surface()
+    names = surface()
     for module in (torch.cuda, torch.cuda.random, torch.cuda.memory):
-        for name, value in surface.items():
+        for name, value in names.items():
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, value)
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):

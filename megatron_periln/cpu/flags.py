@@ -6,10 +6,9 @@ from argparse import Namespace
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["adapt_arguments"]
+__all__ = ["COUNTERPARTS", "GPU_ONLY", "adapt_arguments"]
 
-# What has a counterpart on the CPU that computes the same: argument, value there, reason.
-_COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
+COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
     ("distributed_backend", "gloo", "NCCL needs a GPU"),
     ("transformer_impl", "local", "Transformer Engine needs a GPU"),
     ("no_persist_layer_norm", True, "the persistent LayerNorm kernel needs a GPU"),
@@ -22,9 +21,9 @@ _COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
     ("tp_comm_overlap", False, "it needs Transformer Engine"),
     ("te_rng_tracker", False, "it needs Transformer Engine"),
 )
+"""What has a counterpart on the CPU that computes the same: argument, value there, reason."""
 
-# What has none: argument, flag, what to do.
-_GPU_ONLY: tuple[tuple[str, str, str], ...] = (
+GPU_ONLY: tuple[tuple[str, str, str], ...] = (
     ("fp8", "--fp8-format", "use --bf16, or no precision flag for fp32"),
     ("fp4", "--fp4-format", "use --bf16, or no precision flag for fp32"),
     ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
@@ -35,6 +34,7 @@ _GPU_ONLY: tuple[tuple[str, str, str], ...] = (
         "use --reset-attention-mask",
     ),
 )
+"""What has none: argument, flag, what to do."""
 
 
 def adapt_arguments(args: Namespace) -> list[str]:
@@ -55,11 +55,11 @@ def adapt_arguments(args: Namespace) -> list[str]:
     UsageError
         For a flag whose result can't be had on the CPU.
     """
-    for name, flag, advice in _GPU_ONLY:
+    for name, flag, advice in GPU_ONLY:
         if getattr(args, name, None):
             raise UsageError(f"{flag} needs a GPU and has no counterpart under --device cpu; {advice}")
     changes = []
-    for name, value, reason in _COUNTERPARTS:
+    for name, value, reason in COUNTERPARTS:
         asked = getattr(args, name, value)
         if asked != value:
             setattr(args, name, value)

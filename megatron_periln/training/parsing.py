@@ -12,10 +12,9 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_periln import cpu
-from megatron_periln.checkpoints.arguments import GROUP as CHECKPOINTS
-from megatron_periln.checkpoints.arguments import add_checkpoint_arguments
 from megatron_periln.checkpoints.guard import put_back
-from megatron_periln.checkpoints.intact import choose_intact_checkpoint, loads_from
+from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
+from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint, loads_from
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError

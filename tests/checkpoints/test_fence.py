@@ -1,4 +1,4 @@
-"""One incarnation writes to a folder, however many processes want to at once."""
+"""One restart attempt writes to a folder, however many processes want to at once."""
 
 import json
 import multiprocessing
@@ -10,24 +10,24 @@ import sys
 import pytest
 
 from megatron_periln.checkpoints.fence import Fence, SupersededError
-from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.errors import UsageError
 
 
 def start(job="", restart=0):
     environment = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)} if job else {}
-    return Incarnation.from_environment(environment)
+    return RestartAttempt.from_environment(environment)
 
 
-def elsewhere(incarnation):
-    return Incarnation.from_json({**incarnation.to_json(), "host": "node7"})
+def elsewhere(attempt):
+    return RestartAttempt.from_json({**attempt.to_json(), "host": "node7"})
 
 
-def test_the_environment_names_the_incarnation():
+def test_the_environment_names_the_restart_attempt():
     assert start("17").name == "job 17, restart 0"
     assert start("17", 2).name == "job 17, restart 2"
     own = {"MEGATRON_PERILN_INCARNATION": "morning", "SLURM_JOB_ID": "17"}
-    assert Incarnation.from_environment(own).name == "morning"
+    assert RestartAttempt.from_environment(own).name == "morning"
     assert start().name != start().name
 
 
@@ -106,8 +106,8 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from megatron_periln.checkpoints.fence import Fence
-from megatron_periln.checkpoints.restart_attempt import Incarnation
-Fence.take(Path(sys.argv[1]), Incarnation.from_environment({}))
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
+Fence.take(Path(sys.argv[1]), RestartAttempt.from_environment({}))
 print("taken", flush=True)
 time.sleep(60)
 """

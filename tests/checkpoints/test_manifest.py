@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
-from megatron_periln.checkpoints import sums
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
+from tests.checkpoints.damage import flip_a_bit
 
 CONTENT = {"a.distcp": os.urandom(3 << 20), "b.distcp": b"", "inner/c.pt": b"c" * 1000}
 
@@ -27,12 +27,6 @@ def test_what_is_there_is_described(folder):
     assert manifest.size == sum(map(len, CONTENT.values()))
     manifest.check_sizes(folder)
     manifest.check_sums(folder)
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["a.distcp", "inner/c.pt"])
@@ -85,40 +79,3 @@ def test_without_sums(folder):
     assert not manifest.has_sums
     flip_a_bit(folder / "a.distcp")
     manifest.check_sums(folder)
-
-
-def test_what_is_written_is_summed_in_passing(tmp_path):
-    path, pieces = tmp_path / "x.distcp", [b"head", os.urandom(5 << 20), b"", memoryview(b"tail" * 3)]
-    with sums.open_summed(str(path), "wb") as stream:
-        for piece in pieces:
-            stream.write(piece)
-    whole = b"".join(map(bytes, pieces))
-    assert path.read_bytes() == whole
-    assert (
-        sums.read_sidecar(path)
-        == (len(whole), f"{zlib.crc32(whole):08x}")
-        == (len(whole), sums.sum_file(path))
-    )
-
-
-def test_a_sum_taken_in_passing_finds_what_the_disk_lost(tmp_path):
-    path = tmp_path / "x.distcp"
-    with sums.open_summed(str(path), "wb") as stream:
-        stream.write(b"content")
-    flip_a_bit(path)
-    manifest = Manifest.of(tmp_path, sums=True)
-    with pytest.raises(BrokenCheckpointError, match="checksum"):
-        manifest.check_sums(tmp_path)
-    os.truncate(path, 3)
-    with pytest.raises(BrokenCheckpointError, match="has 3 bytes instead of 7"):
-        Manifest.of(tmp_path, sums=True)
-
-
-def test_a_file_that_is_not_written_in_order_is_not_summed_in_passing(tmp_path):
-    path = tmp_path / "x.distcp"
-    with sums.open_summed(str(path), "wb") as stream:
-        stream.write(b"content")
-        stream.seek(0)
-        stream.write(b"C")
-    assert sums.read_sidecar(path) is None
-    assert Manifest.of(tmp_path, sums=True).files[0].crc32 == f"{zlib.crc32(b'Content'):08x}"

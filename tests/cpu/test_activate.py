@@ -21,7 +21,7 @@ SCRIPT = """
 import json, os, sys, types
 import torch
 from megatron_periln import cpu
-from megatron_periln.cpu.cuda_surface import _surface
+from megatron_periln.cpu.cuda_surface import surface
 
 def refusal():
     try:
@@ -29,7 +29,7 @@ def refusal():
     except RuntimeError as error:
         return str(error)
 
-found = {"unknown names": [name for name in _surface() if not hasattr(torch.cuda, name)]}
+found = {"unknown names": [name for name in surface() if not hasattr(torch.cuda, name)]}
 factory, available = torch.empty, torch.cuda.is_available
 torch.cuda.is_available = lambda: True
 found["with a GPU"] = refusal()
@@ -93,7 +93,7 @@ def test_it_knows_nothing_of_the_rest_of_the_package(found):
     assert others == ["megatron_periln", "megatron_periln.version"]
 
 
-def test_every_mapped_name_is_torch_s(found):
+def test_torch_has_every_mapped_name(found):
     assert found["unknown names"] == []
 
 

@@ -108,7 +108,7 @@ def test_guards_enter_and_leave(guard):
 
 
 @pytest.mark.parametrize("name", ["memory_allocated", "memory_reserved", "device_memory_used"])
-def test_memory_in_use_is_the_process_s(name):
+def test_memory_in_use_is_that_of_the_process(name):
     in_use = getattr(torch.cuda, name)
     before = in_use()
     tensor = torch.ones(64 << 20, dtype=torch.uint8)
@@ -141,7 +141,7 @@ def test_device_properties_describe_the_machine():
     assert total - torch.cuda.memory_allocated() == pytest.approx(free, rel=0.01)
 
 
-def test_random_state_is_the_cpu_s(generator_as_it_was):
+def test_random_state_is_that_of_the_cpu(generator_as_it_was):
     torch.cuda.manual_seed(7)
     assert torch.cuda.initial_seed() == torch.initial_seed() == 7
     state = torch.cuda.get_rng_state("cuda")
@@ -193,5 +193,5 @@ def test_unmapped_call_fails_loudly(name, arguments):
 
 
 def test_functions_are_distinct_objects():
-    functions = [value for value in cuda_surface._surface().values() if not isinstance(value, type | tuple)]
+    functions = [value for value in cuda_surface.surface().values() if not isinstance(value, type | tuple)]
     assert len(set(functions)) == len(functions)

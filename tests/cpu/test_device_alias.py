@@ -166,7 +166,7 @@ def test_saved_tensors_load_to_meta():
         (torch.int64, "torch.cuda.LongTensor"),
     ],
 )
-def test_type_names_are_cuda_s_there_and_back(dtype, name):
+def test_type_names_are_those_of_cuda_there_and_back(dtype, name):
     tensor = torch.ones(2, dtype=dtype)
     assert tensor.type() == name
     back = torch.ones(2, dtype=torch.float64).type(name)

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_periln.cpu.flags import _COUNTERPARTS, _GPU_ONLY, adapt_arguments
+from megatron_periln.cpu.flags import COUNTERPARTS, GPU_ONLY, adapt_arguments
 from megatron_periln.errors import UsageError
 
 # Argument: what asks for the GPU, as Megatron's parser stores it.
@@ -36,10 +36,10 @@ def defaults():
 
 
 def test_every_counterpart_is_tried():
-    assert set(ASKED) == {name for name, _, _ in _COUNTERPARTS}
+    assert set(ASKED) == {name for name, _, _ in COUNTERPARTS}
 
 
-@pytest.mark.parametrize("name, value, reason", _COUNTERPARTS)
+@pytest.mark.parametrize("name, value, reason", COUNTERPARTS)
 def test_counterpart_is_set_and_reported_in_words(name, value, reason):
     args = Namespace(**{name: ASKED[name]})
     (change,) = adapt_arguments(args)
@@ -48,14 +48,14 @@ def test_counterpart_is_set_and_reported_in_words(name, value, reason):
 
 
 def test_nothing_is_reported_when_all_is_right():
-    right = {name: value for name, value, _ in _COUNTERPARTS}
+    right = {name: value for name, value, _ in COUNTERPARTS}
     args = Namespace(**right, fp8=None, use_torch_fsdp2=False)
     assert adapt_arguments(args) == []
     assert adapt_arguments(Namespace()) == []
     assert vars(args) == {**right, "fp8": None, "use_torch_fsdp2": False}
 
 
-@pytest.mark.parametrize("name, flag, advice", _GPU_ONLY)
+@pytest.mark.parametrize("name, flag, advice", GPU_ONLY)
 def test_flag_that_needs_a_gpu_is_refused_with_advice(name, flag, advice):
     args = Namespace(**{name: "hybrid", "distributed_backend": "nccl"})
     with pytest.raises(UsageError) as refusal:
@@ -65,13 +65,13 @@ def test_flag_that_needs_a_gpu_is_refused_with_advice(name, flag, advice):
     assert args.distributed_backend == "nccl"
 
 
-@pytest.mark.parametrize("name", [*ASKED, *(name for name, _, _ in _GPU_ONLY)])
-def test_argument_is_megatron_s(defaults, name):
+@pytest.mark.parametrize("name", [*ASKED, *(name for name, _, _ in GPU_ONLY)])
+def test_megatron_has_the_argument(defaults, name):
     assert hasattr(defaults, name)
 
 
-@pytest.mark.parametrize("name, flag, _", _GPU_ONLY)
-def test_flag_sets_its_argument_in_megatron_s_parser(monkeypatch, defaults, name, flag, _):
+@pytest.mark.parametrize("name, flag, _", GPU_ONLY)
+def test_flag_sets_its_argument_in_the_parser_of_megatron(monkeypatch, defaults, name, flag, _):
     from megatron.training.arguments import parse_args
 
     value = {"--fp8-format": ["hybrid"], "--fp4-format": ["e2m1"]}.get(flag, [])
@@ -81,7 +81,7 @@ def test_flag_sets_its_argument_in_megatron_s_parser(monkeypatch, defaults, name
 
 
 @pytest.mark.parametrize(
-    "flag", sorted({flag for *_, advice in _GPU_ONLY for flag in re.findall(r"--[\w-]+", advice)})
+    "flag", sorted({flag for *_, advice in GPU_ONLY for flag in re.findall(r"--[\w-]+", advice)})
 )
 def test_advised_flag_exists(monkeypatch, flag):
     from megatron.training.arguments import parse_args
@@ -90,7 +90,7 @@ def test_advised_flag_exists(monkeypatch, flag):
     parse_args()
 
 
-def test_megatron_s_defaults_become_right(defaults):
+def test_the_defaults_of_megatron_become_right(defaults):
     changed = {line.split()[0] for line in adapt_arguments(defaults)}
     assert {"distributed_backend", "transformer_impl", "gradient_accumulation_fusion"} <= changed
     assert adapt_arguments(defaults) == []

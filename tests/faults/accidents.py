@@ -11,10 +11,10 @@ from megatron.training import training
 
 from megatron_periln.checkpoints import guard
 from megatron_periln.checkpoints.fence import Fence
-from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.training import run
 
-SUCCESSOR = Incarnation("job 17, restart 1", job="17", restart=1, host="node7", process="")
+SUCCESSOR = RestartAttempt("job 17, restart 1", job="17", restart=1, host="node7", process="")
 
 
 def one_save_at_a_time():

@@ -12,9 +12,9 @@ from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.guard import SaveGuard, put_back, tidy
 from megatron_periln.checkpoints.intact import choose_intact_checkpoint
 from megatron_periln.checkpoints.manifest import MANIFEST
-from megatron_periln.checkpoints.restart_attempt import Incarnation
+from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.errors import UsageError
-from tests.checkpoints.test_manifest import flip_a_bit
+from tests.checkpoints.damage import flip_a_bit
 from tests.faults.test_fencing import ONE_BY_ONE
 from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
@@ -203,7 +203,7 @@ def test_all_ranks_go_on_from_what_was_being_replaced(jobs, checkpoints):
 
 def test_killed_while_what_was_replaced_is_deleted(checkpoints, monkeypatch):
     """Without manifests, a checkpoint that is half deleted is not taken for the good one."""
-    guard = SaveGuard(Fence.take(checkpoints, Incarnation.from_environment()), "off", 10)
+    guard = SaveGuard(Fence.take(checkpoints, RestartAttempt.from_environment()), "off", 10)
     new = checkpoints / "iter_0000006"
     good = {path.name: path.read_bytes() for path in new.iterdir() if path.name != MANIFEST}
     guard.before_save(new)
@@ -251,5 +251,5 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("megatron_periln.checkpoints.fence.sync", read_only)
     with pytest.raises(UsageError, match=r"^--save .*: cannot be written: Read-only file system; give"):
-        Fence.take(tmp_path, Incarnation.from_environment())
+        Fence.take(tmp_path, RestartAttempt.from_environment())
     assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ NO_PATCHES = {
     "is_active",
     "activate",
     "on_cpu",
+    "surface",
     "adapt_arguments",
 }
 

@@ -180,7 +180,7 @@ def test_nothing_to_load_is_nothing_to_refuse(jobs):
     ("name", "tracker", "arguments", "message"),
     [
         ("garbage-tracker", "abc", "", "names no iteration but 'abc'; write the number of one into it"),
-        ("lost-iteration", "9", "", "there is no iter_0000009, but 6; mend latest_checkpointed_iteration"),
+        ("lost-iteration", "9", "", "there is no iter_0000009, but 6; correct latest_checkpointed_iteration"),
         ("unknown-step", "6", "--ckpt-step 99", "no iter_0000099, but 6; give another --ckpt-step"),
     ],
 )
