@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, parse_size, quiet_megatron, run_command
 from megatron_periln.data.preprocess.driver import preprocess
-from megatron_periln.data.preprocess.finished import check_finished, is_finished
+from megatron_periln.data.preprocess.finalize import check_finished, is_finished
 from megatron_periln.data.preprocess.plan import Plan, Summary, dataset_prefix, prepare_outputs
 from megatron_periln.data.preprocess.sentences import sentence_splitter
 from megatron_periln.data.readers.inputs import FORMATS, find_inputs

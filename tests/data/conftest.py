@@ -225,5 +225,5 @@ def stub(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
 @pytest.fixture
 def chunks_of_20_bytes(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 20)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 20)
     stub(lambda text: None)

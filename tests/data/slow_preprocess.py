@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_periln.command_line import run_command
 from megatron_periln.data.preprocess import plan
 from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk
-from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.tools import preprocess_data
 
-plan._CHUNK_BYTES = int(sys.argv.pop(1))
+plan.CHUNK_BYTES = int(sys.argv.pop(1))
 seconds = float(sys.argv.pop(1))
 encode = ChunkEncoder.encode
 

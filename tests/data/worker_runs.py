@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_periln.data.preprocess.encode import ChunkEncoder
-from megatron_periln.data.preprocess.journal import Location
-from megatron_periln.data.preprocess.placer import Placer
-from megatron_periln.data.preprocess.worker import Report
-from megatron_periln.data.preprocess.workers import Written, encode_and_write
-from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.preprocess.journal import Placer
+from megatron_periln.data.preprocess.partial_outputs import Location
+from megatron_periln.data.preprocess.workers import Report, Written, encode_and_write
 from megatron_periln.data.readers.sources import Block
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.data.tokenizers.encoders import choose_encoder
 from megatron_periln.data.tokenizers.resolve import wrap_tokenizer
 from tests.data.characters import Characters
@@ -28,7 +27,7 @@ class Run:
     """Runs workers on chunks; keeps what they were told and what they wrote."""
 
     def __init__(self, folder: Path) -> None:
-        self.stem = str(folder / "growing")
+        self.stem = str(folder / "partial")
         self.notes: list[str] = []
         self.placed = 0
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files while they grow."""
+"""SHA-256 of files while they are written."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from megatron_periln.data.preprocess.journal import Record
-from megatron_periln.data.preprocess.outputs import Outputs
-
-__all__ = ["GrowingChecksums", "Growth"]
+__all__ = ["RunningChecksums"]
 
 _BLOCK = 1 << 20
 
 
-class GrowingChecksums:
+class RunningChecksums:
     """Reads files behind those who write them, in a thread of its own.
 
-    What was just written is still in memory, so nothing is read from the disk twice.
+    What was just written is still in memory, so nothing is read from the disk twice. Hashing lets go of the
+    interpreter's lock, so the parent's work goes on beside it.
     """
 
     def __init__(self) -> None:
@@ -65,25 +63,3 @@ class GrowingChecksums:
                 self._sizes[path] = end
         except OSError as error:
             self._error = error
-
-
-class Growth:
-    """Lets the checksums follow the chunks before which all were written."""
-
-    def __init__(self, outputs: Outputs, checksums: GrowingChecksums) -> None:
-        self._outputs, self._checksums = outputs, checksums
-        self._placer = outputs.new_placer()
-        self._seen, self._next = 0, 0
-        self._waiting: dict[int, Record] = {}
-
-    def advance(self) -> None:
-        """Take note of what was written since the last call."""
-        for record in self._outputs.records[self._seen :]:
-            self._waiting[record.number] = record
-        self._seen = len(self._outputs.records)
-        while self._next in self._waiting:
-            record = self._waiting.pop(self._next)
-            self._next += 1
-            for dataset in self._placer.place(record.sizes):
-                end = self._placer.ends[dataset].tokens * self._placer.itemsize
-                self._checksums.extend(f"{self._outputs.stem(dataset)}.bin", end)

@@ -8,17 +8,17 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from megatron_periln.data.preprocess.checksums import GrowingChecksums, Growth
+from megatron_periln.data.preprocess.checksums import RunningChecksums
 from megatron_periln.data.preprocess.encode import ChunkEncoder
-from megatron_periln.data.preprocess.finalize import publish_all
-from megatron_periln.data.preprocess.journal import Location, Record
-from megatron_periln.data.preprocess.outputs import Outputs
-from megatron_periln.data.preprocess.plan import Plan, Summary, dataset_prefix, growing_folder
+from megatron_periln.data.preprocess.finalize import finalize_run
+from megatron_periln.data.preprocess.journal import Record
+from megatron_periln.data.preprocess.partial_outputs import Location, PartialOutputs
+from megatron_periln.data.preprocess.plan import Plan, Summary, partial_folder
 from megatron_periln.data.preprocess.progress import Progress
-from megatron_periln.data.preprocess.quarantine import number_lines
-from megatron_periln.data.preprocess.worker import Report
-from megatron_periln.data.preprocess.workers import encode_and_write
-from megatron_periln.data.readers.inputs import Source, sources, take_shard, to_tasks
+from megatron_periln.data.preprocess.workers import Report, encode_and_write
+from megatron_periln.data.readers.opening import number_lines
+from megatron_periln.data.readers.sources import Source
+from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_tasks
 from megatron_periln.data.tokenizers.encoders import Choice, choose_encoder, token_dtype
 from megatron_periln.data.tokenizers.megatron_tokenizer import end_of_document
 from megatron_periln.errors import PreprocessError
@@ -45,10 +45,10 @@ def preprocess(plan: Plan, log_interval: int | None = None) -> Summary:
         If the input is empty or cannot be read, a document cannot be encoded, workers die, or an
         output cannot be written.
     """
-    return _Run(plan, log_interval).run()
+    return _Preprocessing(plan, log_interval).run()
 
 
-class _EncoderDiffersError(Exception):
+class _InexactEncoderError(Exception):
     """The encoder does not do what its reference does."""
 
 
@@ -56,7 +56,9 @@ class _NothingToKeepError(PreprocessError):
     """What was done is of no use."""
 
 
-class _Run:
+class _Preprocessing:
+    """One run, from the plan to the datasets."""
+
     def __init__(self, plan: Plan, log_interval: int | None) -> None:
         self.plan = plan
         self.started = time.monotonic()
@@ -64,45 +66,37 @@ class _Run:
         self.choice = choose_encoder(plan.tokenizer, plan.encoder)
         self.sources = self._sources()
         self.progress = Progress(sum(source.weight for source in self.sources), log_interval)
+        self.encoder = self._chunk_encoder()
+        self.outputs = PartialOutputs(
+            partial_folder(plan.output_prefix), self.dtype, plan.identity(self.dtype), plan.max_bin_size
+        )
+        self.checksums = RunningChecksums()
 
     def run(self) -> Summary:
-        plan = self.plan
-        encoder = self._encoder()
-        self.outputs = Outputs(
-            growing_folder(plan.output_prefix), self.dtype, plan.identity(self.dtype), plan.max_bin_size
-        )
-        keep = plan.rereadable
+        """Open the partial datasets, encode what is missing of them, and finalize them."""
+        outputs, keep = self.outputs, self.plan.rereadable
         try:
-            self.outputs.open(resume=plan.resume, overwrite=plan.overwrite)
-            self._check_quarantine()
-            if self.outputs.encoder and not plan.encoder:
-                self.choice = choose_encoder(plan.tokenizer, self.outputs.encoder)
-                encoder = self._encoder()
-            self.checksums = GrowingChecksums()
-            if not self.outputs.complete:
-                try:
-                    self._encode(encoder)
-                except _EncoderDiffersError as error:
-                    self._fall_back(error)
-                    self._encode(self._encoder())
+            self._open_outputs()
+            if not outputs.complete:
+                self._encode()
                 self._check_tokens()
-                self.outputs.end()
-            if not self.outputs.records:
-                self.progress.note("--shard {}/{} has no input: fewer would do".format(*plan.shard))
-                self.outputs.make_empty(plan.keys)
-            files = publish_all(plan, self.outputs, self.checksums.result(), self.choice.encoder.name)
+                outputs.mark_complete()
+            if not outputs.records:
+                self.progress.note("--shard {}/{} has no input: fewer would do".format(*self.plan.shard))
+                outputs.make_empty(self.plan.keys)
+            files = finalize_run(self.plan, outputs, self.checksums.result(), self.choice.encoder.name)
             keep = False
         except _NothingToKeepError:
             keep = False
             raise
         except (PreprocessError, KeyboardInterrupt) as error:
-            if keep and self.outputs.records:
+            if keep and outputs.records:
                 reason = f"{error}; " if str(error) else ""
                 raise type(error)(f"{reason}what is done is kept: go on with --resume") from error
             raise
         finally:
             self.progress.close()
-            self.outputs.close(remove=not keep)
+            outputs.close(remove=not keep)
         return self._summary(files)
 
     def _sources(self) -> list[Source]:
@@ -112,13 +106,13 @@ class _Run:
                 "--partitions reads the input once for each, so it cannot be a pipe: "
                 "use files or --keep-sequential-samples"
             )
-        if plan.resume and not plan.rereadable and growing_folder(plan.output_prefix).exists():
+        if plan.resume and not plan.rereadable and partial_folder(plan.output_prefix).exists():
             raise PreprocessError("--resume: a pipe cannot be read again; start anew with --overwrite")
-        found = sources(plan.inputs, plan.keys, plan.chunk_bytes)
+        sources = cut_into_sources(plan.inputs, plan.keys, plan.chunk_bytes)
         shard, shards = plan.shard
-        return take_shard(found, shard, shards) if shards > 1 else found
+        return take_shard(sources, shard, shards) if shards > 1 else sources
 
-    def _encoder(self) -> ChunkEncoder:
+    def _chunk_encoder(self) -> ChunkEncoder:
         plan = self.plan
         return ChunkEncoder(
             self.choice.encoder,
@@ -132,18 +126,37 @@ class _Run:
             limit=plan.max_document_bytes,
         )
 
-    def _encode(self, encoder: ChunkEncoder) -> None:
-        """Encode what is not written yet."""
+    def _open_outputs(self) -> None:
+        plan, outputs = self.plan, self.outputs
+        outputs.open(resume=plan.resume, overwrite=plan.overwrite)
+        skipped = sum(sum(record.skipped.values()) for record in outputs.records)
+        if skipped and plan.on_error == "quarantine" and skipped > sum(1 for _ in outputs.bad_documents()):
+            raise PreprocessError(
+                f"{outputs.folder}: documents were skipped with --on-error skip, so they cannot be put "
+                f"in quarantine; run as before, or start anew with --overwrite"
+            )
+        if outputs.encoder and not plan.encoder:
+            self.choice = choose_encoder(plan.tokenizer, outputs.encoder)
+            self.encoder = self._chunk_encoder()
+
+    def _encode(self) -> None:
+        """Encode what is not written yet; all, if the encoder turns out not to be exact."""
+        try:
+            self._encode_chunks()
+        except _InexactEncoderError as error:
+            self._fall_back(error)
+            self._encode_chunks()
+
+    def _encode_chunks(self) -> None:
         plan, outputs = self.plan, self.outputs
         for note in self.choice.notes:
             self.progress.note(note)
-        first = len(outputs.records)
-        growth = Growth(outputs, self.checksums)
         for record in outputs.records:
             self._show(record, new=False)
+        first = len(outputs.records)
         tasks = islice(to_tasks(self.sources, plan.partitions, plan.max_document_bytes), first, None)
         written = encode_and_write(
-            encoder, tasks, self._place, plan.workers, first=first, warn=self.progress.note
+            self.encoder, tasks, self._place, plan.workers, first=first, warn=self.progress.note
         )
         with closing(written):
             for chunk in written:
@@ -154,32 +167,28 @@ class _Run:
                     empty=chunk.report.empty,
                     bytes=chunk.report.bytes,
                     weight=chunk.task.chunk.weight // plan.partitions,
-                    left_out=chunk.report.left_out,
+                    skipped=chunk.report.skipped,
                     bad=chunk.report.bad,
                 )
                 outputs.add(record)
                 self._show(record)
-                growth.advance()
-        growth.advance()
+                self._extend_checksums()
+        self._extend_checksums()  # by what an earlier run wrote, where nothing was left to encode
 
     def _place(self, report: Report) -> dict[str, Location]:
+        """Return where a chunk goes; end the run at what shall end it, of all chunks the first in order."""
         if report.difference:
-            raise _EncoderDiffersError(report.difference)
+            raise _InexactEncoderError(report.difference)
         if report.bad and self.plan.on_error == "stop":
             (bad,) = number_lines(lambda: report.bad[:1])
-            raise PreprocessError(f"{bad}; --on-error skip or quarantine leaves such documents out")
+            raise PreprocessError(f"{bad}; --on-error skip or quarantine skips such documents")
         return self.outputs.place(report.sizes)
 
-    def _check_quarantine(self) -> None:
-        """Refuse to go on where documents that belong in quarantine were not kept."""
-        left_out = sum(sum(record.left_out.values()) for record in self.outputs.records)
-        if left_out and self.plan.on_error == "quarantine" and left_out > sum(1 for _ in self.outputs.bad()):
-            raise PreprocessError(
-                f"{self.outputs.folder}: documents were left out with --on-error skip, so they cannot be put "
-                f"in quarantine; run as before, or start anew with --overwrite"
-            )
+    def _extend_checksums(self) -> None:
+        for path, end in self.outputs.newly_final():
+            self.checksums.extend(path, end)
 
-    def _fall_back(self, error: _EncoderDiffersError) -> None:
+    def _fall_back(self, error: _InexactEncoderError) -> None:
         name, reference = self.choice.encoder.name, self.choice.reference
         assert reference
         if self.plan.encoder:
@@ -190,28 +199,28 @@ class _Run:
             ) from error
         self.progress.note(f"the encoder {name} is not exact, starting again with {reference.name}: {error}")
         self.choice = Choice(reference, None)
+        self.encoder = self._chunk_encoder()
         self.progress.reset()
-        self.checksums = GrowingChecksums()
+        self.checksums = RunningChecksums()
         self.outputs.restart(reference.name)
 
     def _check_tokens(self) -> None:
         """Refuse what Megatron cannot map; a shard may be empty, as long as not all are."""
         if self.plan.shard[1] > 1:
             return
+        records = self.outputs.records
         tokens = Counter[str]()
         for (key, _), size in self.outputs.datasets().items():
             tokens[key] += size.tokens
         for key in self.plan.keys:
-            if not any(record.sizes[key].documents or record.left_out for record in self.outputs.records):
+            if not any(record.sizes[key].documents or record.skipped for record in records):
                 names = " ".join(file.path for file in self.plan.inputs)
                 raise _NothingToKeepError(f"no documents: {names} is empty")
             if not tokens[key]:
-                name = dataset_prefix(self.plan.output_prefix, key, sentences=self.plan.split is not None)
-                left_out = (
-                    " or was left out" if any(record.left_out for record in self.outputs.records) else ""
-                )
+                skipped = " or was skipped" if any(record.skipped for record in records) else ""
                 raise _NothingToKeepError(
-                    f"{name}: every document is empty{left_out}, so there are no tokens to write"
+                    f"{self.plan.dataset_prefix(key)}: every document is empty{skipped}, so there are no "
+                    f"tokens to write"
                 )
 
     def _summary(self, files: list[Path]) -> Summary:
@@ -221,7 +230,7 @@ class _Run:
             tokens=sum(size.tokens for record in records for size in record.sizes.values()),
             bytes=sum(record.bytes for record in records),
             empty=sum(number for record in records for number in record.empty.values()),
-            left_out=dict(sum((Counter(record.left_out) for record in records), Counter())),
+            skipped=dict(sum((Counter(record.skipped) for record in records), Counter())),
             encoder=self.choice.encoder.name,
             seconds=time.monotonic() - self.started,
             files=files,
@@ -234,6 +243,6 @@ class _Run:
             documents=next(iter(sizes)).documents,
             bytes=record.bytes,
             tokens=sum(size.tokens for size in sizes),
-            errors=sum(record.left_out.values()),
+            errors=sum(record.skipped.values()),
             new=new,
         )

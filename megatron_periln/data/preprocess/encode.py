@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_periln.data.readers.documents import BadDocument, Document, parse, readable, size_of
-from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.data.tokenizers.encoders import BatchEncoder, first_difference
 from megatron_periln.errors import PreprocessError
 
@@ -21,7 +21,9 @@ __all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
 
 _BATCH_BYTES = 4 << 20
 _SAMPLED = 1 / 4096
+"""Part of the characters that the reference encodes again."""
 _SAMPLE_CHARACTERS = 16 << 10
+"""How many it encodes to begin with, and of one text at most."""
 
 
 class Part(NamedTuple):
@@ -57,8 +59,8 @@ class EncodedChunk:
         Their tokens, for each key; every key has the same documents.
     bytes
         Their size as they were read, decompressed.
-    left_out
-        Number of documents that were left out, of each kind.
+    skipped
+        Number of documents that were skipped, of each kind.
     bad
         Those documents, if they were asked for.
     difference
@@ -67,7 +69,7 @@ class EncodedChunk:
 
     parts: dict[str, Part]
     bytes: int
-    left_out: dict[str, int]
+    skipped: dict[str, int]
     bad: list[BadDocument]
     difference: str | None
 
@@ -134,7 +136,7 @@ class ChunkEncoder:
         """
         parts: dict[str, list[Part]] = {key: [] for key in self.keys}
         bad: list[BadDocument] = []
-        left_out = Counter[str]()
+        skipped = Counter[str]()
         size, difference = 0, None
         for batch, read in self._batches(task):
             good = [item for item in batch if isinstance(item, Document)]
@@ -142,25 +144,25 @@ class ChunkEncoder:
             difference = difference or self._compare(good)
             try:
                 encoded = [self._encode_documents(good)]
-            except _CannotEncodeError:
+            except _CannotEncodeError:  # of one of them: each by itself tells which
                 batch = [self._checked(item) for item in batch]
                 encoded = [self._encode_documents([item]) for item in batch if isinstance(item, Document)]
             wrong = [item for item in batch if isinstance(item, BadDocument)]
-            left_out.update(item.kind for item in wrong)
+            skipped.update(item.kind for item in wrong)
             bad += wrong if self._keep_bad else []
             for found in encoded:
                 for key, part in zip(self.keys, found, strict=True):
                     parts[key].append(part)
         joined = {key: _joined(found, self.dtype) for key, found in parts.items()}
-        return EncodedChunk(joined, size, dict(left_out), bad, difference)
+        return EncodedChunk(joined, size, dict(skipped), bad, difference)
 
     def _batches(self, task: Task) -> Iterator[tuple[list[Document | BadDocument], int]]:
         """Yield some documents at a time, and their size as they were read."""
         batch: list[Document | BadDocument] = []
         size = 0
-        for entry in islice(task.chunk.entries(self._limit), task.skip, None, task.step):
-            batch.append(parse(entry, self.keys))
-            size += size_of(entry)
+        for raw in islice(task.chunk.raw_documents(self._limit), task.skip, None, task.step):
+            batch.append(parse(raw, self.keys))
+            size += size_of(raw)
             if self._stop and isinstance(batch[-1], BadDocument):
                 break
             if size >= _BATCH_BYTES:
@@ -178,10 +180,11 @@ class ChunkEncoder:
         sentences = [self._sentences(key, value) for value in values]
         counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
         ids, lengths = self._tokenize(key, list(chain.from_iterable(sentences)))
+        # As in Megatron-LM, sequences without tokens are dropped; a document may have none left.
         documents = np.repeat(np.arange(len(values)), counts)[lengths > 0]
         sequences = np.bincount(documents, minlength=len(values))
         lengths = lengths[lengths > 0]
-        if self._eod is not None:
+        if self._eod is not None:  # behind the last sequence of each document that has one
             last = np.cumsum(sequences)[sequences > 0] - 1
             ids = np.insert(ids, np.cumsum(lengths)[last], self._eod)
             lengths[last] += 1
@@ -254,6 +257,6 @@ def _characters(document: Document) -> int:
 def _joined(parts: Sequence[Part], dtype: np.dtype) -> Part:
     if len(parts) == 1:
         return parts[0]
-    empty = Part(np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int64))
+    empty = Part(np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int64))  # gives the dtypes
     names = ("tokens", "sequence_lengths", "document_lengths")
     return Part(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in names))

@@ -1,45 +1,44 @@
-"""What a run notes about each chunk that it wrote, and how a chunk is written and found again."""
+"""What a run notes of each chunk that was written, and where in the datasets chunks lie by these notes.
+
+The journal has a line for each chunk, in the order in which workers wrote them. It need not say where a chunk
+lies: each goes behind those before it, so that follows from their sizes (``Placer``, ``Replay``).
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_periln.data.preprocess.encode import Part
 from megatron_periln.data.readers.documents import BadDocument, Place
 from megatron_periln.files import sync
 
 __all__ = [
     "COMPLETE",
-    "SUFFIXES",
-    "Location",
+    "Dataset",
+    "Placer",
     "Record",
+    "Replay",
     "Size",
     "bad_documents",
-    "checksum_of",
     "copy_journal",
     "read_journal",
-    "write_part",
 ]
-
-SUFFIXES = (".bin", ".lengths", ".documents")
-"""The files of a growing dataset: tokens, tokens in each sequence, sequences in each document."""
-
-_NUMBER = re.compile(rb'\{"number": (\d+),')
 
 COMPLETE = '"complete"'
 """The line of a journal that has all chunks."""
+
+_NUMBER = re.compile(rb'\{"number": (\d+),')
+
+Dataset = tuple[str, int]
+"""A key, and the number of the dataset among those of its key."""
 
 
 class Size(NamedTuple):
@@ -53,13 +52,6 @@ class Size(NamedTuple):
         """Add each number."""
         assert isinstance(other, Size)
         return Size(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-class Location(NamedTuple):
-    """Where a chunk is written: a dataset, by the path of its files without suffix, and where in it."""
-
-    stem: str
-    start: Size
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ class Record:
         Size of its documents, decompressed.
     weight
         Its size in the input, in bytes.
-    left_out
-        Number of documents left out, of each kind.
+    skipped
+        Number of documents skipped, of each kind.
     bad
         Those documents, if they go in quarantine; they stay in the journal, not in memory.
     """
@@ -92,15 +84,17 @@ class Record:
     empty: dict[str, int]
     bytes: int
     weight: int
-    left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     bad: list[BadDocument] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return one line."""
-        return json.dumps(vars(self), default=vars) + "\n"
+        # The journal's own name for what was skipped, so that a run of an earlier version can be resumed.
+        content = {"left_out" if name == "skipped" else name: value for name, value in vars(self).items()}
+        return json.dumps(content, default=vars) + "\n"
 
     def without_bad(self) -> Record:
-        """Return the same without the documents left out."""
+        """Return the same without the documents that were skipped."""
         return replace(self, bad=[])
 
     @classmethod
@@ -113,58 +107,71 @@ class Record:
             for place, kind, reason, text in (document.values() for document in content["bad"])
         ]
         kinds = Counter(document.kind for document in content["bad"])
-        return cls(**{"left_out": dict(kinds), **content})
+        content["skipped"] = content.pop("left_out", dict(kinds))
+        return cls(**content)
 
 
-def write_part(location: Location, part: Part) -> int:
-    """Write a chunk's part at its place; return its CRC-32.
+class Placer:
+    """Decides where chunks go, one after the other.
 
-    Raises
-    ------
-    OSError
-        If it cannot be written.
+    Parameters
+    ----------
+    dtype
+        The dtype of the tokens.
+    max_bin_size
+        Bytes that a dataset's tokens may take before its key goes on in another; None for no limit.
     """
-    checksum = 0
-    arrays: tuple[NDArray[Any], ...] = part
-    for suffix, start, array in zip(SUFFIXES, location.start, arrays, strict=True):
-        data = memoryview(np.ascontiguousarray(array)).cast("B")
-        checksum = zlib.crc32(data, checksum)
-        descriptor = os.open(location.stem + suffix, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            at = start * array.itemsize
-            while data:
-                written = os.pwrite(descriptor, data, at)
-                data, at = data[written:], at + written
-        finally:
-            os.close(descriptor)
-    return checksum
+
+    def __init__(self, dtype: np.dtype, max_bin_size: int | None = None) -> None:
+        self._itemsize, self._max = dtype.itemsize, max_bin_size
+        self.ends: dict[Dataset, Size] = {}
+        self._last: dict[str, int] = {}
+
+    def place(self, sizes: dict[str, Size]) -> dict[Dataset, Size]:
+        """Return the datasets that the next chunk goes to, and where in them it begins."""
+        starts = {}
+        for key, size in sizes.items():
+            dataset = (key, self._last.setdefault(key, 0))
+            start = self.ends.get(dataset, Size(0, 0, 0))
+            full = self._max and (start.tokens + size.tokens) * self._itemsize > self._max
+            if full and start.tokens and size.tokens:  # each dataset has tokens
+                self._last[key] += 1
+                dataset, start = (key, self._last[key]), Size(0, 0, 0)
+            starts[dataset] = start
+            self.ends[dataset] = start + size
+        return starts
 
 
-def checksum_of(location: Location, size: Size, dtype: np.dtype) -> int | None:
-    """Return the CRC-32 of what lies where a part of ``size`` was written; None if less lies there."""
-    checksum = 0
-    itemsizes = (dtype.itemsize, np.dtype(np.int32).itemsize, np.dtype(np.int64).itemsize)
-    for suffix, start, length, itemsize in zip(SUFFIXES, location.start, size, itemsizes, strict=True):
-        try:
-            with open(location.stem + suffix, "rb") as stream:  # noqa: PTH123 (a stem is no Path)
-                stream.seek(start * itemsize)
-                data = stream.read(length * itemsize)
-        except FileNotFoundError:
-            return None
-        if len(data) < length * itemsize:
-            return None
-        checksum = zlib.crc32(data, checksum)
-    return checksum
+class Replay:
+    """Finds the places of chunks again, which become known in any order.
+
+    Parameters
+    ----------
+    placer
+        Places chunks as the run did, from the first.
+    """
+
+    def __init__(self, placer: Placer) -> None:
+        self._placer = placer
+        self._next = 0
+        self._waiting: dict[int, Record] = {}
+
+    def add(self, records: Iterable[Record]) -> Iterator[tuple[Record, dict[Dataset, Size]]]:
+        """Yield the chunks before which none is missing any more, by number, and where their parts begin."""
+        self._waiting.update((record.number, record) for record in records)
+        while record := self._waiting.pop(self._next, None):
+            self._next += 1
+            yield record, self._placer.place(record.sizes)
 
 
-def read_journal(path: Path) -> tuple[dict[int, Record], bool]:
-    """Return the chunks that a journal has, by number, and whether they are all there are.
+def read_journal(path: Path) -> tuple[list[Record], bool]:
+    """Return the chunks that a journal has, and whether they are all there are.
 
-    The documents that were left out are not read into memory.
+    The documents that were skipped are not read into memory.
     """
     with path.open("rb") as lines:
         complete = any(line.rstrip() == COMPLETE.encode() for line in lines)
-    return {record.number: record.without_bad() for record in _records(path)}, complete
+    return [record.without_bad() for record in _records(path)], complete
 
 
 def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
@@ -178,7 +185,8 @@ def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
 
 
 def bad_documents(path: Path) -> Iterator[BadDocument]:
-    """Yield the documents that a journal of whole lines has as left out, in the order of the input."""
+    """Yield the documents that a journal of whole lines has as skipped, in the order of the input."""
+    # Documents may be large: only where the lines begin is kept in memory, and a line is read when it is due.
     starts: dict[int, int] = {}
     with path.open("rb") as stream:
         start = 0

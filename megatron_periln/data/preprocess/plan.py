@@ -15,16 +15,18 @@ from megatron_periln.data.readers.inputs import InputFile
 from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
 
 __all__ = [
+    "CHUNK_BYTES",
     "Plan",
     "Summary",
     "dataset_prefix",
     "difference",
-    "growing_folder",
+    "partial_folder",
     "prepare_outputs",
     "quarantine_file",
 ]
 
-_CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
+"""Size of the parts in which the input is read, where a plan does not say; looked up for each plan."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Plan:
     on_error
         ``stop``, ``skip`` or ``quarantine`` documents that cannot be encoded.
     resume, overwrite
-        Take up an unfinished run; replace datasets that exist.
+        Resume an unfinished run; replace datasets that exist.
     command
         The command line, for the sidecar.
     chunk_bytes
@@ -85,12 +87,16 @@ class Plan:
     resume: bool = False
     overwrite: bool = False
     command: list[str] = field(default_factory=list)
-    chunk_bytes: int = field(default_factory=lambda: _CHUNK_BYTES)
+    chunk_bytes: int = field(default_factory=lambda: CHUNK_BYTES)
 
     @property
     def rereadable(self) -> bool:
         """Whether the inputs can be read again: none is a pipe."""
         return all(file.regular for file in self.inputs)
+
+    def dataset_prefix(self, key: str, number: int | None = None) -> str:
+        """Return the path, without suffix, of the dataset of a key, or of one of its numbered datasets."""
+        return dataset_prefix(self.output_prefix, key, sentences=self.split is not None, number=number)
 
     def identity(self, dtype: np.dtype) -> dict[str, Any]:
         """Return what decides the bytes of the output, by the name that errors give it."""
@@ -123,8 +129,8 @@ class Summary:
         Size of the documents read, decompressed.
     empty
         Number of documents without tokens, over all keys.
-    left_out
-        Number of documents that were left out, for each reason.
+    skipped
+        Number of documents that were skipped, for each reason.
     encoder
         What encoded them.
     seconds
@@ -137,7 +143,7 @@ class Summary:
     tokens: int
     bytes: int
     empty: int
-    left_out: dict[str, int]
+    skipped: dict[str, int]
     encoder: str
     seconds: float
     files: list[Path]
@@ -145,10 +151,10 @@ class Summary:
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         empty = f" ({self.empty} empty)" if self.empty else ""
-        reasons = ", ".join(f"{number} {kind}" for kind, number in sorted(self.left_out.items()))
-        left_out = f"Left out {sum(self.left_out.values())} documents: {reasons}\n" if reasons else ""
+        reasons = ", ".join(f"{number} {kind}" for kind, number in sorted(self.skipped.items()))
+        skipped = f"Skipped {sum(self.skipped.values())} documents: {reasons}\n" if reasons else ""
         return (
-            f"{left_out}Wrote {self.documents} documents{empty}, {self.tokens} tokens, "
+            f"{skipped}Wrote {self.documents} documents{empty}, {self.tokens} tokens, "
             f"from {self.bytes} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s, {self.encoder}): "
             f"{' '.join(map(str, self.files))}"
         )
@@ -189,8 +195,8 @@ def prepare_outputs(
     PreprocessError
         If a folder cannot be made or written to, or if an output exists that shall not be replaced.
     """
-    # A run that is taken up may have published some of its datasets.
-    resumes = resume and growing_folder(output_prefix).exists()
+    # A run that is resumed may have finalized some of its datasets.
+    resumes = resume and partial_folder(output_prefix).exists()
     files = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
     if quarantine:
         files.append(str(quarantine_file(output_prefix)))
@@ -199,10 +205,10 @@ def prepare_outputs(
 
 
 def quarantine_file(output_prefix: str) -> Path:
-    """Return the file that documents go to that are left out."""
+    """Return the file that skipped documents go to."""
     return Path(f"{output_prefix}_quarantine.jsonl")
 
 
-def growing_folder(output_prefix: str) -> Path:
+def partial_folder(output_prefix: str) -> Path:
     """Return the folder in which a run keeps what it has done."""
     return Path(f"{output_prefix}.partial")

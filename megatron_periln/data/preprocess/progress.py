@@ -26,7 +26,7 @@ class Progress:
         self._documents = self._bytes = self._tokens = self._errors = 0
         self._bar: Any = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            from tqdm import tqdm  # not at the top: its import takes 40 ms, and jobs show no bar
 
             self._bar = tqdm(total=total or None, unit="B", unit_scale=True, unit_divisor=1000, smoothing=0.1)
 
@@ -40,7 +40,7 @@ class Progress:
         weight
             Its size in the inputs, in bytes.
         documents, bytes, tokens, errors
-            How many documents it has, their size, their tokens, and how many were left out.
+            How many documents it has, their size, their tokens, and how many were skipped.
         new
             Whether it was encoded now, not in a run before.
         """

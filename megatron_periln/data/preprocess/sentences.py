@@ -31,6 +31,7 @@ def sentence_splitter(
         If NLTK or the Punkt model of the language is not installed.
     """
     try:
+        # Not at the top: nltk is optional, and its import takes a second.
         from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, PunktTokenizer
     except ImportError as error:
         raise PreprocessError(
@@ -45,10 +46,12 @@ def sentence_splitter(
         ) from error
 
     if keep_newlines:
-
+        # As Megatron-LM's CustomLanguageVars: NLTK's pattern of the end of a sentence, where \s* stands
+        # outside the look-ahead, so that the white space belongs to the sentence before.
         class WhiteSpaceEndsSentence(PunktLanguageVars):
             _period_context_fmt = r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
 
+        # NLTK has no public way to what a model has learned.
         punkt = PunktSentenceTokenizer(punkt._params, lang_vars=WhiteSpaceEndsSentence())
 
     def split(text: str) -> list[str]:

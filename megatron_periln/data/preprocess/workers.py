@@ -3,11 +3,20 @@
 Each worker has a pipe of its own, so no lock, queue or thread is shared with one that dies: its
 pipe ends, even in the middle of a message. Tokens don't pass through the pipes: a worker reports
 how many it has, learns where they go once all chunks before are known, and writes them there.
+
+    parent                                        worker
+    Task: what to read                     ->     encodes it
+    places it behind the chunks before     <-     Report: how much it has, or a PreprocessError
+    locations: where to write              ->     writes it
+    journal                                <-     Done: checksums of what it wrote, or a PreprocessError
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
@@ -15,17 +24,64 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from megatron_periln.data.preprocess.encode import ChunkEncoder
-from megatron_periln.data.preprocess.journal import Location
-from megatron_periln.data.preprocess.worker import SIGNALS, Done, Report, cause_of_death, work
-from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk, Part
+from megatron_periln.data.preprocess.journal import Size
+from megatron_periln.data.preprocess.partial_outputs import Location, write_part
+from megatron_periln.data.readers.documents import BadDocument
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Written", "encode_and_write"]
+__all__ = ["Report", "Written", "encode_and_write"]
 
+# What bounds the memory while one chunk takes long: the chunks that are read and not written yet, and those
+# of them whose tokens a worker keeps until it learns where they go.
 _OUTSTANDING_PER_WORKER = 4
 _HELD_PER_WORKER = 2
+
 _DEATHS = 3
+"""Workers that die with the same chunk, after which the run ends."""
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""The signals by which a run is stopped."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says about a chunk that it has encoded.
+
+    Parameters
+    ----------
+    sizes
+        For each key, how much it has.
+    empty
+        For each key, its documents without tokens.
+    bytes, skipped, bad, difference
+        As in ``EncodedChunk``.
+    """
+
+    sizes: dict[str, Size]
+    empty: dict[str, int]
+    bytes: int
+    skipped: dict[str, int]
+    bad: list[BadDocument]
+    difference: str | None
+
+    @classmethod
+    def of(cls, chunk: EncodedChunk) -> Report:
+        """Describe ``chunk``."""
+        sizes = {key: Size(*map(len, part)) for key, part in chunk.parts.items()}
+        empty = {key: part.empty for key, part in chunk.parts.items()}
+        return cls(sizes, empty, chunk.bytes, chunk.skipped, chunk.bad, chunk.difference)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a worker says about a chunk that it has written, or why it could not write it."""
+
+    number: int
+    checksums: dict[str, int] | PreprocessError
 
 
 @dataclass(frozen=True)
@@ -48,25 +104,6 @@ class Written:
     task: Task
     report: Report
     checksums: dict[str, int]
-
-
-@dataclass
-class _Chunk:
-    number: int
-    task: Task
-    report: Report | PreprocessError | None = None
-    holder: _Worker | None = None
-    locations: dict[str, Location] | None = None
-    deaths: int = 0
-
-
-@dataclass(eq=False)
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-    encoding: _Chunk | None = None
-    holding: dict[int, _Chunk] = field(default_factory=dict)
-    """The chunks that it has encoded, by number, and has not written yet."""
 
 
 def encode_and_write(
@@ -103,16 +140,43 @@ def encode_and_write(
     PreprocessError
         If an input cannot be read or an output cannot be written, or a chunk's workers die.
     """
-    run = _Run(encoder, tasks, place, first, warn)
+    pool = _Pool(encoder, tasks, place, first, warn)
     try:
         for _ in range(workers):
-            run.start_worker()
-        yield from run.written()
+            pool.start_worker()
+        yield from pool.written()
     finally:
-        run.stop()
+        pool.stop()
 
 
-class _Run:
+@dataclass
+class _Chunk:
+    number: int
+    task: Task
+    report: Report | PreprocessError | None = None
+    holder: _Worker | None = None
+    locations: dict[str, Location] | None = None
+    deaths: int = 0
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    encoding: _Chunk | None = None
+    holding: dict[int, _Chunk] = field(default_factory=dict)
+    """The chunks that it has encoded, by number, and has not written yet."""
+
+    def send(self, number: int, order: Task | dict[str, Location]) -> None:
+        # A task may be large, so it goes only to a worker that waits for one. Locations go to busy ones too:
+        # they fit in the pipe's buffer, so the parent does not wait for a worker that waits to be read.
+        with suppress(OSError):  # the pipe of a worker that died breaks; reading from it tells
+            self.connection.send((number, order))
+
+
+class _Pool:
+    """The parent's side: who encodes what, and what has a place."""
+
     def __init__(
         self,
         encoder: ChunkEncoder,
@@ -125,7 +189,9 @@ class _Run:
         self._source = (_Chunk(number, task) for number, task in enumerate(tasks, first))
         self._ahead: _Chunk | None = None
         self._again: list[_Chunk] = []
+        """The chunks of workers that died, by number."""
         self._input_error: PreprocessError | None = None
+        """Raised only when all that was read before is written."""
         self._unplaced: dict[int, _Chunk] = {}
         self._to_place = first
         self._outstanding = 0
@@ -136,15 +202,15 @@ class _Run:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         inherited = [ours, *(worker.connection for worker in self._workers)]
-        process = context.Process(target=work, args=(self._encoder, theirs, inherited), daemon=True)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker has its own handlers
+        process = context.Process(target=_work, args=(self._encoder, theirs, inherited), daemon=True)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the worker has its own handlers
         try:
             process.start()
         except OSError as error:
             raise PreprocessError(f"cannot start a worker process: {error.strerror}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()
+        theirs.close()  # the worker's alone, so that the pipe ends when it dies
         self._workers.append(_Worker(process, ours))
 
     def stop(self) -> None:
@@ -154,10 +220,11 @@ class _Run:
             worker.process.join()
 
     def written(self) -> Generator[Written]:
+        """Keep the workers busy until all is written."""
         while True:
             while chunk := self._unplaced.pop(self._to_place, None):
                 self._place_chunk(chunk)
-            self._give_out()
+            self._hand_out()
             if not self._outstanding:
                 if self._input_error:
                     raise self._input_error
@@ -170,16 +237,16 @@ class _Run:
                 except (EOFError, OSError):
                     self._replace(worker)
                     continue
-                if isinstance(message, Done):
+                if isinstance(message, _Done):
                     yield self._finish(worker, message)
                 else:
-                    self._take(worker, message)
+                    self._take_report(worker, message)
 
-    def _give_out(self) -> None:
+    def _hand_out(self) -> None:
         for worker in self._workers:
             if worker.encoding is None and (chunk := self._chunk_for(worker)):
                 worker.encoding = chunk
-                _send(worker, chunk.number, chunk.task)
+                worker.send(chunk.number, chunk.task)
         self._read_ahead()  # while all are busy
 
     def _chunk_for(self, worker: _Worker) -> _Chunk | None:
@@ -200,7 +267,7 @@ class _Run:
             except PreprocessError as error:
                 self._input_error = error
 
-    def _take(self, worker: _Worker, report: Report | PreprocessError) -> None:
+    def _take_report(self, worker: _Worker, report: Report | PreprocessError) -> None:
         chunk, worker.encoding = worker.encoding, None
         assert chunk
         before, chunk.report, chunk.holder = chunk.report, report, worker
@@ -214,7 +281,7 @@ class _Run:
         assert isinstance(before, Report)
         if report.sizes != before.sizes:
             raise PreprocessError("the input changed while it was read")
-        _send(worker, chunk.number, chunk.locations)
+        worker.send(chunk.number, chunk.locations)
 
     def _place_chunk(self, chunk: _Chunk) -> None:
         if isinstance(chunk.report, PreprocessError):
@@ -222,9 +289,9 @@ class _Run:
         assert chunk.report and chunk.holder
         chunk.locations = self._place(chunk.report)
         self._to_place += 1
-        _send(chunk.holder, chunk.number, chunk.locations)
+        chunk.holder.send(chunk.number, chunk.locations)
 
-    def _finish(self, worker: _Worker, done: Done) -> Written:
+    def _finish(self, worker: _Worker, done: _Done) -> Written:
         if isinstance(done.checksums, PreprocessError):
             raise done.checksums
         chunk = worker.holding.pop(done.number)
@@ -233,8 +300,9 @@ class _Run:
         return Written(chunk.number, chunk.task, chunk.report, done.checksums)
 
     def _replace(self, worker: _Worker) -> None:
+        """Start another worker for one that died; what it had is done again, before anything else."""
         worker.process.join()
-        reason = cause_of_death(worker.process)
+        reason = _cause_of_death(worker.process)
         lost = [*worker.holding.values(), *([worker.encoding] if worker.encoding else [])]
         suspect = worker.encoding or next(iter(lost), None)
         if suspect:
@@ -252,7 +320,61 @@ class _Run:
         self.start_worker()
 
 
-def _send(worker: _Worker, number: int, order: Task | dict[str, Location]) -> None:
-    # The pipe of a worker that died breaks; reading from it tells.
-    with suppress(OSError):
-        worker.connection.send((number, order))
+def _cause_of_death(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    name = f"worker process {process.pid}"
+    if code >= 0:
+        return f"{name} ended with exit code {code}"
+    reason = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        reason += ", often sent by the kernel for lack of memory: use fewer --workers"
+    return f"{name} was killed by {reason}"
+
+
+def _work(encoder: ChunkEncoder, connection: Connection, inherited: list[Connection]) -> None:
+    """Encode and write chunks until the parent closes the pipe or dies: the worker's side.
+
+    Parameters
+    ----------
+    encoder
+        Encodes a chunk.
+    connection
+        Brings pairs of a chunk's number and a task, or where to write that chunk; takes a ``Report`` or
+        a ``PreprocessError`` for each task, and a ``_Done`` for each chunk that shall be written.
+    inherited
+        The ends of pipes that belong to the parent.
+    """
+    # The pipe's end tells an idle worker that the parent died; the kernel kills one that is busy.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what was made before the fork is not looked through again, nor its memory copied for that
+    # The parent's ends of the pipes must be open in the parent only, or its death would go unnoticed.
+    for end in inherited:
+        end.close()
+    parts: dict[int, dict[str, Part]] = {}
+    try:
+        while True:
+            number, order = connection.recv()
+            if isinstance(order, Task):
+                try:
+                    chunk = encoder.encode(order)
+                    parts[number] = chunk.parts
+                    connection.send(Report.of(chunk))
+                except PreprocessError as error:
+                    connection.send(error)
+            else:
+                connection.send(_Done(number, _write(order, parts.pop(number))))
+    except (EOFError, OSError):
+        pass
+
+
+def _write(locations: dict[str, Location], parts: dict[str, Part]) -> dict[str, int] | PreprocessError:
+    try:
+        return {key: write_part(location, parts[key]) for key, location in locations.items()}
+    except OSError as error:
+        stem = next(iter(locations.values())).stem
+        return PreprocessError(f"{stem}: cannot be written: {error.strerror or error}")

@@ -13,10 +13,10 @@ __all__ = [
     "BadDocument",
     "Content",
     "Document",
-    "Entry",
     "Oversized",
     "Place",
     "PlainText",
+    "RawDocument",
     "parse",
     "readable",
     "size_of",
@@ -81,8 +81,8 @@ Content = bytes | PlainText | Mapping[str, object] | Oversized
 """A line of JSON, a plain text, the values of a row, or what could not be read."""
 
 
-class Entry(NamedTuple):
-    """A document as it was read."""
+class RawDocument(NamedTuple):
+    """A document as it was read, and where."""
 
     place: Place
     content: Content
@@ -135,10 +135,10 @@ class BadDocument:
         return replace(self, place=self.place._replace(number=number))
 
 
-def parse(entry: Entry, keys: Sequence[str]) -> Document | BadDocument:
-    """Return the texts that the document of ``entry`` has under each key, or what is wrong with it."""
-    place, content = entry
-    if type(content) is bytes:
+def parse(raw: RawDocument, keys: Sequence[str]) -> Document | BadDocument:
+    """Return the texts that ``raw`` has under each key, or what is wrong with it."""
+    place, content = raw
+    if type(content) is bytes:  # a line of JSON: the fast way, for a document with a string under each key
         try:
             values = orjson.loads(content)
             texts = tuple(values[key] for key in keys)
@@ -157,9 +157,9 @@ class _WrongError(Exception):
         self.kind, self.reason = kind, reason
 
 
-def size_of(entry: Entry) -> int:
+def size_of(raw: RawDocument) -> int:
     """Return the size of a document as it was read: bytes, or in a table characters."""
-    content = entry.content
+    content = raw.content
     if isinstance(content, bytes):
         return len(content)
     if isinstance(content, PlainText):

@@ -1,20 +1,16 @@
-"""From the values of ``--input`` to files, and to chunks that workers read."""
+"""From the values of ``--input`` to files."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_periln.data.readers.opening import open_input, reading
-from megatron_periln.data.readers.parquet import row_ranges
-from megatron_periln.data.readers.sources import ByteRange, Chunk, Source, Stream, TextFiles
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["FORMATS", "STDIN", "InputFile", "Task", "find_inputs", "sources", "take_shard", "to_tasks"]
+__all__ = ["FORMATS", "STDIN", "InputFile", "find_inputs"]
 
 FORMATS = ("auto", "jsonl", "parquet", "text")
 STDIN = "-"
@@ -54,14 +50,6 @@ class InputFile:
         return self.regular and not self.path.endswith(_COMPRESSED)
 
 
-class Task(NamedTuple):
-    """Documents ``skip``, ``skip + step``, ... of a chunk, counted from 0."""
-
-    chunk: Chunk
-    skip: int = 0
-    step: int = 1
-
-
 def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
     """Return the input files that ``--input`` names, in the order of the output.
 
@@ -96,92 +84,6 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
                 f"{file.path}: Parquet cannot be compressed or a pipe: give the file itself"
             )
     return found
-
-
-def sources(inputs: Sequence[InputFile], keys: Sequence[str], chunk_bytes: int) -> list[Source]:
-    """Return the sources of ``inputs``, in order: what can be read from the middle is cut in pieces.
-
-    Raises
-    ------
-    PreprocessError
-        If a Parquet file cannot be read or lacks a column, or plain text shall have several keys.
-    """
-    found: list[Source] = []
-    texts: list[InputFile] = []
-
-    def flush() -> None:
-        if texts:
-            found.append(TextFiles(tuple(file.path for file in texts), sum(file.bytes for file in texts)))
-            texts.clear()
-
-    for file in inputs:
-        if file.format == "text":
-            if len(keys) > 1:
-                raise PreprocessError(f"{file.path}: plain text has no keys: give one --json-keys")
-            texts.append(file)
-            if sum(text.bytes for text in texts) >= chunk_bytes:
-                flush()
-            continue
-        flush()
-        if file.format == "parquet":
-            found.extend(row_ranges(file.path, keys))
-        elif file.seekable:
-            cuts = range(0, file.bytes, chunk_bytes)
-            found.extend(ByteRange(file.path, at, min(at + chunk_bytes, file.bytes)) for at in cuts)
-        else:
-            found.append(Stream(file.path, chunk_bytes, file.bytes))
-    flush()
-    return found
-
-
-def take_shard(all_sources: Sequence[Source], shard: int, shards: int) -> list[Source]:
-    """Return the part of the sources that shard ``shard`` of ``shards`` encodes.
-
-    The shards are consecutive and of about the same size, so their datasets, merged in order, are
-    that of one run. A compressed file is in one shard.
-    """
-    weights = [max(source.weight, 1) for source in all_sources]
-    total = sum(weights)
-    middles = [2 * end - weight for end, weight in zip(accumulate(weights), weights, strict=True)]
-    return [
-        source
-        for source, middle in zip(all_sources, middles, strict=True)
-        if middle * shards // (2 * total) == shard
-    ]
-
-
-def to_tasks(all_sources: Sequence[Source], partitions: int, limit: int) -> Iterator[Task]:
-    """Yield the tasks of the sources, in the order in which their documents are written.
-
-    With several partitions Megatron-LM deals documents out to them in turn and then joins the
-    partitions (``main`` in tools/preprocess_data.py), so the order is documents 0, n, 2n, ... of
-    all inputs, then 1, n + 1, ... The inputs are then read once for each.
-
-    Parameters
-    ----------
-    all_sources
-        What to read.
-    partitions
-        Number of partitions.
-    limit
-        The largest size of a document, in bytes.
-
-    Raises
-    ------
-    PreprocessError
-        If a file cannot be read.
-    """
-    if partitions == 1:
-        for source in all_sources:
-            for chunk in source.chunks(limit):
-                yield Task(chunk)
-        return
-    for partition in range(partitions):
-        first = 0
-        for source in all_sources:
-            for chunk in source.chunks(limit):
-                yield Task(chunk, skip=(partition - first) % partitions, step=partitions)
-                first += chunk.count()
 
 
 def _paths(value: str) -> Iterable[Path]:

@@ -1,21 +1,32 @@
-"""Input files opened and decompressed, and read to the ends of their lines."""
+"""Input files: opened and decompressed, read to the ends of their lines, their lines counted."""
 
 from __future__ import annotations
 
 import gzip
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from megatron_periln.data.readers.documents import Oversized
+from megatron_periln.data.readers.documents import BadDocument, Oversized
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Opened", "finish_line", "open_input", "read_rest", "read_up_to", "reading", "whole_lines"]
+__all__ = [
+    "READ_BYTES",
+    "Opened",
+    "finish_line",
+    "number_lines",
+    "open_input",
+    "read_rest",
+    "read_up_to",
+    "reading",
+    "whole_lines",
+]
 
-_READ = 1 << 20
+READ_BYTES = 1 << 20
+"""How much is read at once."""
 
 
 class Opened(NamedTuple):
@@ -49,7 +60,8 @@ def open_input(path: str) -> Iterator[Opened]:
 
 
 def _zstandard(file: BinaryIO) -> BinaryIO:
-    from pyarrow import CompressedInputStream  # zstandard's reader takes a file that is cut off for whole
+    # Not the reader of the zstandard package, which takes a file that is cut off for a whole one.
+    from pyarrow import CompressedInputStream  # not at the top: its import takes 0.2 s
 
     return cast(BinaryIO, CompressedInputStream(file, "zstd"))
 
@@ -68,7 +80,7 @@ def reading(path: str, where: object = lambda: "") -> Iterator[None]:
 def read_up_to(stream: BinaryIO, size: int) -> bytes:
     """Read ``size`` bytes, fewer only at the end."""
     parts = []
-    while size > 0 and (part := stream.read(min(size, _READ))):
+    while size > 0 and (part := stream.read(min(size, READ_BYTES))):
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
@@ -77,15 +89,18 @@ def read_up_to(stream: BinaryIO, size: int) -> bytes:
 def read_rest(stream: BinaryIO) -> int:
     """Read to the end; return how many bytes that were."""
     size = 0
-    while part := stream.read(_READ):
+    while part := stream.read(READ_BYTES):
         size += len(part)
     return size
 
 
 def finish_line(stream: BinaryIO, beginning: bytes, limit: int) -> tuple[bytes, int]:
-    """Return the line that begins with ``beginning``, and its size; of a large line, not all of it."""
+    """Return the line that begins with ``beginning``, and its size.
+
+    Of a line of more than ``limit`` bytes only the size counts: what exceeds the limit is not kept.
+    """
     parts, size, ended = [beginning], len(beginning), False
-    while not ended and (part := stream.read(_READ)):
+    while not ended and (part := stream.read(READ_BYTES)):
         end = part.find(b"\n")
         ended = end >= 0
         part = part[:end] if ended else part
@@ -96,9 +111,13 @@ def finish_line(stream: BinaryIO, beginning: bytes, limit: int) -> tuple[bytes, 
 
 
 def whole_lines(stream: BinaryIO, chunk_bytes: int, limit: int) -> Iterator[tuple[bytes | Oversized, int]]:
-    """Yield lines, about ``chunk_bytes`` at once, and their size; a line that is too large alone."""
-    unfinished: list[bytes] = []
-    size = 0
+    """Yield lines, about ``chunk_bytes`` at once, and their size; a line that is too large alone.
+
+    At most ``limit + chunk_bytes`` bytes, or two chunks, are in memory: a line that has outgrown the limit
+    is counted, and what was read of it dropped.
+    """
+    unfinished: list[bytes] = []  # the beginning of the line that is being read
+    size = 0  # of that line, even where ``unfinished`` was dropped
     while part := read_up_to(stream, chunk_bytes):
         end = part.rfind(b"\n") + 1
         if not end:
@@ -118,3 +137,41 @@ def whole_lines(stream: BinaryIO, chunk_bytes: int, limit: int) -> Iterator[tupl
         yield Oversized(size, limit), size
     elif size:
         yield b"".join(unfinished), size
+
+
+def number_lines(bad: Callable[[], Iterable[BadDocument]]) -> Iterator[BadDocument]:
+    """Yield the same documents, those that were read from the middle of a file with their lines.
+
+    Parameters
+    ----------
+    bad
+        Returns the documents; called twice, so that they need not stay in memory.
+
+    Raises
+    ------
+    PreprocessError
+        If a file cannot be read.
+    """
+    offsets: dict[str, set[int]] = {}
+    for document in bad():
+        if document.place.number is None and document.place.offset is not None:
+            offsets.setdefault(document.place.path, set()).add(document.place.offset)
+    lines = {path: _lines_at(path, sorted(wanted)) for path, wanted in offsets.items()}
+    for document in bad():
+        if document.place.number is None and document.place.offset is not None:
+            yield document.on_line(lines[document.place.path][document.place.offset])
+        else:
+            yield document
+
+
+def _lines_at(path: str, offsets: list[int]) -> dict[int, int]:
+    """Return the number of the line that begins at each of the ascending ``offsets``."""
+    lines: dict[int, int] = {}
+    line, position = 1, 0
+    with reading(path), open_input(path) as opened:
+        for offset in offsets:
+            while position < offset and (block := opened.stream.read(min(READ_BYTES, offset - position))):
+                line += block.count(b"\n")
+                position += len(block)
+            lines[offset] = line
+    return lines

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from megatron_periln.data.readers.documents import Entry, Oversized, Place, text_size
-from megatron_periln.data.readers.sources import Chunk
+from megatron_periln.data.readers.documents import Oversized, Place, RawDocument, text_size
+from megatron_periln.data.readers.sources import SingleChunk
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["RowRange", "row_ranges"]
+__all__ = ["RANGE_BYTES", "RowRange", "row_ranges"]
 
+RANGE_BYTES = 32 << 20
+"""Size of a range, decompressed. Smaller ones would cost time: to read from the middle of a row group is to
+decode it from its beginning."""
 _ROWS_AT_ONCE = 256
-# Reading from the middle of a row group means decoding it from its beginning.
-_RANGE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class RowRange:
+class RowRange(SingleChunk):
     """Rows ``start`` to ``stop`` of a row group.
 
     Parameters
@@ -47,15 +48,11 @@ class RowRange:
     first: int
     weight: int
 
-    def chunks(self, limit: int) -> Iterator[Chunk]:
-        """Yield itself."""
-        yield self
-
     def count(self) -> int:
         """Return the number of rows."""
         return self.stop - self.start
 
-    def entries(self, limit: int) -> Iterator[Entry]:
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the rows, those of more than ``limit`` bytes as ``Oversized``."""
         with _open(self.path) as file:
             row = 0
@@ -67,7 +64,7 @@ class RowRange:
                 for number, values in enumerate(_rows(wanted), self.first + max(row, self.start)):
                     size = sum(map(text_size, values.values()))
                     place = Place(self.path, None, number)
-                    yield Entry(place, values if size <= limit else Oversized(size, limit))
+                    yield RawDocument(place, values if size <= limit else Oversized(size, limit))
                 row += batch.num_rows
                 if row >= self.stop:
                     return
@@ -89,7 +86,7 @@ def row_ranges(path: str, keys: Sequence[str]) -> list[RowRange]:
             columns = [described.column(at) for at in range(described.num_columns)]
             read = [column for column in columns if column.path_in_schema.split(".")[0] in keys]
             rows = described.num_rows
-            pieces = max(1, min(rows, sum(column.total_uncompressed_size for column in read) // _RANGE_BYTES))
+            pieces = max(1, min(rows, sum(column.total_uncompressed_size for column in read) // RANGE_BYTES))
             weight = sum(column.total_compressed_size for column in read) // pieces
             cuts = [rows * piece // pieces for piece in range(pieces + 1)]
             ranges += [

@@ -1,6 +1,7 @@
-"""What a worker reads at once, and how: parts of JSON Lines, and plain text files.
+"""What a worker reads at once, and how: lines of a file, and plain text files.
 
-A source becomes one chunk, or many where it can only be read from its beginning.
+A source is a part of the input, made without reading it. It becomes one chunk, itself, or many where it can
+only be read from its beginning: then the parent reads it, and its chunks hold their lines.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
-from megatron_periln.data.readers.documents import Content, Entry, Oversized, Place, PlainText
+from megatron_periln.data.readers.documents import Content, Oversized, Place, PlainText, RawDocument
 from megatron_periln.data.readers.opening import (
     finish_line,
     open_input,
@@ -21,7 +22,7 @@ from megatron_periln.data.readers.opening import (
     whole_lines,
 )
 
-__all__ = ["Block", "ByteRange", "Chunk", "Source", "Stream", "TextFiles"]
+__all__ = ["Block", "ByteRange", "Chunk", "LineStream", "SingleChunk", "Source", "TextFiles"]
 
 
 class Source(Protocol):
@@ -38,15 +39,23 @@ class Source(Protocol):
 class Chunk(Source, Protocol):
     """What one worker encodes at once; as a source, it is its only chunk."""
 
-    def entries(self, limit: int) -> Iterator[Entry]:
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield its documents, those of more than ``limit`` bytes as ``Oversized``."""
 
     def count(self) -> int:
         """Return the number of its documents."""
 
 
+class SingleChunk:
+    """A source that is its own only chunk."""
+
+    def chunks(self, limit: int) -> Iterator[Self]:
+        """Yield itself."""
+        yield self
+
+
 @dataclass(frozen=True)
-class ByteRange:
+class ByteRange(SingleChunk):
     """The lines that begin in bytes ``start`` to ``stop`` of a file."""
 
     path: str
@@ -57,18 +66,14 @@ class ByteRange:
     def weight(self) -> int:  # noqa: D102
         return self.stop - self.start
 
-    def chunks(self, limit: int) -> Iterator[Chunk]:
-        """Yield itself."""
-        yield self
-
     def count(self) -> int:
         """Return the number of documents."""
         return _count_lines(self)
 
-    def entries(self, limit: int) -> Iterator[Entry]:
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the documents."""
         with reading(self.path), Path(self.path).open("rb", buffering=0) as stream:
-            begin = max(self.start - 1, 0)
+            begin = max(self.start - 1, 0)  # the byte before tells whether a line begins at ``start``
             stream.seek(begin)
             data = read_up_to(stream, self.stop - begin)
             first = data.find(b"\n") + 1 if self.start else 0
@@ -77,15 +82,15 @@ class ByteRange:
             offset = begin + first
             end = max(data.rfind(b"\n") + 1, first)
             for line in data[first:end].split(b"\n")[:-1]:
-                yield Entry(Place(self.path, offset, None), _within(limit, line))
+                yield RawDocument(Place(self.path, offset, None), _within(limit, line))
                 offset += len(line) + 1
             if end < len(data):
                 line, size = finish_line(stream, data[end:], limit)
-                yield Entry(Place(self.path, offset, None), _within(limit, line, size))
+                yield RawDocument(Place(self.path, offset, None), _within(limit, line, size))
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(SingleChunk):
     """Lines of a file that can only be read from its beginning, decompressed.
 
     Parameters
@@ -108,29 +113,25 @@ class Block:
     data: bytes | Oversized
     weight: int
 
-    def chunks(self, limit: int) -> Iterator[Chunk]:
-        """Yield itself."""
-        yield self
-
     def count(self) -> int:
         """Return the number of documents."""
         if isinstance(self.data, Oversized):
             return 1
         return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
 
-    def entries(self, limit: int) -> Iterator[Entry]:
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the documents."""
         if isinstance(self.data, Oversized):
-            yield Entry(Place(self.path, self.offset, self.first), self.data)
+            yield RawDocument(Place(self.path, self.offset, self.first), self.data)
             return
         offset = self.offset
         for number, line in enumerate(self.data.removesuffix(b"\n").split(b"\n"), self.first):
-            yield Entry(Place(self.path, offset, number), _within(limit, line))
+            yield RawDocument(Place(self.path, offset, number), _within(limit, line))
             offset += len(line) + 1
 
 
 @dataclass(frozen=True)
-class Stream:
+class LineStream:
     """A file that can only be read from its beginning: compressed, a pipe or standard input."""
 
     path: str
@@ -147,27 +148,19 @@ class Stream:
                 yield block
                 number, offset, before = number + block.count(), offset + size, after
 
-    def count(self) -> int:
-        """Return the number of documents."""
-        raise NotImplementedError("a stream has chunks")
-
 
 @dataclass(frozen=True)
-class TextFiles:
+class TextFiles(SingleChunk):
     """Plain text files, each a document."""
 
     paths: tuple[str, ...]
     weight: int
 
-    def chunks(self, limit: int) -> Iterator[Chunk]:
-        """Yield itself."""
-        yield self
-
     def count(self) -> int:
         """Return the number of documents."""
         return len(self.paths)
 
-    def entries(self, limit: int) -> Iterator[Entry]:
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the documents."""
         for path in self.paths:
             with reading(path), open_input(path) as opened:
@@ -175,10 +168,10 @@ class TextFiles:
                 size = len(data)
                 if size > limit:
                     size += read_rest(opened.stream)
-            yield Entry(Place(path, 0, None), _within(limit, PlainText(data), size))
+            yield RawDocument(Place(path, 0, None), _within(limit, PlainText(data), size))
 
 
-@cache
+@cache  # each partition asks again
 def _count_lines(part: ByteRange) -> int:
     with reading(part.path), Path(part.path).open("rb", buffering=0) as stream:
         begin = max(part.start - 1, 0)

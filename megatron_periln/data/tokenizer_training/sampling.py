@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_periln.data.preprocess.quarantine import number_lines
 from megatron_periln.data.readers.documents import BadDocument, parse
-from megatron_periln.data.readers.inputs import InputFile, sources
+from megatron_periln.data.readers.inputs import InputFile
+from megatron_periln.data.readers.opening import number_lines
+from megatron_periln.data.readers.tasks import cut_into_sources
 from megatron_periln.errors import PreprocessError
 
 __all__ = ["Sample", "read_texts", "take_sample"]
@@ -56,10 +57,10 @@ def read_texts(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str
     PreprocessError
         If a file cannot be read, or a document has no such texts; it names the line.
     """
-    chunks = (chunk for source in sources(inputs, keys, _CHUNK_BYTES) for chunk in source.chunks(_LARGEST))
-    for chunk in chunks:
-        for entry in chunk.entries(_LARGEST):
-            document = parse(entry, keys)
+    sources = cut_into_sources(inputs, keys, _CHUNK_BYTES)
+    for chunk in (chunk for source in sources for chunk in source.chunks(_LARGEST)):
+        for raw in chunk.raw_documents(_LARGEST):
+            document = parse(raw, keys)
             if isinstance(document, BadDocument):
                 raise PreprocessError(str(next(number_lines(partial(list, [document])))))
             for value in document.values:

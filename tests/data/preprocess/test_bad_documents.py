@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_periln.data.preprocess.journal import Record
-from megatron_periln.data.preprocess.outputs import Outputs
+from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from megatron_periln.errors import PreprocessError
 from tests.data.preprocessing import by_megatron, names, read, to_lines
 
@@ -49,7 +49,7 @@ def panic(text: str) -> None:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 100)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 100)
     stub(panic)
 
 
@@ -91,7 +91,7 @@ def test_stop(
     suffix: str,
 ) -> None:
     """Names the file, the line and the byte; nothing is left, as no chunk was finished."""
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 1 << 20)
     source = tmp_path / f"in.jsonl{suffix}"
     data = b"\n".join([good(0), good(1), BAD[name][1], good(2), b"worse", b""])
     source.write_bytes(gzip.compress(data) if suffix else data)
@@ -112,7 +112,7 @@ def test_skip(tmp_path: Path, run: Callable, flags: list[object], suffix: str) -
     check_good_ones(tmp_path, len(BAD))
     counts = {kind: [kind for kind, _ in BAD.values()].count(kind) for kind, _ in BAD.values()}
     reasons = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
-    assert f"Left out {len(BAD)} documents: {reasons}\nWrote {len(BAD)} documents, " in stderr
+    assert f"Skipped {len(BAD)} documents: {reasons}\nWrote {len(BAD)} documents, " in stderr
     for key in ("text", "title"):
         sidecar = json.loads((tmp_path / f"out_{key}_document.json").read_text())
         assert sidecar["skipped"] == counts
@@ -125,7 +125,7 @@ def test_quarantine(
     tmp_path: Path, run: Callable, flags: list[object], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Of several files, one compressed: the place of each, what is wrong, and its bytes."""
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", chunk)
     sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl"]
     expected, first = [], 0
     for source in sources:
@@ -166,7 +166,7 @@ def test_plain_text(tmp_path: Path, run: Callable, refused: Callable[..., str]) 
     assert f"{tmp_path}/b.txt:1: byte 0: not UTF-8 at byte 5 of the file: invalid start byte" in message
     code, stderr = run(*flags, "--on-error", "quarantine")
     assert code == 0, stderr
-    assert "Left out 2 documents: 1 not UTF-8, 1 too large\n" in stderr
+    assert "Skipped 2 documents: 1 not UTF-8, 1 too large\n" in stderr
     entries = [json.loads(line) for line in (tmp_path / "out_quarantine.jsonl").read_text().splitlines()]
     assert [entry["path"] for entry in entries] == [f"{tmp_path}/b.txt", f"{tmp_path}/c.txt"]
     assert original(entries[0]["content"]) == b"not \xff UTF-8\n"
@@ -184,7 +184,7 @@ def test_the_first_is_named(tmp_path: Path, refused: Callable[..., str], workers
     assert f"{source}:2: byte 100: malformed JSON" in message
 
 
-def test_more_can_be_left_out_later(tmp_path: Path, run: Callable, refused: Callable[..., str]) -> None:
+def test_more_can_be_skipped_later(tmp_path: Path, run: Callable, refused: Callable[..., str]) -> None:
     """A run that stopped goes on with --on-error skip, and has the documents before."""
     source = tmp_path / "in.jsonl"
     texts = [f"{n} {'x' * 90}" for n in range(10)]
@@ -202,14 +202,14 @@ def test_bad_documents_do_not_stay_in_memory(
 ) -> None:
     """With skip a worker sends their number alone; with quarantine they stay in the journal."""
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "a"}\n' + b"bad\n" * 99)
-    sent, kept, add = [], [], Outputs.add
+    sent, kept, add = [], [], PartialOutputs.add
 
-    def watched(outputs: Outputs, record: Record) -> None:
+    def watched(outputs: PartialOutputs, record: Record) -> None:
         sent.extend(record.bad)
         add(outputs, record)
         kept.extend(outputs.records[-1].bad)
 
-    monkeypatch.setattr(Outputs, "add", watched)
+    monkeypatch.setattr(PartialOutputs, "add", watched)
     flags = ["--output-prefix", tmp_path / "out", "--on-error", on_error]
     assert run("--input", tmp_path / "in.jsonl", *flags)[0] == 0
     assert len(sent) == (99 if on_error == "quarantine" else 0)
@@ -224,10 +224,11 @@ def test_skipped_ones_cannot_go_in_quarantine(
     flags = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--resume"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "megatron_periln.data.preprocess.finalize.publish", partial(fail, PreprocessError("full"))
+            "megatron_periln.data.preprocess.finalize.finalize_dataset",
+            partial(fail, PreprocessError("full")),
         )
         assert "full" in refused(*flags, "--on-error", "skip")
-    assert "were left out with --on-error skip" in refused(*flags, "--on-error", "quarantine")
+    assert "were skipped with --on-error skip" in refused(*flags, "--on-error", "quarantine")
 
 
 @pytest.mark.parametrize("on_error", ["skip", "quarantine"])
@@ -235,9 +236,7 @@ def test_nothing_is_good(tmp_path: Path, refused: Callable[..., str], on_error: 
     (tmp_path / "in.jsonl").write_bytes(b"bad\n" * 10)
     flags = ["--output-prefix", tmp_path / "out", "--on-error", on_error]
     message = refused("--input", tmp_path / "in.jsonl", *flags)
-    assert (
-        f"{tmp_path}/out_text_document: every document is empty or was left out, so there are no" in message
-    )
+    assert f"{tmp_path}/out_text_document: every document is empty or was skipped, so there are no" in message
     assert names(tmp_path) == []
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_periln.data.preprocess import driver as preprocess
-from megatron_periln.data.preprocess import journal, outputs
+from megatron_periln.data.preprocess import driver
+from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from tests.data.preprocessing import FILES, by_megatron, names, read, to_lines
 
 TEXTS = [f"{n} {'x' * 9_000}" for n in range(100)]
@@ -25,7 +25,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def flags(tmp_path: Path, stub: Callable, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 20_000)
     stub(lambda text: None)
     (tmp_path / "in.jsonl").write_bytes(to_lines(TEXTS))
     return ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--workers", 2]
@@ -81,7 +81,7 @@ def test_data_cannot_be_written(
                 full()
             return pwrite(descriptor, data[: max(len(data) // 2, 1)], at)
 
-        patch.setattr(journal.os, "pwrite", fall_short)
+        patch.setattr(os, "pwrite", fall_short)
         message = refused(*flags)
     assert message == f"error: {tmp_path}/out.partial/text_00000: cannot be written: {RESUME}"
     finish(tmp_path, run, flags, tmp_path / "out")
@@ -115,20 +115,20 @@ def test_journal_cannot_be_written(
             full()
 
     with monkeypatch.context() as patch:
-        start = outputs.Outputs._start
+        open_ = Path.open
 
-        def start_with_a_full_disk(self: outputs.Outputs) -> None:
-            start(self)
-            self._journal = FullStream(self._journal)  # type: ignore[assignment]
+        def open_on_a_full_disk(path: Path, *args: Any, **options: Any) -> Any:
+            stream = open_(path, *args, **options)
+            return FullStream(stream) if path == tmp_path / "out.partial" / "journal" else stream
 
-        patch.setattr(outputs.Outputs, "_start", start_with_a_full_disk)
+        patch.setattr(Path, "open", open_on_a_full_disk)
         message = refused(*flags)
     assert message == f"error: {tmp_path}/out.partial: cannot be written: {RESUME}"
     finish(tmp_path, run, flags, tmp_path / "out")
 
 
 @pytest.mark.parametrize("call", range(10))
-def test_publishing_fails(
+def test_finalizing_fails(
     tmp_path: Path,
     run: Callable,
     refused: Callable[..., str],
@@ -140,12 +140,12 @@ def test_publishing_fails(
     calls = 0
     failed = False
     with monkeypatch.context() as patch:
-        end = outputs.Outputs.end
+        mark_complete = PartialOutputs.mark_complete
 
-        def end_and_fail(self: outputs.Outputs) -> None:
+        def complete_and_fail(self: PartialOutputs) -> None:
             for name in ("fsync", "replace", "rename"):
                 patch.setattr(os, name, fail_at_one(getattr(os, name)))
-            end(self)
+            mark_complete(self)
 
         def fail_at_one(step: Callable) -> Callable:
             def step_or_fail(*args: Any, **options: Any) -> Any:
@@ -158,13 +158,13 @@ def test_publishing_fails(
 
             return step_or_fail
 
-        patch.setattr(outputs.Outputs, "end", end_and_fail)
+        patch.setattr(PartialOutputs, "mark_complete", complete_and_fail)
         code, stderr = run(*flags)
     assert failed
     assert (code, stderr.endswith(f"{RESUME}\n")) == (1, True), stderr
     assert stderr.count("\n") == 1
     if call > 3:  # all was on the disk, and noted
-        monkeypatch.setattr(preprocess, "encode_and_write", lambda *_, **__: pytest.fail("encoded again"))
+        monkeypatch.setattr(driver, "encode_and_write", lambda *_, **__: pytest.fail("encoded again"))
     finish(tmp_path, run, flags, tmp_path / "out")
 
 

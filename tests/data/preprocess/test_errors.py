@@ -204,7 +204,7 @@ def test_flags_that_are_not_needed(refused_with: Callable[..., str], flag: list[
 def test_error_of_a_later_line_does_not_hide_the_first(
     refused_with: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 1)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 1)
     source = tmp_path / "two.jsonl"
     source.write_text('{"text": "' + "slow " * 100_000 + '"\nfast\n')
     assert f"{source}:1: byte 0: malformed" in refused_with(input=["--input", source], more=["--workers", 2])

@@ -25,7 +25,7 @@ from megatron_periln.data.tokenizers.resolve import resolve_tokenizer
 from tests.data.preprocessing import FILES, by_megatron, names, read, to_lines
 
 pytestmark = pytest.mark.usefixtures("hangs_fail")
-SLOW = Path(__file__).parent / "slow_preprocess.py"
+SLOW = Path(__file__).parents[1] / "slow_preprocess.py"
 KEYS = ("text", "title")
 DOCUMENTS = [{"text": f"text {n} {'x' * (n % 7)}", "title": f"title {n}"[: n % 9]} for n in range(40)]
 
@@ -185,7 +185,7 @@ def test_every_step(
     """Ends at each step in turn: an old dataset stays until the new one is there; --resume finishes."""
     stub(lambda text: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 20)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 20)
     (tmp_path / "in.jsonl").write_bytes(b"bad\n" + to_lines(["a", "b"]))
     old, new = (by_megatron(tmp_path / "reference", texts) for texts in (["old"], ["a", "b"]))
     prefix, partial = tmp_path / "out_text_document", tmp_path / "out.partial"

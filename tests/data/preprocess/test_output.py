@@ -32,8 +32,8 @@ zstd = zstandard.ZstdCompressor().compress
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 100)
-    monkeypatch.setattr("megatron_periln.data.readers.parquet._RANGE_BYTES", 10)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 100)
+    monkeypatch.setattr("megatron_periln.data.readers.parquet.RANGE_BYTES", 10)
     stub(lambda text: None)
 
 
@@ -146,7 +146,7 @@ def test_any_documents(
     whole: bool,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", chunk)
     texts = [*texts, "not empty"]
     data = to_lines(texts).replace(b"\n", end)
     (tmp_path / "any.jsonl").write_bytes(data if whole else data.removesuffix(end))

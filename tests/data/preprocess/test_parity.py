@@ -65,7 +65,7 @@ def test_tokenizers(
     append_eod: bool,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 1000)
     tokenizer = megatron_tokenizer(kind)
     eod = ["--append-eod"] if append_eod else []
     written(corpus, "--json-keys", "text", "title", "--workers", workers, *tokenizers[kind], *eod)

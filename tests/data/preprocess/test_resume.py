@@ -1,4 +1,4 @@
-"""``--resume`` and ``--overwrite``: what is taken up, and what is refused."""
+"""``--resume`` and ``--overwrite``: what is resumed, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_periln.data.preprocess import outputs
+from megatron_periln.data.preprocess.journal import Record
+from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from tests.data.preprocessing import FILES, TEXTS, by_megatron, names, read, to_lines
 
 Interrupted = Callable[..., list[object]]
@@ -29,14 +30,14 @@ def interrupted(tmp_path: Path, tool: object, monkeypatch: pytest.MonkeyPatch, c
             source.write_bytes(to_lines(TEXTS))
         flags = ["--input", source, "--output-prefix", tmp_path / "out", "--workers", 2, *more]
         with monkeypatch.context() as patch:
-            add = outputs.Outputs.add
+            add = PartialOutputs.add
 
-            def add_and_interrupt(self: outputs.Outputs, record: outputs.Record) -> None:
+            def add_and_interrupt(self: PartialOutputs, record: Record) -> None:
                 add(self, record)
                 if len(self.records) == chunks:
                     raise KeyboardInterrupt
 
-            patch.setattr(outputs.Outputs, "add", add_and_interrupt)
+            patch.setattr(PartialOutputs, "add", add_and_interrupt)
             assert tool.main(list(map(str, flags))) == 130  # type: ignore[attr-defined]
         message = capsys.readouterr().err  # type: ignore[attr-defined]
         assert message == "interrupted: what is done is kept: go on with --resume\n"
@@ -127,7 +128,7 @@ def test_changed_chunks(
     interrupted: Interrupted, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = interrupted()
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 30)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 30)
     assert "cannot go on: the size of a chunk was 20 and is 30" in refused(*flags, "--resume")
 
 
@@ -139,7 +140,7 @@ def test_changed_tokenizer(
     assert "out.partial: cannot go on: the tokenizer was '" in refused(*flags, "--resume")
 
 
-def test_a_pipe_is_not_taken_up(
+def test_a_pipe_is_not_resumed(
     tmp_path: Path, interrupted: Interrupted, refused: Callable[..., str], run: Callable
 ) -> None:
     """Nobody knows whether the same comes through it again."""
@@ -166,8 +167,8 @@ def test_compressed_and_dealt_out(tmp_path: Path, interrupted: Interrupted, run:
 def test_damaged_data(tmp_path: Path, interrupted: Interrupted, run: Callable) -> None:
     """What does not lie on the disk as the journal says is encoded again."""
     flags = interrupted(chunks=8)
-    growing = tmp_path / "out.partial" / "text_00000.bin"
-    growing.write_bytes(bytes(growing.stat().st_size))
+    partial = tmp_path / "out.partial" / "text_00000.bin"
+    partial.write_bytes(bytes(partial.stat().st_size))
     code, stderr = run(*flags, "--resume")
     assert code == 0, stderr
     assert read(tmp_path / "out_text_document") == by_megatron(tmp_path / "reference", TEXTS)

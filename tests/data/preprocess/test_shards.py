@@ -22,8 +22,8 @@ TEXTS = [f"{n}{'x' * (n * 7 % 50)}" if n % 6 else "" for n in range(60)]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes long
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 50)
-    monkeypatch.setattr("megatron_periln.data.readers.parquet._RANGE_BYTES", 100)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 50)
+    monkeypatch.setattr("megatron_periln.data.readers.parquet.RANGE_BYTES", 100)
     stub(lambda text: None)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_periln.data.preprocess import worker as worker_process
-from megatron_periln.data.readers.inputs import Task
+from megatron_periln.data.preprocess import workers
 from megatron_periln.data.readers.sources import ByteRange
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.errors import PreprocessError
 from tests.data.preprocessing import to_lines
 from tests.data.worker_runs import UINT16, Run, Started, blocks
@@ -130,14 +130,14 @@ def test_killed_before_it_writes(
     tmp_path: Path, run_workers: Run, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """The place of its chunk is given out, and stays its own."""
-    write, die = worker_process._write, once(tmp_path, kill_self)
+    write, die = workers.write_part, once(tmp_path, kill_self)
 
-    def die_or_write(locations: Any, parts: Any) -> Any:
-        if locations["text"].start.tokens == 8:
+    def die_or_write(location: Any, part: Any) -> Any:
+        if location.start.tokens == 8:
             die()
-        return write(locations, parts)
+        return write(location, part)
 
-    monkeypatch.setattr(worker_process, "_write", die_or_write)
+    monkeypatch.setattr(workers, "write_part", die_or_write)
     texts = [str(n) * 4 for n in range(10)]
     written = list(run_workers(lambda text: None, blocks(texts), workers=count))
     assert (tmp_path / "acted").exists()
@@ -167,7 +167,7 @@ def test_input_changes_before_a_chunk_is_done_again(
         change(path)
         kill_self()
 
-    monkeypatch.setattr(worker_process, "_write", die)
+    monkeypatch.setattr(workers, "write_part", die)
     with pytest.raises(PreprocessError, match=expected):
         list(run_workers(lambda text: None, [Task(ByteRange(str(path), 0, path.stat().st_size))]))
 
@@ -176,7 +176,7 @@ def test_bytes_after_a_death(
     tmp_path: Path, stub: Callable, run: Callable, write_lines: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tool says that a worker died; its sidecar counts each document once."""
-    monkeypatch.setattr("megatron_periln.data.preprocess.plan._CHUNK_BYTES", 1)
+    monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 1)
     die = once(tmp_path, kill_self)
     stub(lambda text: die() if text == "7" else None)
     lines = write_lines(tmp_path / "in.jsonl", [{"text": str(n)} for n in range(10)])

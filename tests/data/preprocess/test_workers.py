@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_periln.data.readers.inputs import Task
 from megatron_periln.data.readers.sources import Block
+from megatron_periln.data.readers.tasks import Task
 from megatron_periln.errors import PreprocessError
 from tests.data.preprocessing import to_lines
 from tests.data.worker_runs import Run, Started, blocks

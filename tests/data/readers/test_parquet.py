@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_periln.data.readers.documents import Entry, Oversized, Place
+from megatron_periln.data.readers.documents import Oversized, Place, RawDocument
 from megatron_periln.data.readers.parquet import row_ranges
 from megatron_periln.errors import PreprocessError
 
@@ -30,19 +30,19 @@ def refused_rows(tmp_path: Path, stub: Callable, refused: Callable[..., str]) ->
 @pytest.mark.parametrize("range_bytes", [1, 5000, 1 << 25])
 def test_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int) -> None:
     """Cuts within row groups of many batches; places are rows of the file."""
-    monkeypatch.setattr("megatron_periln.data.readers.parquet._RANGE_BYTES", range_bytes)
+    monkeypatch.setattr("megatron_periln.data.readers.parquet.RANGE_BYTES", range_bytes)
     rows = [{"text": f"{n} {'x' * (n % 50)}", "list": [str(n), "a"][: n % 3]} for n in range(1700)]
     path = str(tmp_path / "in.parquet")
     parquet.write_table(pa.Table.from_pylist([{"id": 1, **row} for row in rows]), path, row_group_size=800)
     ranges = row_ranges(path, ["list", "text"])
     pieces = {1: 1700, 5000: len(ranges), 1 << 25: 3}
     assert len(ranges) == pieces[range_bytes] > 2
-    assert [part.count() for part in ranges] == [len(list(part.entries(1000))) for part in ranges]
-    entries = [entry for part in ranges for entry in part.entries(1000)]
-    assert entries == [Entry(Place(path, None, n), row) for n, row in enumerate(rows, 1)]
+    assert [part.count() for part in ranges] == [len(list(part.raw_documents(1000))) for part in ranges]
+    entries = [entry for part in ranges for entry in part.raw_documents(1000)]
+    assert entries == [RawDocument(Place(path, None, n), row) for n, row in enumerate(rows, 1)]
     assert 0 < sum(part.weight for part in ranges) <= Path(path).stat().st_size
     large = [n for n, row in enumerate(rows) if len(row["text"]) + sum(map(len, row["list"])) > 40]
-    found = [entry.content for part in ranges for entry in part.entries(40)]
+    found = [entry.content for part in ranges for entry in part.raw_documents(40)]
     assert [n for n, content in enumerate(found) if isinstance(content, Oversized)] == large
 
 
@@ -55,7 +55,7 @@ def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
     parquet.write_table(
         pa.table({"text": pa.array(texts, kind), "list": pa.array(lists, pa.list_(kind))}), path
     )
-    entries = [entry for part in row_ranges(path, ["text", "list"]) for entry in part.entries(1000)]
+    entries = [entry for part in row_ranges(path, ["text", "list"]) for entry in part.raw_documents(1000)]
     assert [entry.content for entry in entries] == [
         {"text": text, "list": list_} for text, list_ in zip(texts, lists, strict=True)
     ]
@@ -73,7 +73,7 @@ def test_columns_of_texts(tmp_path: Path, kind: Any) -> None:
     value = ["a"] if pa.types.is_list(kind) else "a"
     parquet.write_table(pa.table({"text": pa.array([value], kind)}), path)
     (part,) = row_ranges(path, ["text"])
-    assert [entry.content for entry in part.entries(10)] == [{"text": value}]
+    assert [entry.content for entry in part.raw_documents(10)] == [{"text": value}]
 
 
 @pytest.mark.parametrize(

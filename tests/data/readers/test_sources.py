@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import tracemalloc
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_periln.data.readers import opening, sources
-from megatron_periln.data.readers.documents import Entry, Oversized, Place, PlainText
-from megatron_periln.data.readers.inputs import InputFile, Task, find_inputs, take_shard, to_tasks
-from megatron_periln.data.readers.inputs import sources as cut
-from megatron_periln.data.readers.sources import Block, ByteRange, Chunk, Stream, TextFiles
+from megatron_periln.data.readers import opening
+from megatron_periln.data.readers.documents import Oversized, Place, PlainText, RawDocument
+from megatron_periln.data.readers.inputs import find_inputs
+from megatron_periln.data.readers.sources import Block, ByteRange, Chunk, LineStream, TextFiles
+from megatron_periln.data.readers.tasks import cut_into_sources
 from megatron_periln.errors import PreprocessError
 
 LINE = st.one_of(
@@ -29,6 +30,8 @@ CHUNK = st.integers(1, 60)
 LIMIT = st.one_of(st.integers(0, 40), st.just(10_000))
 READ = st.sampled_from([1, 7, 1 << 20])
 CUTS = st.lists(st.integers(0, 400), max_size=4)
+NUMBERS = count()
+"""Of files: a range remembers how many lines its file has there, so each content has a file of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sources")
 
 
-def expected(path: Path, content: bytes, limit: int, *, numbered: bool) -> list[Entry]:
+def expected(path: Path, content: bytes, limit: int, *, numbered: bool) -> list[RawDocument]:
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
     entries, offset = [], 0
     for number, line in enumerate(lines, 1):
         place = Place(str(path), offset, number if numbered else None)
-        entries.append(Entry(place, line if len(line) <= limit else Oversized(len(line), limit)))
+        entries.append(RawDocument(place, line if len(line) <= limit else Oversized(len(line), limit)))
         offset += len(line) + 1
     return entries
 
@@ -59,22 +62,21 @@ def pieces(content: bytes, cuts: list[int]) -> Iterator[bytes]:
 @example(content=b"x" * 500 + b"\n", chunk=7, limit=500, read=7)
 @example(content=b"\n\n\r\n", chunk=1, limit=0, read=1)
 def test_ranges(folder: Path, content: bytes, chunk: int, limit: int, read: int) -> None:
-    path = folder / "in.jsonl"
+    path = folder / f"in_{next(NUMBERS)}.jsonl"
     path.write_bytes(content)
-    sources._count_lines.cache_clear()
     ranges = sources_of(path, chunk)
     assert sum(part.weight for part in ranges) == len(content)
     assert all(isinstance(part, ByteRange) and part.weight <= chunk for part in ranges)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "_READ", read)
-        entries = [list(part.entries(limit)) for part in ranges]
+        patch.setattr(opening, "READ_BYTES", read)
+        entries = [list(part.raw_documents(limit)) for part in ranges]
         assert [part.count() for part in ranges] == list(map(len, entries))
     assert [entry for part in entries for entry in part] == expected(path, content, limit, numbered=False)
 
 
 def sources_of(path: Path, chunk: int) -> list[Chunk]:
     (file,) = find_inputs([str(path)])
-    return [part for source in cut([file], ["text"], chunk) for part in source.chunks(1000)]
+    return [part for source in cut_into_sources([file], ["text"], chunk) for part in source.chunks(1000)]
 
 
 @given(
@@ -93,9 +95,9 @@ def test_streams(
     path = folder / f"stream{kind}"
     path.write_bytes(b"".join(map(compress, pieces(content, cuts))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "_READ", read)
-        blocks = list(Stream(str(path), chunk, path.stat().st_size).chunks(limit))
-    entries = [list(block.entries(limit)) for block in blocks]
+        patch.setattr(opening, "READ_BYTES", read)
+        blocks = list(LineStream(str(path), chunk, path.stat().st_size).chunks(limit))
+    entries = [list(block.raw_documents(limit)) for block in blocks]
     assert [block.count() for block in blocks] == list(map(len, entries))
     assert [entry for part in entries for entry in part] == expected(path, content, limit, numbered=True)
     assert sum(block.weight for block in blocks) == (path.stat().st_size if content else 0)
@@ -113,7 +115,7 @@ def test_memory_is_bounded(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(compress(content))
     tracemalloc.start()
     try:
-        found = [entry for part in sources_of(path, 1 << 20) for entry in part.entries(1000)]
+        found = [entry for part in sources_of(path, 1 << 20) for entry in part.raw_documents(1000)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -138,7 +140,7 @@ def test_broken_stream(tmp_path: Path, suffix: str, damage: str) -> None:
     path.write_bytes(broken)
     read = 0
     with pytest.raises(PreprocessError) as error:
-        for block in Stream(str(path), 10_000, 0).chunks(1000):
+        for block in LineStream(str(path), 10_000, 0).chunks(1000):
             read += block.count()
     assert str(error.value).startswith(f"{path}: cannot be read (after line {read}): ")
     assert 100_000 < read <= 200_000
@@ -151,52 +153,11 @@ def test_text_files(folder: Path, contents: list[bytes], limit: int, read: int) 
         Path(path).write_bytes(content)
     texts = TextFiles(tuple(paths), sum(map(len, contents)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "_READ", read)
-        entries = list(texts.entries(limit))
+        patch.setattr(opening, "READ_BYTES", read)
+        entries = list(texts.raw_documents(limit))
     assert texts.count() == len(entries)
     assert [entry.place for entry in entries] == [Place(path, 0, None) for path in paths]
     assert [entry.content for entry in entries] == [
         PlainText(content) if len(content) <= limit else Oversized(len(content), limit)
         for content in contents
     ]
-
-
-@given(
-    contents=st.lists(st.lists(st.binary(max_size=8).filter(lambda line: b"\n" not in line)), max_size=4),
-    chunk=CHUNK,
-    partitions=st.integers(2, 5),
-)
-def test_partitions(folder: Path, contents: list[list[bytes]], chunk: int, partitions: int) -> None:
-    """Documents are dealt out over all files, compressed and not, as Megatron-LM does."""
-    inputs, documents = [], []
-    for n, lines in enumerate(contents):
-        path = folder / f"dealt_{n}.jsonl{'.gz' if n % 2 else ''}"
-        data = b"".join(line + b"\n" for line in lines)
-        path.write_bytes(gzip.compress(data) if n % 2 else data)
-        inputs.append(InputFile(str(path), "jsonl", path.stat().st_size))
-        documents += lines
-    sources._count_lines.cache_clear()
-    found = [
-        entry.content
-        for task in to_tasks(cut(inputs, ["text"], chunk), partitions, 1000)
-        for entry in list(task.chunk.entries(1000))[task.skip :: task.step]
-    ]
-    assert found == [line for n in range(partitions) for line in documents[n::partitions]]
-
-
-@given(weights=st.lists(st.integers(0, 50), max_size=20), shards=st.integers(1, 8))
-def test_shards(weights: list[int], shards: int) -> None:
-    """They are all of the input, in order."""
-    all_sources = [TextFiles((str(n),), weight) for n, weight in enumerate(weights)]
-    parts = [take_shard(all_sources, shard, shards) for shard in range(shards)]
-    assert [source for part in parts for source in part] == all_sources
-
-
-def test_shards_are_even() -> None:
-    all_sources = [ByteRange("file", n, n + 1) for n in range(1000)]
-    assert [len(take_shard(all_sources, shard, 8)) for shard in range(8)] == [125] * 8
-
-
-def test_tasks_of_one_partition_are_whole() -> None:
-    part = ByteRange("file", 0, 1)
-    assert list(to_tasks([part, part], 1, 10)) == [Task(part), Task(part)]

@@ -1,8 +1,9 @@
-"""The datasets of a run while they grow, in a folder that a later run can take up.
+"""The datasets of a run while they are partial, in a folder from which a later run can resume.
 
 The folder holds for each dataset the tokens and the lengths that workers write at their places, and
 a journal with a line for each chunk that was written. A chunk counts when it, and all before it,
 are in the journal and lie on the disk as the journal says; what else lies there is written again.
+So nothing needs to be brought to the disk while the run lasts: checksums tell what a crash took.
 """
 
 from __future__ import annotations
@@ -11,38 +12,92 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_periln.data.output_files import writing
+from megatron_periln.data.preprocess.encode import Part
 from megatron_periln.data.preprocess.journal import (
     COMPLETE,
-    SUFFIXES,
-    Location,
+    Dataset,
+    Placer,
     Record,
+    Replay,
     Size,
     bad_documents,
-    checksum_of,
     copy_journal,
     read_journal,
 )
-from megatron_periln.data.preprocess.placer import Dataset, Placer
 from megatron_periln.data.preprocess.plan import difference
 from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import sync, try_lock
 
-__all__ = ["Outputs"]
+__all__ = ["LOCK_SECONDS", "Location", "PartialOutputs", "checksum_of", "write_part"]
 
-_LOCK_SECONDS = 5.0
+LOCK_SECONDS = 5.0
+"""How long to wait for another run to leave the folder."""
+
+_SUFFIXES = (".bin", ".lengths", ".documents")
+"""The files of a partial dataset: tokens, tokens in each sequence, sequences in each document."""
 
 
-class Outputs:
-    """The growing datasets of one run.
+class Location(NamedTuple):
+    """Where a chunk is written: a dataset, by the path of its files without suffix, and where in it."""
+
+    stem: str
+    start: Size
+
+
+def write_part(location: Location, part: Part) -> int:
+    """Write a chunk's part at its place; return its CRC-32.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    checksum = 0
+    arrays: tuple[NDArray[Any], ...] = part
+    for suffix, start, array in zip(_SUFFIXES, location.start, arrays, strict=True):
+        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        checksum = zlib.crc32(data, checksum)
+        descriptor = os.open(location.stem + suffix, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            at = start * array.itemsize
+            while data:  # a write may fall short, as one that fills the disk does
+                written = os.pwrite(descriptor, data, at)
+                data, at = data[written:], at + written
+        finally:
+            os.close(descriptor)
+    return checksum
+
+
+def checksum_of(location: Location, size: Size, dtype: np.dtype) -> int | None:
+    """Return the CRC-32 of what lies where a part of ``size`` was written; None if less lies there."""
+    checksum = 0
+    itemsizes = (dtype.itemsize, np.dtype(np.int32).itemsize, np.dtype(np.int64).itemsize)
+    for suffix, start, length, itemsize in zip(_SUFFIXES, location.start, size, itemsizes, strict=True):
+        try:
+            with open(location.stem + suffix, "rb") as stream:  # noqa: PTH123 (a stem is no Path)
+                stream.seek(start * itemsize)
+                data = stream.read(length * itemsize)
+        except FileNotFoundError:
+            return None
+        if len(data) < length * itemsize:
+            return None
+        checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+class PartialOutputs:
+    """The partial datasets of one run.
 
     Parameters
     ----------
@@ -51,7 +106,7 @@ class Outputs:
     dtype
         The dtype of the tokens.
     identity
-        What decides the bytes; a run is taken up only by one with the same.
+        What decides the bytes; a run is resumed only by one with the same.
     max_bin_size
         As in ``Placer``.
     """
@@ -60,24 +115,29 @@ class Outputs:
         self, folder: Path, dtype: np.dtype, identity: dict[str, Any], max_bin_size: int | None = None
     ) -> None:
         self.folder = folder
-        self.records: list[Record] = []
         self.complete = False
         self.encoder: str | None = None
-        """What a run that was taken up encodes with, where another encoder was found not to be exact."""
+        """What a run that is resumed encodes with, where another encoder was found not to be exact."""
         self.dtype, self._max = dtype, max_bin_size
         self._identity = identity
-        self._placer = self.new_placer()
+        self._forget()
         self._journal: TextIO | None = None
         self._started = False
         self._lock: TextIO | None = None
 
+    def _forget(self) -> None:
+        self.records: list[Record] = []
+        self._placer = self._new_placer()
+        self._final = Replay(self._new_placer())
+        self._seen_as_final = 0
+
     def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder, or take up what it holds.
+        """Make the folder, or resume from what it holds.
 
         Raises
         ------
         PreprocessError
-            If another run writes there, or there is a run that shall not, or cannot, be taken up.
+            If another run writes there, or there is a run that shall not, or cannot, be resumed.
         """
         there = self.folder.exists()
         if there and not resume and not overwrite:
@@ -88,13 +148,9 @@ class Outputs:
             self.folder.mkdir(exist_ok=True)
             self._take_lock()
             if there and resume:
-                self._take_up()
+                self._resume()
             else:
                 self._start()
-
-    def new_placer(self) -> Placer:
-        """Return what places chunks as this run does, from the first."""
-        return Placer(self.dtype, self._max)
 
     def place(self, sizes: dict[str, Size]) -> dict[str, Location]:
         """Return where the next chunk goes, for each key."""
@@ -115,7 +171,7 @@ class Outputs:
         self.records.append(record.without_bad())
 
     def stem(self, dataset: Dataset) -> str:
-        """Return the path, without suffix, of a growing dataset's files."""
+        """Return the path, without suffix, of a partial dataset's files."""
         return str(self.folder / "{}_{:05d}".format(*dataset).replace("/", "%2F"))
 
     def datasets(self) -> dict[Dataset, Size]:
@@ -124,11 +180,20 @@ class Outputs:
 
     def placed(self) -> Iterator[tuple[Record, dict[Dataset, Size]]]:
         """Yield each chunk that was written, in order, and where its parts begin."""
-        placer = self.new_placer()
-        for record in sorted(self.records, key=lambda record: record.number):
-            yield record, placer.place(record.sizes)
+        return Replay(self._new_placer()).add(self.records)
 
-    def bad(self) -> Iterator[BadDocument]:
+    def newly_final(self) -> Iterator[tuple[str, int]]:
+        """Yield the .bin files of which more is final than at the last call, and how many bytes are.
+
+        Bytes are final when their chunk and all before it were written.
+        """
+        new, self._seen_as_final = self.records[self._seen_as_final :], len(self.records)
+        for record, starts in self._final.add(new):
+            for dataset, start in starts.items():
+                tokens = start.tokens + record.sizes[dataset[0]].tokens
+                yield f"{self.stem(dataset)}.bin", tokens * self.dtype.itemsize
+
+    def bad_documents(self) -> Iterator[BadDocument]:
         """Yield the documents that go in quarantine, in order, from the disk."""
         return bad_documents(self.folder / "journal")
 
@@ -136,15 +201,16 @@ class Outputs:
         """Make the dataset of each key, as no chunk did."""
         with writing(self.folder):
             for location in self.place(dict.fromkeys(keys, Size(0, 0, 0))).values():
-                for suffix in SUFFIXES:
+                for suffix in _SUFFIXES:
                     Path(location.stem + suffix).touch()
 
-    def end(self) -> None:
+    def mark_complete(self) -> None:
         """Bring everything to the disk, and note that all chunks were written."""
         assert self._journal
         with writing(self.folder):
+            # First the data, then the line: where a later run finds the line, it checks no data again.
             for dataset in self.datasets():
-                for suffix in SUFFIXES:
+                for suffix in _SUFFIXES:
                     sync(Path(self.stem(dataset) + suffix))
             self._journal.write(COMPLETE + "\n")
             self._journal.flush()
@@ -156,7 +222,7 @@ class Outputs:
         assert self._journal
         self._journal.close()
         self.encoder = encoder
-        self.records, self._placer = [], self.new_placer()
+        self._forget()
         self._start()
 
     def close(self, *, remove: bool = False) -> None:
@@ -183,7 +249,7 @@ class Outputs:
     def _take_lock(self) -> None:
         # Workers inherit the lock, so those of a run that was killed keep the folder until they end.
         self._lock = (self.folder / "lock").open("w")
-        deadline = time.monotonic() + _LOCK_SECONDS
+        deadline = time.monotonic() + LOCK_SECONDS
         while try_lock(self._lock.fileno()) is False:
             if time.monotonic() > deadline:
                 raise PreprocessError(f"{self.folder}: another run is writing here")
@@ -194,6 +260,7 @@ class Outputs:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
+        # What the journal is of is on the disk before there is one; without either, a run starts anew.
         (self.folder / "run.json").write_text(
             json.dumps({**self._identity, "encoder": self.encoder}, indent=2)
         )
@@ -201,7 +268,7 @@ class Outputs:
         self._journal = (self.folder / "journal").open("w", encoding="utf-8")
         sync(self.folder)
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         journal = self.folder / "journal"
         try:
             saved = json.loads((self.folder / "run.json").read_text())
@@ -215,23 +282,26 @@ class Outputs:
             )
         self.encoder = saved.get("encoder")
         self._keep_what_is_there(found)
+        # Without a line that was cut off, and the chunks that will be written again.
         temporary = journal.with_suffix(".new")
         copy_journal(journal, temporary, len(self.records), complete=self.complete)
         temporary.replace(journal)
         self._journal = journal.open("a", encoding="utf-8")
         self._started = True
 
-    def _keep_what_is_there(self, found: dict[int, Record]) -> None:
+    def _keep_what_is_there(self, found: Iterable[Record]) -> None:
         """Keep the chunks of a journal up to the first that does not lie on the disk as it says."""
-        trial = self.new_placer()
-        while record := found.get(len(self.records)):
+        for record, starts in Replay(self._new_placer()).add(found):
             # What is complete may have its final name already.
-            locations = {} if self.complete else self._locations(trial.place(record.sizes))
+            locations = {} if self.complete else self._locations(starts)
             for key, location in locations.items():
                 if checksum_of(location, record.sizes[key], self.dtype) != record.checksums[key]:
                     return
             self._placer.place(record.sizes)
             self.records.append(record)
+
+    def _new_placer(self) -> Placer:
+        return Placer(self.dtype, self._max)
 
     def _locations(self, starts: dict[Dataset, Size]) -> dict[str, Location]:
         return {dataset[0]: Location(self.stem(dataset), start) for dataset, start in starts.items()}

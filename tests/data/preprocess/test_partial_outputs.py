@@ -1,4 +1,4 @@
-"""The folder of a growing dataset: where chunks go, and what a later run finds of them."""
+"""The folder of partial datasets: what is written there, and what a later run finds of it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megatron_periln.data.preprocess import outputs as outputs_module
+from megatron_periln.data.preprocess import partial_outputs
 from megatron_periln.data.preprocess.encode import Part
-from megatron_periln.data.preprocess.journal import Record, Size, write_part
-from megatron_periln.data.preprocess.outputs import Outputs
-from megatron_periln.data.preprocess.placer import Placer
+from megatron_periln.data.preprocess.journal import Record, Size
+from megatron_periln.data.preprocess.partial_outputs import (
+    Location,
+    PartialOutputs,
+    checksum_of,
+    write_part,
+)
 from megatron_periln.errors import PreprocessError
 
 UINT16 = np.dtype(np.uint16)
-SIZES = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).map(lambda size: Size(*size))
-
-
-@given(sizes=st.lists(SIZES, max_size=30), limit=st.one_of(st.none(), st.integers(1, 40)))
-def test_places(sizes: list[Size], limit: int | None) -> None:
-    """One behind the other; a dataset exceeds the limit only where a chunk alone does."""
-    placer = Placer(UINT16, limit)
-    chunks: dict[tuple[str, int], list[Size]] = {}
-    for size in sizes:
-        ((dataset, start),) = placer.place({"text": size}).items()
-        before = chunks.setdefault(dataset, [])
-        assert start == sum(before, Size(0, 0, 0))
-        before.append(size)
-    assert [size for key in sorted(chunks) for size in chunks[key]] == sizes
-    assert sorted(chunks) == [("text", n) for n in range(len(chunks))]
-    for dataset, found in chunks.items():
-        assert placer.ends[dataset] == sum(found, Size(0, 0, 0))
-        if limit is None:
-            assert dataset[1] == 0
-        else:
-            with_tokens = [size for size in found if size.tokens]
-            assert placer.ends[dataset].tokens * 2 <= limit or len(with_tokens) == 1
-    assert all(placer.ends[dataset].tokens for dataset in sorted(chunks)[1:])
 
 
 @pytest.fixture
@@ -51,13 +30,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out.partial"
 
 
-def open_outputs(folder: Path, *, resume: bool = False, overwrite: bool = False, **identity: Any) -> Outputs:
-    outputs = Outputs(folder, UINT16, {"--append-eod": False, **identity})
+def open_outputs(
+    folder: Path, *, resume: bool = False, overwrite: bool = False, **identity: Any
+) -> PartialOutputs:
+    outputs = PartialOutputs(folder, UINT16, {"--append-eod": False, **identity})
     outputs.open(resume=resume, overwrite=overwrite)
     return outputs
 
 
-def write(outputs: Outputs, number: int, *, place: bool = True) -> None:
+def write(outputs: PartialOutputs, number: int, *, place: bool = True) -> None:
     """Write a chunk of two documents."""
     tokens = np.full(3, number, np.uint16)
     part = Part(tokens, np.array([1, 2], np.int32), np.array([1, 1], np.int64))
@@ -156,7 +137,7 @@ def test_started_anew(four_chunks: Path) -> None:
 
 
 def test_refused_where_something_else_was_asked_for(four_chunks: Path) -> None:
-    outputs = Outputs(four_chunks, UINT16, {"--append-eod": True})
+    outputs = PartialOutputs(four_chunks, UINT16, {"--append-eod": True})
     with pytest.raises(PreprocessError, match="cannot go on: --append-eod was False and is True; run as bef"):
         outputs.open(resume=True, overwrite=False)
     outputs.close()
@@ -167,10 +148,10 @@ def test_refused_where_something_else_was_asked_for(four_chunks: Path) -> None:
 def test_another_run_is_writing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]
 ) -> None:
-    monkeypatch.setattr(outputs_module, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(partial_outputs, "LOCK_SECONDS", 0.1)
     outputs = open_outputs(folder)
     write(outputs, 0)
-    second = Outputs(folder, UINT16, {"--append-eod": False})
+    second = PartialOutputs(folder, UINT16, {"--append-eod": False})
     with pytest.raises(PreprocessError, match="another run is writing here"):
         second.open(**{"resume": False, "overwrite": False, **flags})
     second.close(remove=True)
@@ -232,7 +213,19 @@ def test_encoder_of_a_restart(folder: Path) -> None:
 
 
 def test_keys_of_any_name(tmp_path: Path) -> None:
-    outputs = Outputs(tmp_path / "partial", UINT16, {})
+    outputs = PartialOutputs(tmp_path / "partial", UINT16, {})
     stems = {outputs.stem((key, 0)) for key in ("a/b", "a", "..", "journal", "lock")}
     assert len(stems) == 5
     assert {Path(stem).parent for stem in stems} == {tmp_path / "partial"}
+
+
+def test_writes_that_fall_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: pwrite(descriptor, data[:3], at))
+    part = Part(np.arange(9, dtype=np.uint16), np.array([4, 5], np.int32), np.array([2], np.int64))
+    location = Location(str(tmp_path / "out"), Size(2, 1, 0))
+    checksum = write_part(location, part)
+    assert checksum == checksum_of(location, Size(9, 2, 1), UINT16)
+    assert np.fromfile(tmp_path / "out.bin", np.uint16).tolist() == [0, 0, *range(9)]
+    assert np.fromfile(tmp_path / "out.lengths", np.int32).tolist() == [0, 4, 5]
+    assert np.fromfile(tmp_path / "out.documents", np.int64).tolist() == [2]
