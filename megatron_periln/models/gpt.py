@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,7 +22,6 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as upstream
-from torch import nn
 
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
@@ -111,26 +109,18 @@ def _place(spec: Any, config: GPTModelConfig) -> Any:
 
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
     """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
-    for layer, bdas in _layers_with_normed_bda(model):
-        keep_grad_mode_of_caller(layer)
-        gather_before_graphs(layer, bdas)
-    _connect_fused_norms(model)
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer):
+            _finish_layer(layer)
     fix_latent_attention(model)
     if placement.embedding and model.pre_process:
         EmbeddingNorm(model.config).attach(model)
 
 
-def _connect_fused_norms(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, TransformerLayer) and isinstance(layer.pre_mlp_layernorm, FusedInputNorm):
-            layer.self_attn_bda.norm.compute_next(layer.pre_mlp_layernorm)
-
-
-def _layers_with_normed_bda(
-    model: nn.Module,
-) -> Iterator[tuple[TransformerLayer, list[NormedBiasDropoutAdd]]]:
-    for layer in model.modules():
-        if isinstance(layer, TransformerLayer):
-            both = (layer.self_attn_bda, layer.mlp_bda)
-            if bdas := [bda for bda in both if isinstance(bda, NormedBiasDropoutAdd)]:
-                yield layer, bdas
+def _finish_layer(layer: TransformerLayer) -> None:
+    both = (layer.self_attn_bda, layer.mlp_bda)
+    if bdas := [bda for bda in both if isinstance(bda, NormedBiasDropoutAdd)]:
+        keep_grad_mode_of_caller(layer)
+        gather_before_graphs(layer, bdas)
+    if isinstance(layer.pre_mlp_layernorm, FusedInputNorm):
+        layer.self_attn_bda.norm.compute_next(layer.pre_mlp_layernorm)

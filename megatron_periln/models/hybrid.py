@@ -84,11 +84,11 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
         """
         config: HybridModelConfig = self._model_config
         placement = config.norm_placement
-        misfits = set(config.hybrid_layer_pattern or "") & set("MG")
-        if misfits and placement.name != "pre":
+        unsupported = set(config.hybrid_layer_pattern or "") & set("MG")
+        if unsupported and placement.name != "pre":
             raise ValueError(
                 f"hybrid_layer_pattern {config.hybrid_layer_pattern!r}: norm placement {placement.name!r} "
-                f"has no place in layers {', '.join(sorted(misfits))}; use layers *, - and E, or pre"
+                f"has no place in layers {', '.join(sorted(unsupported))}; use layers *, - and E, or pre"
             )
         with final_norm_of_hybrid_stack(_final_norm(config)):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)

@@ -137,7 +137,7 @@ def _check_fusion(
         placement,
         whole_layers=IdentityFuncOp not in (layer.self_attn_bda, layer.mlp_bda),
         recomputed=_recomputed(config),
-        offloaded=config.offload_modules or () if config.fine_grained_activation_offloading else (),
+        offloaded=(config.offload_modules or ()) if config.fine_grained_activation_offloading else (),
     )
     if reason is not None:
         raise ValueError(reason)
@@ -158,7 +158,7 @@ def separate_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn
 
 
 def _recomputed(config: TransformerConfig) -> Collection[str]:
-    return config.recompute_modules or () if config.recompute_granularity == "selective" else ()
+    return (config.recompute_modules or ()) if config.recompute_granularity == "selective" else ()
 
 
 def _wants_input_norms_apart(config: TransformerConfig) -> bool:

@@ -18,7 +18,7 @@ from megatron_periln.monitor.collector import Collector
 from megatron_periln.monitor.gradients import count_parameters
 from megatron_periln.monitor.record import RunRecord
 from megatron_periln.monitor.tensorboard import Board
-from megatron_periln.norms import NormPlacement
+from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import training_loop
 from megatron_periln.version import __version__
 
@@ -165,12 +165,9 @@ def header(args: Namespace, parameters: int) -> dict[str, Any]:
 
 def watch(args: Namespace) -> Watch:
     """Return what raises this run's alerts."""
-    placement = NormPlacement.named(args.norm_placement)
-    if placement.output:
-        placement = placement.with_options(output_norm_init=args.output_norm_init)
     hybrid = args.hybrid_layer_pattern is not None
     return Watch(
-        initial_weight=placement.initial_output_weight(args.num_layers, hybrid),
+        initial_weight=placement_of(args).initial_output_weight(args.num_layers, hybrid),
         skips_overflow=args.fp16 and args.loss_scale is None,
     )
 

@@ -37,8 +37,8 @@ def check_flags(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        For another kind of training, a count that is not positive, sizes that don't divide, an interval
-        that is missing; or if this is no rank of a launcher's.
+        For another kind of training, a count that is not positive, norms that can't be one kernel, an
+        interval that is missing, sizes that don't divide; or if this is no rank of a launcher's.
     """
     for name, flag in _OTHER_TRAINING.items():
         if getattr(args, name, None):
@@ -48,21 +48,39 @@ def check_flags(args: Namespace) -> None:
         if count is not None and count < 1:
             raise UsageError(f"{flag} must be positive, not {count}")
     if args.fuse_pre_mlp_norm:
-        reason = why_norms_stay_apart(
-            NormPlacement.named(args.norm_placement),
-            whole_layers=not args.hybrid_layer_pattern,
-            recomputed=args.recompute_modules or (),
-            offloaded=args.offload_modules or (),
-            hidden_size=args.hidden_size,
+        _check_fusion(args)
+    _check_intervals(args)
+    _check_divisions(args)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} not set: start with "
+            "torchrun --nproc-per-node N -m megatron_periln.pretrain"
         )
-        if reason is not None:
-            raise UsageError(reason)
+
+
+def _check_fusion(args: Namespace) -> None:
+    reason = why_norms_stay_apart(
+        NormPlacement.named(args.norm_placement),
+        whole_layers=not args.hybrid_layer_pattern,
+        recomputed=args.recompute_modules or (),
+        offloaded=args.offload_modules or (),
+        hidden_size=args.hidden_size,
+    )
+    if reason is not None:
+        raise UsageError(reason)
+
+
+def _check_intervals(args: Namespace) -> None:
     if args.save and args.save_interval is None:
         raise UsageError("--save needs --save-interval, the iterations between checkpoints")
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
         raise UsageError(
             "give --eval-interval, the iterations between evaluations; with --eval-iters 0 there are none"
         )
+
+
+def _check_divisions(args: Namespace) -> None:
     hidden, heads = args.hidden_size, args.num_attention_heads
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     divisions = [
@@ -84,12 +102,6 @@ def check_flags(args: Namespace) -> None:
                 f"{dividend_name} ({dividend}) must be divisible by {divisor_name} ({divisor}); "
                 "change one of them"
             )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UsageError(
-            f"{' and '.join(missing)} not set: start with "
-            "torchrun --nproc-per-node N -m megatron_periln.pretrain"
-        )
 
 
 def make_save_folder(args: Namespace) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from megatron_periln import cpu
 from megatron_periln.errors import RankError, UsageError
-from megatron_periln.norms import PLACEMENTS, kernels
+from megatron_periln.norms import kernels
+from megatron_periln.norms.arguments import placement_of
 from megatron_periln.norms.kernels.self_test import fault
 
 __all__ = ["choose_norm_backend"]
@@ -38,7 +39,7 @@ def choose_norm_backend(args: Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     kernels.use_backend(args.norm_backend)
-    if choice.backend.name == "triton" and PLACEMENTS[args.norm_placement].output:
+    if choice.backend.name == "triton" and placement_of(args).output:
         _try_out(args, choice.backend)
     if args.rank == 0:
         print(f"norm backend: {choice}", flush=True)

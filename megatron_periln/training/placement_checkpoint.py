@@ -34,16 +34,30 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
     saved = saved_arguments(args, load_arg)
     if saved is None:
         return
-    theirs, flag = placement_of(saved), f"--{load_arg.replace('_', '-')}"
-    if theirs.structure() != placement.structure():
-        origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
-        warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
-        flags = " ".join(word for flag in placement_flags(theirs) for word in flag)
-        raise UsageError(
-            f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
-            f"and this run asks for {placement.structure()}; give {flags} "
-            f"to continue it, or another {flag} (and --save) to start anew{warm}"
-        )
+    theirs = placement_of(saved)
+    _refuse_other_structure(args, load_arg, placement, theirs, by_stock=not hasattr(saved, "norm_placement"))
+    _refuse_other_gamma(args, load_arg, saved)
+    if load_arg == "load" and not args.finetune:
+        _refuse_other_epsilon(args, saved, placement, theirs)
+        _refuse_other_frozen_weights(args, saved, placement, theirs)
+
+
+def _refuse_other_structure(
+    args: Namespace, load_arg: str, placement: NormPlacement, theirs: NormPlacement, *, by_stock: bool
+) -> None:
+    if theirs.structure() == placement.structure():
+        return
+    origin = ", written by stock Megatron," if by_stock else ""
+    warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
+    flags = " ".join(word for flag in placement_flags(theirs) for word in flag)
+    raise UsageError(
+        f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
+        f"and this run asks for {placement.structure()}; give {flags} to continue it, or another "
+        f"--{load_arg.replace('_', '-')} (and --save) to start anew{warm}"
+    )
+
+
+def _refuse_other_gamma(args: Namespace, load_arg: str, saved: Namespace) -> None:
     centered = args.layernorm_zero_centered_gamma
     if getattr(saved, "layernorm_zero_centered_gamma", centered) != centered:
         was, other = ("without", "drop") if centered else ("with", "give")
@@ -51,17 +65,26 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
             f"the checkpoint in {getattr(args, load_arg)} was trained {was} --apply-layernorm-1p, which "
             f"stores each norm weight less 1; {other} that flag"
         )
-    if load_arg != "load" or args.finetune:
+
+
+def _refuse_other_epsilon(
+    args: Namespace, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
+) -> None:
+    if theirs.output_norm_epsilon == placement.output_norm_epsilon:
         return
-    if theirs.output_norm_epsilon != placement.output_norm_epsilon:
-        before = theirs.output_norm_epsilon or saved.layernorm_epsilon
-        now = placement.output_norm_epsilon or args.layernorm_epsilon
-        if before != now:
-            raise UsageError(
-                f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and "
-                f"this run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or "
-                "--finetune to start from its weights"
-            )
+    before = theirs.output_norm_epsilon or saved.layernorm_epsilon
+    now = placement.output_norm_epsilon or args.layernorm_epsilon
+    if before != now:
+        raise UsageError(
+            f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and "
+            f"this run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or "
+            "--finetune to start from its weights"
+        )
+
+
+def _refuse_other_frozen_weights(
+    args: Namespace, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
+) -> None:
     path = checkpoint_path(args)
     weights_only = path is None or path.name == "release" or getattr(saved, "no_save_optim", False)
     loads_optimizer = not (weights_only or args.no_load_optim)
