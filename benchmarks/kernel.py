@@ -1,13 +1,13 @@
 """The norm kernels beside those of other libraries: time and GB/s, forward and backward.
 
-GB/s counts the bytes that the operation can't do without: forward, branch and residual are read
-and the result is written; backward, the gradient and the branch are read and the branch's
-gradient is written. With the next norm, its result is written too, and backward its gradient and
+GB/s counts the bytes that the operation can't do without: forward, sublayer output and residual are
+read and the result is written; backward, the gradient and the sublayer output are read and the
+latter's gradient is written. With the next norm, its result is written too, and backward its gradient and
 the sum are read and the residual's gradient is written. The share is that of a copy's bandwidth,
 measured in the same run. In each round the contestants take turns.
 
     python benchmarks/kernel.py --output results.json
-    python benchmarks/kernel.py --sweep                         # other launches of our backward kernel
+    python benchmarks/kernel.py --sweep                         # other launch configs of our kernel
     TRITON_INTERPRET=1 python benchmarks/kernel.py --device cpu --hidden-sizes 64 --tokens 32 --rounds 2
 """
 
@@ -30,8 +30,8 @@ from torch import Tensor
 WARM_UP = 5
 L2_CLEARING_BYTES = 256 * 2**20
 SLEEP_CYCLES = 2_000_000  # a millisecond
-WAY = f"{'GB/s':>7}{'share':>7}"
-COLUMNS = f"{'hidden':>7}  {'contestant':<34}{'forward':>10}{WAY}{'backward':>11}{WAY}"
+SPEED = f"{'GB/s':>7}{'share':>7}"
+COLUMNS = f"{'hidden':>7}  {'contestant':<34}{'forward':>10}{SPEED}{'backward':>11}{SPEED}"
 
 
 def milliseconds(
@@ -65,18 +65,18 @@ def milliseconds(
 
 
 def inputs(tokens: int, hidden_size: int, device: str) -> tuple[list[Tensor], Tensor]:
-    """Return branch, residual and gain, which require gradients, and the gradient of the result, in bf16."""
+    """Return sublayer output, residual and weight, with gradients, and the result's gradient, in bf16."""
     generator = torch.Generator(device).manual_seed(1)
     shapes = ((tokens, hidden_size), (tokens, hidden_size), (hidden_size,), (tokens, hidden_size))
     *leaves, grad = (torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16) for s in shapes)
     return [torch.nn.Parameter(leaf) for leaf in leaves], grad
 
 
-def time_both_ways(join: Any, leaves: list[Tensor], grad: Tensor, device: str) -> tuple[float, float]:
+def time_both_passes(function: Any, leaves: list[Tensor], grad: Tensor, device: str) -> tuple[float, float]:
     """Return the milliseconds of the forward and of the backward pass."""
 
     def forward() -> tuple[Tensor, ...]:
-        out = join(*leaves)
+        out = function(*leaves)
         return out if isinstance(out, tuple) else (out,)
 
     def backward(*outs: Tensor) -> None:
@@ -91,32 +91,33 @@ def measure(
     """Return each contestant's times, one pair a round, after a round that isn't counted."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
-        for name, join in contestants.items():
-            taken = time_both_ways(join, leaves, grad, device)
+        for name, function in contestants.items():
+            taken = time_both_passes(function, leaves, grad, device)
             if turn:
                 times[name].append(taken)
     return times
 
 
-def other_launches(hidden_size: int) -> dict[str, Any]:
-    """Return our kernel with other launches: block, rows, warps, programs on a multiprocessor, stages."""
+def other_launch_configs(hidden_size: int) -> dict[str, Any]:
+    """Return our kernel by launch config: block, rows, warps, programs on a multiprocessor, stages."""
     from kernel_contestants import EPS
 
-    from megatron_periln.norms.kernels import fused, launches
+    from megatron_periln.norms.kernels import fused
+    from megatron_periln.norms.kernels.launch_config import LaunchConfig, choose_launch_config
 
-    def join(launch: Any, branch: Tensor, residual: Tensor, gain: Tensor) -> Tensor:
-        fused.launch = lambda *_: launch  # holds for the backward pass, which is timed next
-        return fused.norm_add(branch, None, residual, gain, None, EPS, False, 0.0, True)
+    def norm_add(config: Any, sublayer_output: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        fused.choose_launch_config = lambda *_: config  # holds for the backward pass, which is timed next
+        return fused.norm_add(sublayer_output, None, residual, weight, None, EPS, False, 0.0, True)
 
-    shipped = launches.launch(hidden_size)
+    shipped = choose_launch_config(hidden_size)
     warps = sorted({max(1, shipped.num_warps // 2), shipped.num_warps, min(32, 2 * shipped.num_warps)})
-    shapes = [
+    configs = [
         shipped._replace(num_warps=count, programs_per_sm=programs, stages=stages)
         for count, programs, stages in itertools.product(warps, (1, 2, 4, 8), (1, 2))
     ]
     if shipped.block > 4096:  # rows read in parts
-        shapes += [launches.Launch(4096, 1, 8, programs) for programs in (1, 2, 4)]
-    return {str(tuple(shape)): functools.partial(join, shape) for shape in shapes}
+        configs += [LaunchConfig(4096, 1, 8, programs) for programs in (1, 2, 4)]
+    return {str(tuple(config)): functools.partial(norm_add, config) for config in configs}
 
 
 def rows(
@@ -125,20 +126,20 @@ def rows(
     """Return a row a contestant; ``copy`` is the copy's bandwidth in GB/s."""
     passes = {"forward": 4, "backward": 6} if kind == "norm_add_norm" else {"forward": 3, "backward": 3}
     table = []
-    for name, taken in times.items():
+    for contestant, taken in times.items():
         row: dict[str, Any] = {
             "kind": kind,
             "hidden_size": hidden_size,
-            "contestant": name,
+            "contestant": contestant,
             "samples_ms": taken,
         }
-        for index, way in enumerate(("forward", "backward")):
+        for index, name in enumerate(("forward", "backward")):
             median = statistics.median(pair[index] for pair in taken)
-            speed = passes[way] * tokens * hidden_size * 2 / 1e9 / (median / 1e3)
-            row |= {f"{way}_ms": median, f"{way}_gb_s": speed, f"{way}_share": speed / copy}
+            speed = passes[name] * tokens * hidden_size * 2 / 1e9 / (median / 1e3)
+            row |= {f"{name}_ms": median, f"{name}_gb_s": speed, f"{name}_share": speed / copy}
         table.append(row)
         print(
-            f"{hidden_size:>7}  {name:<34}"
+            f"{hidden_size:>7}  {contestant:<34}"
             f"{row['forward_ms']:>10.4f}{row['forward_gb_s']:>7.0f}{row['forward_share']:>7.0%}"
             f"{row['backward_ms']:>11.4f}{row['backward_gb_s']:>7.0f}{row['backward_share']:>7.0%}",
             flush=True,
@@ -153,9 +154,9 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[1024, 2048, 2560, 3072, 4096, 8192])
-    parser.add_argument("--tokens", type=int, default=16384, help="rows of the branch")
+    parser.add_argument("--tokens", type=int, default=16384, help="rows of the sublayer output")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", action="store_true", help="time other launches of our kernel instead")
+    parser.add_argument("--sweep", action="store_true", help="time other launch configs instead")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -170,7 +171,7 @@ def main() -> None:
 
     from megatron_periln.norms.kernels import fused
 
-    device, tokens, shipped = options.device, options.tokens, fused.launch
+    device, tokens, shipped = options.device, options.tokens, fused.choose_launch_config
     results: list[dict[str, Any]] = []
     copies = {}
     print(COLUMNS)
@@ -188,11 +189,11 @@ def main() -> None:
         }
         groups = {kind: contestants(device, hidden_size) for kind, contestants in kinds.items()}
         for kind, contestants in (
-            {"launches": other_launches(hidden_size)} if options.sweep else groups
+            {"launches": other_launch_configs(hidden_size)} if options.sweep else groups
         ).items():
             times = measure(contestants, leaves, grad, options.rounds, device)
             results += rows(kind, times, hidden_size, tokens, copies[hidden_size])
-        fused.launch = shipped
+        fused.choose_launch_config = shipped
         if options.output:  # after each size, for a run that is cut off
             report = {
                 "device": machine(),

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from megatron_periln.norms import kernels
 
-__all__ = ["EPS", "Join", "add_norm_contestants", "norm_add_contestants", "norm_add_norm_contestants"]
+__all__ = ["EPS", "NormAdd", "add_norm_contestants", "norm_add_contestants", "norm_add_norm_contestants"]
 
 EPS = 1e-5
 
-Join = Callable[[Tensor, Tensor, Tensor], Any]
-"""From branch and residual ``[rows, hidden]`` and the gain ``[hidden]`` to the result, or the two results."""
+NormAdd = Callable[[Tensor, Tensor, Tensor], Any]
+"""From sublayer output and residual ``[rows, hidden]`` and weight ``[hidden]`` to the result, or the two."""
 
 
 def _has(module: str) -> bool:
@@ -27,22 +27,22 @@ def _has(module: str) -> bool:
         return False
 
 
-def _ours(name: str, function: str, device_type: str, hidden_size: int) -> Join:
+def _ours(name: str, function: str, device_type: str, hidden_size: int) -> NormAdd:
     backend = kernels.choose_backend(name, device_type, hidden_size).backend
-    join = getattr(backend, function)
-    return lambda branch, residual, gain: join(branch, None, residual, gain, None, EPS, False, 0.0, True)
+    compute = getattr(backend, function)
+    return lambda x, residual, weight: compute(x, None, residual, weight, None, EPS, False, 0.0, True)
 
 
-def _residual_add() -> Join:
+def _residual_add() -> NormAdd:
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
     add = get_bias_dropout_add(True, True)
-    return lambda branch, residual, _: add((branch, None), residual, 0.0)
+    return lambda x, residual, _: add((x, None), residual, 0.0)
 
 
-def _after(norm: Callable[[Tensor, Tensor], Tensor]) -> Join:
+def _after(norm: Callable[[Tensor, Tensor], Tensor]) -> NormAdd:
     add = _residual_add()
-    return lambda branch, residual, gain: add(norm(branch, gain), residual, gain)
+    return lambda x, residual, weight: add(norm(x, weight), residual, weight)
 
 
 def _transformer_engine_norm(hidden_size: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -50,15 +50,15 @@ def _transformer_engine_norm(hidden_size: int) -> Callable[[Tensor, Tensor], Ten
 
     module = te.RMSNorm(hidden_size, eps=EPS, params_dtype=torch.bfloat16, device="cuda")
 
-    def norm(branch: Tensor, gain: Tensor) -> Tensor:
-        module.weight = gain
-        return module(branch)
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        module.weight = weight
+        return module(x)
 
     return norm
 
 
-def norm_add_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
-    """Return who computes ``residual + norm(branch)``, after Pre-LN's plain add, which sets the floor."""
+def norm_add_contestants(device_type: str, hidden_size: int) -> dict[str, NormAdd]:
+    """Return who computes ``residual + norm(x)``, after Pre-LN's plain add, which sets the floor."""
     contestants = {"Pre-LN's residual add": _residual_add()}
     for name in ("triton", "compile", "torch"):
         contestants[f"norm_add, {name}"] = _ours(name, "norm_add", device_type, hidden_size)
@@ -70,46 +70,44 @@ def norm_add_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
         contestants["Liger, then add"] = _after(
-            lambda branch, gain: LigerRMSNormFunction.apply(branch, gain, EPS, 0.0, "llama", False)
+            lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False)
         )
-    contestants["F.rms_norm, then add"] = _after(
-        lambda branch, gain: F.rms_norm(branch, gain.shape, gain, EPS)
-    )
+    contestants["F.rms_norm, then add"] = _after(lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS))
     return contestants
 
 
-def norm_add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
-    """Return who computes ``residual + norm(branch)`` and the norm of that."""
-    if hidden_size > kernels.MAX_JOINED_HIDDEN_SIZE:
+def norm_add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, NormAdd]:
+    """Return who computes ``residual + norm(x)`` and the norm of that."""
+    if hidden_size > kernels.MAX_NORM_ADD_NORM_HIDDEN_SIZE:
         return {}
 
-    def joined(name: str) -> Join:
+    def ours(name: str) -> NormAdd:
         backend = kernels.choose_backend(name, device_type, hidden_size).backend
-        return lambda branch, residual, gain: backend.norm_add_norm(
-            branch, None, residual, gain, None, EPS, False, 0.0, True, gain, None, EPS, branch.dtype
+        return lambda x, residual, weight: backend.norm_add_norm(
+            x, None, residual, weight, None, EPS, False, 0.0, True, weight, None, EPS, x.dtype
         )
 
-    contestants = {f"norm_add_norm, {name}": joined(name) for name in ("triton", "compile", "torch")}
+    contestants = {f"norm_add_norm, {name}": ours(name) for name in ("triton", "compile", "torch")}
     if device_type == "cuda" and _has("transformer_engine"):
         norm, add = _transformer_engine_norm(hidden_size), _residual_add()
         fused = _ours("triton", "norm_add", device_type, hidden_size)
 
-        def then_norm(join: Join) -> Join:
-            def both(branch: Tensor, residual: Tensor, gain: Tensor) -> Any:
-                out = join(branch, residual, gain)
-                return out, norm(out, gain)
+        def then_norm(norm_add: NormAdd) -> NormAdd:
+            def both(sublayer_output: Tensor, residual: Tensor, weight: Tensor) -> Any:
+                out = norm_add(sublayer_output, residual, weight)
+                return out, norm(out, weight)
 
             return both
 
         contestants["norm_add, then Transformer Engine"] = then_norm(fused)
         contestants["Pre-LN: add, then Transformer Engine"] = then_norm(
-            lambda branch, residual, _: add((branch, None), residual, 0.0)
+            lambda x, residual, _: add((x, None), residual, 0.0)
         )
     return contestants
 
 
-def add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
-    """Return who computes ``norm(residual + branch)``, Post-LN."""
+def add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, NormAdd]:
+    """Return who computes ``norm(residual + x)``, Post-LN."""
     contestants = {
         f"add_norm, {name}": _ours(name, "add_norm", device_type, hidden_size)
         for name in ("compile", "torch")
@@ -119,13 +117,13 @@ def add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, Join]:
     if _has("flash_attn.ops.triton.layer_norm"):
         from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
-        contestants["flash-attn"] = lambda branch, residual, gain: layer_norm_fn(
-            branch, gain, None, residual=residual, eps=EPS, is_rms_norm=True
+        contestants["flash-attn"] = lambda x, residual, weight: layer_norm_fn(
+            x, weight, None, residual=residual, eps=EPS, is_rms_norm=True
         )
     if _has("liger_kernel"):
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-        contestants["Liger"] = lambda branch, residual, gain: LigerFusedAddRMSNormFunction.apply(
-            branch, residual, gain, EPS, 0.0, "llama", False
+        contestants["Liger"] = lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(
+            x, residual, weight, EPS, 0.0, "llama", False
         )[0]
     return contestants

@@ -25,7 +25,12 @@ from machine import command, machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_periln.norms.kernels import backends, fused, launches
+from megatron_periln.norms.kernels import fused
+from megatron_periln.norms.kernels.launch_config import (
+    MAX_NORM_ADD_NORM_HIDDEN_SIZE,
+    LaunchConfig,
+    choose_launch_config,
+)
 
 HIDDEN_SIZES = (64, 1024, 2048, 2560, 3072, 4096, 5120, 8192, 12288, 16384)
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -37,33 +42,32 @@ class Variant:
     """What a model may ask of the kernels."""
 
     name: str
-    branch: str = "*bf16"
+    dtype: str = "*bf16"
     residual: str = "*bf16"
     layer_norm: bool = False
-    bias: bool = False
+    sublayer_bias: bool = False
     dropout: bool = False
-    joined: bool = False
+    with_next: bool = False
 
-    def launch(self, hidden_size: int) -> launches.Launch:
-        """Return how its rows are cut up."""
-        if self.joined:
-            return launches.joined_launch(hidden_size)
-        return launches.launch(hidden_size, not (self.layer_norm or self.bias or self.dropout))
+    def launch_config(self, hidden_size: int) -> LaunchConfig:
+        """Return its launch config for rows of this length."""
+        plain = not (self.layer_norm or self.sublayer_bias or self.dropout)
+        return choose_launch_config(hidden_size, plain, self.with_next)
 
     def takes(self, hidden_size: int) -> bool:
         """Tell whether there are kernels for rows of this length."""
-        return not self.joined or hidden_size <= backends.MAX_JOINED_HIDDEN_SIZE
+        return not self.with_next or hidden_size <= MAX_NORM_ADD_NORM_HIDDEN_SIZE
 
 
 VARIANTS = (
     Variant("RMSNorm"),
     Variant("RMSNorm, fp32 stream", residual="*fp32"),
-    Variant("RMSNorm, fp32", branch="*fp32", residual="*fp32"),
-    Variant("LayerNorm, bias, dropout", layer_norm=True, bias=True, dropout=True),
-    Variant("the same in fp32", "*fp32", "*fp32", layer_norm=True, bias=True, dropout=True),
-    Variant("RMSNorm, and the next", joined=True),
-    Variant("all, and the next", layer_norm=True, bias=True, dropout=True, joined=True),
-    Variant("all and next in fp32", "*fp32", "*fp32", True, True, True, joined=True),
+    Variant("RMSNorm, fp32", dtype="*fp32", residual="*fp32"),
+    Variant("LayerNorm, bias, dropout", layer_norm=True, sublayer_bias=True, dropout=True),
+    Variant("the same in fp32", "*fp32", "*fp32", layer_norm=True, sublayer_bias=True, dropout=True),
+    Variant("RMSNorm, and the next", with_next=True),
+    Variant("all, and the next", layer_norm=True, sublayer_bias=True, dropout=True, with_next=True),
+    Variant("all and next in fp32", "*fp32", "*fp32", True, True, True, with_next=True),
 )
 
 
@@ -84,43 +88,43 @@ class Resources:
 
 def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]:
     """Return the types of a kernel's arguments, and the values of those that are compiled in."""
-    shape = variant.launch(hidden_size)
+    config = variant.launch_config(hidden_size)
     forward = "eps" in kernel.arg_names
-    shift = variant.branch if variant.layer_norm else None
+    bias = variant.dtype if variant.layer_norm else None
     types: dict[str, Any] = {
-        "branch": variant.branch,
-        "bias": variant.branch if variant.bias else None,
-        "gain": variant.branch,
+        "sublayer_output": variant.dtype,
+        "sublayer_bias": variant.dtype if variant.sublayer_bias else None,
+        "weight": variant.dtype,
         "seed": "*i64" if variant.dropout else None,
         "mean": "*fp32" if variant.layer_norm else None,
         "rstd": "*fp32",
         "n_rows": "i32",
-        "branch_stride": "i32",
+        "sublayer_output_stride": "i32",
         "dropout": "fp32",
         "dropout_scale": "fp32",
-        "gain_offset": 0.0,
+        "weight_offset": 0.0,
         "hidden": hidden_size,
-        "block": shape.block,
-        "tile_rows": shape.tile_rows,
-        "stages": shape.stages,
-        "wide": tl.float32,
+        "block": config.block,
+        "tile_rows": config.tile_rows,
+        "stages": config.stages,
+        "compute_dtype": tl.float32,
     }
     if forward:
-        types |= {"residual": variant.residual, "shift": shift, "out": variant.residual}
+        types |= {"residual": variant.residual, "bias": bias, "out": variant.residual}
         types |= {"residual_stride": "i32", "eps": "fp32"}
     else:
-        types |= {"grad_out": variant.residual, "grad_branch": variant.branch, "grad_stride": "i32"}
-        types |= {"gain_partials": "*fp32", "shift_partials": shift and "*fp32"}
-        types |= {"bias_partials": "*fp32" if variant.bias else None}
-    if variant.joined:
+        types |= {"grad_out": variant.residual, "grad_sublayer_output": variant.dtype}
+        types |= {"grad_out_stride": "i32", "weight_partials": "*fp32", "bias_partials": bias and "*fp32"}
+        types |= {"sublayer_bias_partials": "*fp32" if variant.sublayer_bias else None}
+    if variant.with_next:
         mean = types["mean"]
-        types |= {"next_gain": variant.branch, "next_mean": mean, "next_rstd": "*fp32"}
+        types |= {"next_weight": variant.dtype, "next_mean": mean, "next_rstd": "*fp32"}
         if forward:
-            types |= {"next_shift": shift, "next_eps": "fp32", "normed": variant.branch}
+            types |= {"next_bias": bias, "next_eps": "fp32", "normed": variant.dtype}
         else:
-            types |= {"grad_normed": variant.branch, "out": variant.residual, "normed_stride": "i32"}
-            types |= {"grad_residual": variant.residual, "next_gain_partials": "*fp32"}
-            types |= {"next_shift_partials": shift and "*fp32"}
+            types |= {"grad_normed": variant.dtype, "grad_normed_stride": "i32", "out": variant.residual}
+            types |= {"grad_residual": variant.residual, "next_weight_partials": "*fp32"}
+            types |= {"next_bias_partials": bias and "*fp32"}
     return {name: types.get(name) for name in kernel.arg_names}
 
 
@@ -150,7 +154,7 @@ def registers(cubin: bytes) -> int:
 
 def measure(kernel: Any, variant: Variant, hidden_size: int) -> Resources:
     """Compile one kernel and read its machine code."""
-    num_warps = variant.launch(hidden_size).num_warps
+    num_warps = variant.launch_config(hidden_size).num_warps
     compiled = compile_kernel(kernel, arguments(kernel, variant, hidden_size), num_warps)
     code = compiled.asm["sass"]
     per_thread = registers(compiled.asm["cubin"])
@@ -185,11 +189,7 @@ def main() -> None:
     )
     for variant in VARIANTS:
         for hidden_size in filter(variant.takes, options.hidden_sizes):
-            shape = variant.launch(hidden_size)
-            for kernel in (
-                launches.forward_kernel(shape, hidden_size),
-                launches.backward_kernel(shape, hidden_size),
-            ):
+            for kernel in fused.kernels_for(variant.launch_config(hidden_size), hidden_size):
                 row = measure(kernel, variant, hidden_size)
                 results.append(row)
                 print(
@@ -200,9 +200,9 @@ def main() -> None:
     if options.output:
         report = {"device": machine(), "command": command(), "results": [asdict(row) for row in results]}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
-    faulty = [row for row in results if row.spills or row.atomics]
-    if faulty:
-        sys.exit(f"{len(faulty)} of {len(results)} kernels spill registers or use atomics")
+    failing = [row for row in results if row.spills or row.atomics]
+    if failing:
+        sys.exit(f"{len(failing)} of {len(results)} kernels spill registers or use atomics")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_periln.errors import UsageError
-from megatron_periln.norms.kernels import BACKENDS, MAX_JOINED_HIDDEN_SIZE
+from megatron_periln.norms.kernels import BACKENDS, MAX_NORM_ADD_NORM_HIDDEN_SIZE
 from megatron_periln.norms.placement import PLACEMENTS, NormPlacement
 
 __all__ = [
@@ -70,7 +70,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--fuse-pre-mlp-norm",
         action="store_true",
         help="peri: attention's output norm and the MLP's input norm as one kernel, up to hidden size "
-        f"{MAX_JOINED_HIDDEN_SIZE}",
+        f"{MAX_NORM_ADD_NORM_HIDDEN_SIZE}",
     )
 
 
@@ -132,8 +132,8 @@ def why_norms_stay_apart(
         "--hybrid-layer-pattern has no layers of attention and MLP": not whole_layers,
         "--recompute-modules layernorm recomputes that norm alone": "layernorm" in recomputed,
         "--offload-modules mlp_norm offloads that norm alone": "mlp_norm" in offloaded,
-        f"--hidden-size {hidden_size} is beyond the {MAX_JOINED_HIDDEN_SIZE} of its kernel": (
-            hidden_size is not None and hidden_size > MAX_JOINED_HIDDEN_SIZE
+        f"--hidden-size {hidden_size} is beyond the {MAX_NORM_ADD_NORM_HIDDEN_SIZE} of its kernel": (
+            hidden_size is not None and hidden_size > MAX_NORM_ADD_NORM_HIDDEN_SIZE
         ),
     }
     for reason, holds in reasons.items():

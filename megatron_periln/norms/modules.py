@@ -29,10 +29,6 @@ __all__ = [
     "PostNorm",
 ]
 
-# The arguments of `kernels.norm_add`, in order: sublayer_output, sublayer_bias, residual, weight, bias, eps,
-# zero_centered_gamma, dropout, training.
-NormAddArguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, bool, float, bool]
-
 OutputWithBias = tuple[Tensor, Tensor | None]
 BiasDropoutAdd = Callable[[OutputWithBias, Tensor, float], Tensor]
 
@@ -149,7 +145,7 @@ class FusedInputNorm(InputNorm):
 
     _sum_and_normed: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, sum_of: NormAddArguments | None = None) -> Tensor:
+    def forward(self, x: Tensor, sum_of: kernels.NormAddArguments | None = None) -> Tensor:
         """Normalize ``x``; or return `kernels.norm_add` of ``sum_of``, and keep the norm of that."""
         if sum_of is None:
             kept, self._sum_and_normed = self._sum_and_normed, None

@@ -10,7 +10,7 @@ from megatron_periln import cpu
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.norms import kernels
 from megatron_periln.norms.arguments import placement_of
-from megatron_periln.norms.kernels.self_test import fault
+from megatron_periln.norms.kernels.self_test import find_failure
 
 __all__ = ["choose_norm_backend"]
 
@@ -40,17 +40,17 @@ def choose_norm_backend(args: Namespace) -> None:
         raise UsageError(str(error)) from error
     kernels.use_backend(args.norm_backend)
     if choice.backend.name == "triton" and placement_of(args).output:
-        _try_out(args, choice.backend)
+        _self_test(args, choice.backend)
     if args.rank == 0:
         print(f"norm backend: {choice}", flush=True)
 
 
-def _try_out(args: Namespace, backend: kernels.Backend) -> None:
+def _self_test(args: Namespace, backend: kernels.Backend) -> None:
     """Refuse kernels that the Triton and the GPU of this rank get wrong, before they train a model."""
     device = torch.device("cpu")
     if not cpu.is_active():
         device = torch.device("cuda", args.local_rank % torch.cuda.device_count())
-    wrong = fault(
+    failure = find_failure(
         backend,
         device,
         args.hidden_size,
@@ -58,10 +58,10 @@ def _try_out(args: Namespace, backend: kernels.Backend) -> None:
         torch.float32 if args.fp32_residual_connection else args.params_dtype,
         layer_norm=args.normalization == "LayerNorm",
         zero_centered_gamma=args.layernorm_zero_centered_gamma,
-        joined=args.fuse_pre_mlp_norm,
+        with_next=args.fuse_pre_mlp_norm,
     )
-    if wrong is not None:
+    if failure is not None:
         raise RankError(
-            f"rank {args.rank}, norm backend 'triton' {wrong}; give --norm-backend compile, or torch, and "
+            f"rank {args.rank}, norm backend 'triton' {failure}; give --norm-backend compile, or torch, and "
             "please report it"
         )

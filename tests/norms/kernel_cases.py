@@ -22,7 +22,7 @@ ROUNDING = {
     torch.float16: 2.0**-11 * 1.1,
     torch.bfloat16: (2.0**-7 if DEVICE == "cpu" else 2.0**-8) * 1.1,
 }
-NAMES = ("branch", "bias", "residual", "gain", "shift")
+NAMES = ("sublayer_output", "sublayer_bias", "residual", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class Case:
 
     rows: tuple = (7, 3)
     hidden: int = 96
-    branch: torch.dtype = torch.float32
-    residual: torch.dtype = torch.float32
-    shift: bool = False
-    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    residual_dtype: torch.dtype = torch.float32
+    layer_norm: bool = False
+    sublayer_bias: bool = False
     zero_centered_gamma: bool = False
     magnitude: float = 1.0
     eps: float = 1e-5
 
     def __str__(self):
-        dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.branch, self.residual))
-        options = ["layernorm" if self.shift else "rmsnorm"]
-        options += ["bias"] * self.bias + ["zero-centered"] * self.zero_centered_gamma
+        dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.residual_dtype))
+        options = ["layernorm" if self.layer_norm else "rmsnorm"]
+        options += ["bias"] * self.sublayer_bias + ["zero-centered"] * self.zero_centered_gamma
         return (
             f"{'x'.join(map(str, self.rows))}x{self.hidden}-{dtypes}-{'-'.join(options)}-{self.magnitude:g}"
         )
 
     def tensors(self):
-        """Return branch, bias, residual, gain and shift, and the gradient of the result."""
+        """Return the tensors that `NAMES` lists, and the gradient of the result."""
         generator = torch.Generator().manual_seed(17 * self.hidden + sum(self.rows))
 
         def random(*shape, dtype, scale=1.0, offset=0.0):
@@ -57,13 +57,13 @@ class Case:
 
         shape, vector = (*self.rows, self.hidden), (self.hidden,)
         inputs = [
-            random(*shape, dtype=self.branch, scale=self.magnitude),
-            random(*vector, dtype=self.branch, scale=2 * self.magnitude) if self.bias else None,
-            random(*shape, dtype=self.residual),
-            random(*vector, dtype=self.branch, scale=0.3, offset=0.0 if self.zero_centered_gamma else 1.0),
-            random(*vector, dtype=self.branch) if self.shift else None,
+            random(*shape, dtype=self.dtype, scale=self.magnitude),
+            random(*vector, dtype=self.dtype, scale=2 * self.magnitude) if self.sublayer_bias else None,
+            random(*shape, dtype=self.residual_dtype),
+            random(*vector, dtype=self.dtype, scale=0.3, offset=0.0 if self.zero_centered_gamma else 1.0),
+            random(*vector, dtype=self.dtype) if self.layer_norm else None,
         ]
-        return inputs, random(*shape, dtype=self.residual)
+        return inputs, random(*shape, dtype=self.residual_dtype)
 
 
 DTYPES = [
@@ -72,20 +72,17 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.float32),
 ]
-OPTIONS = list(itertools.product([False, True], repeat=3))
+OPTIONS = list(itertools.product([False, True], repeat=3))  # layer_norm, sublayer_bias, zero_centered_gamma
 SHAPES = [((1,), 1), ((2, 1), 3), ((33,), 64), ((2, 2, 5), 160), ((5, 1), 1000), ((9,), 2048), ((3,), 2560)]
 
-GRID = [
-    Case((7, 3), 96, *dtypes, shift=shift, bias=bias, zero_centered_gamma=zero_centered)
-    for dtypes, (shift, bias, zero_centered) in itertools.product(DTYPES, OPTIONS)
-]
+GRID = [Case((7, 3), 96, *dtypes, *options) for dtypes, options in itertools.product(DTYPES, OPTIONS)]
 GRID += [
     # In rows this short the gradient is what eps leaves of a difference.
     Case(*shape, *DTYPES[i % len(DTYPES)], *OPTIONS[j], eps=1.0 if shape[1] < 4 else 1e-5)
     for i, shape in enumerate(SHAPES)
     for j in (0, 3, 6)
 ]
-GRID += [Case((2,), 12288, *DTYPES[1]), Case((1,), 16384, *DTYPES[0], shift=True, bias=True)]
+GRID += [Case((2,), 12288, *DTYPES[1]), Case((1,), 16384, *DTYPES[0], layer_norm=True, sublayer_bias=True)]
 GRID += [
     replace(Case((5,), 160, dtype, dtype, *options), magnitude=magnitude)
     for dtype, options, magnitude in itertools.product(
@@ -95,7 +92,7 @@ GRID += [
 GRID += [Case((5,), 160, torch.float16, torch.float16, *OPTIONS[j], magnitude=5e3) for j in (0, 6)]
 
 
-def join(function, inputs, grad, case, dropout=0.0, **options):
+def evaluate(function, inputs, grad, case, dropout=0.0, **options):
     """Return the result of ``function`` and its gradients, ``{name: tensor}``."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     settings = {"eps": case.eps, "zero_centered_gamma": case.zero_centered_gamma} | options
@@ -107,10 +104,10 @@ def join(function, inputs, grad, case, dropout=0.0, **options):
 
 def exact(inputs, grad, case, mask=1.0):
     """Return the same by the fp64 formulas; ``mask`` is 0 or 1/(1-p) where there is dropout."""
-    wide = [None if t is None else t.detach().cpu().double().requires_grad_() for t in inputs]
-    out = formulas.norm_add(*wide, case.eps, case.zero_centered_gamma, mask=mask)
+    in_fp64 = [None if t is None else t.detach().cpu().double().requires_grad_() for t in inputs]
+    out = formulas.norm_add(*in_fp64, case.eps, case.zero_centered_gamma, mask=mask)
     out.backward(grad.cpu().double())
-    named = {f"d {name}": leaf.grad for name, leaf in zip(NAMES, wide, strict=True) if leaf is not None}
+    named = {f"d {name}": leaf.grad for name, leaf in zip(NAMES, in_fp64, strict=True) if leaf is not None}
     return {"out": out.detach(), **named}
 
 

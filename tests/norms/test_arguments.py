@@ -13,7 +13,7 @@ from megatron_periln.norms.arguments import (
     set_placement,
     why_norms_stay_apart,
 )
-from megatron_periln.norms.kernels import MAX_JOINED_HIDDEN_SIZE
+from megatron_periln.norms.kernels import MAX_NORM_ADD_NORM_HIDDEN_SIZE as LONGEST
 
 
 def parse(*words):
@@ -63,9 +63,7 @@ APART = {
     "--hybrid-layer-pattern has no layers of attention and MLP": {"whole_layers": False},
     "--recompute-modules layernorm recomputes that norm alone": {"recomputed": ["core_attn", "layernorm"]},
     "--offload-modules mlp_norm offloads that norm alone": {"offloaded": ["mlp_norm"]},
-    f"--hidden-size {MAX_JOINED_HIDDEN_SIZE + 1} is beyond the {MAX_JOINED_HIDDEN_SIZE} of its kernel": {
-        "hidden_size": MAX_JOINED_HIDDEN_SIZE + 1
-    },
+    f"--hidden-size {LONGEST + 1} is beyond the {LONGEST} of its kernel": {"hidden_size": LONGEST + 1},
 }
 
 
@@ -81,4 +79,4 @@ def test_why_two_norms_are_not_one_kernel(reason):
 
 def test_otherwise_they_are():
     assert why() is None
-    assert why(hidden_size=MAX_JOINED_HIDDEN_SIZE) is None
+    assert why(hidden_size=LONGEST) is None

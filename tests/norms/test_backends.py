@@ -54,7 +54,7 @@ def test_auto_takes_torch_compile_where_the_kernels_can_not_serve(gpu, monkeypat
 
 
 def test_auto_takes_plain_torch_without_triton(gpu, monkeypatch):
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert choose() == ("torch", "Triton is not installed")
 
 
@@ -71,7 +71,7 @@ def test_what_is_asked_for_is_taken(gpu, name):
     ],
 )
 def test_without_triton_what_needs_it_is_refused(gpu, monkeypatch, name, hidden_size, words):
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     with pytest.raises(ValueError) as error:
         choose(name, hidden_size=hidden_size)
     assert all(word in str(error.value) for word in words)
@@ -106,15 +106,15 @@ def test_modules_follow_the_backend(name, monkeypatch):
     calls = []
     backend = kernels.choose_backend(name, "cpu", 48).backend
     monkeypatch.setattr(
-        backends, "choose_backend", lambda *asked: calls.append(asked) or backends.Choice(backend, "")
+        backends, "choose_backend", lambda *asked: calls.append(asked) or backends.BackendChoice(backend, "")
     )
     kernels.use_backend(name)
     norm = OutputNorm(config(), PERI)
-    branch, bias, residual, _, _ = formulas.inputs()
-    out = norm(branch, bias, residual, 0.0, True)
+    sublayer_output, sublayer_bias, residual, _, _ = formulas.inputs()
+    out = norm(sublayer_output, sublayer_bias, residual, 0.0, True)
     assert calls == [(name, "cpu", 48)]
     torch.testing.assert_close(
-        out, formulas.norm_add(branch, bias, residual, norm.weight, None, 1e-5).float()
+        out, formulas.norm_add(sublayer_output, sublayer_bias, residual, norm.weight, None, 1e-5).float()
     )
 
 
@@ -127,11 +127,12 @@ try:
 except ValueError as error:
     print(error)
 torch.manual_seed(1)
-branch, bias, residual, gain, shift = (torch.randn(*shape) for shape in ((6, 8), (8,), (6, 8), (8,), (8,)))
+shapes = ((6, 8), (8,), (6, 8), (8,), (8,))
+sublayer_output, sublayer_bias, residual, weight, bias = (torch.randn(*shape) for shape in shapes)
 for name in ("norm_add", "add_norm"):
     function = getattr(reference, name)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    arguments = (branch, bias, residual, gain, shift, 1e-5, True, 0.0, True)
+    arguments = (sublayer_output, sublayer_bias, residual, weight, bias, 1e-5, True, 0.0, True)
     print((compiled(*arguments) - function(*arguments)).abs().max().item())
 """
 

@@ -45,7 +45,7 @@ def test_output_and_residual_are_added_by_the_formula(
 ):
     bda = build(placement, config(normalization, zero_centered_gamma, layernorm_epsilon=0.1))
     perturbed(bda.norm)
-    tensors = formulas.inputs(bias=bias)[:3]
+    tensors = formulas.inputs(sublayer_bias=bias)[:3]
     torch.testing.assert_close(add(bda, *tensors, fused=fused), formula(bda, *tensors, eps=0.1).float())
 
 
@@ -76,7 +76,7 @@ def test_eps_is_the_configs_and_never_a_default(placement, normalization):
 @kinds
 def test_the_output_norms_own_eps_takes_precedence(normalization):
     bda = build(PERI, config(normalization, layernorm_epsilon=1e-5), output_norm_epsilon=0.1)
-    tensors = formulas.inputs(bias=False)[:3]
+    tensors = formulas.inputs(sublayer_bias=False)[:3]
     result = add(bda, *tensors)
     torch.testing.assert_close(result, formula(bda, *tensors, eps=0.1).float())
     assert (result - formula(bda, *tensors, eps=1e-5)).abs().max() > 0.05

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_periln.norms.kernels import MAX_JOINED_HIDDEN_SIZE
+from megatron_periln.norms.kernels.launch_config import MAX_NORM_ADD_NORM_HIDDEN_SIZE, choose_launch_config
 
 ROOT = Path(__file__).parents[2]
 HIDDEN_SIZES = (2560, 8192, 16384)
@@ -29,8 +29,8 @@ def results(tmp_path_factory):
 
 def test_no_shipped_configuration_spills_or_uses_atomics(results):
     process, rows = results
-    joined = [size for size in HIDDEN_SIZES if size <= MAX_JOINED_HIDDEN_SIZE]
-    assert len(rows) == 2 * (5 * len(HIDDEN_SIZES) + 3 * len(joined))
+    with_next = [size for size in HIDDEN_SIZES if size <= MAX_NORM_ADD_NORM_HIDDEN_SIZE]
+    assert len(rows) == 2 * (5 * len(HIDDEN_SIZES) + 3 * len(with_next))
     assert [row for row in rows if row["spills"] or row["atomics"]] == []
     assert process.returncode == 0, process.stderr
 
@@ -40,10 +40,8 @@ def test_loads_are_16_bytes_wide(results):
 
 
 def test_the_backward_grid_of_plain_rmsnorm_is_resident(results):
-    from megatron_periln.norms.kernels import launches
-
     rows = [row for row in results[1] if row["kernel"] == "norm_add_backward" and row["variant"] == "RMSNorm"]
     assert {row["hidden_size"] for row in rows} == {2560, 8192}
     for row in rows:
         if row["warps"] <= 8:  # longer rows take turns
-            assert row["programs_on_sm"] >= launches.launch(row["hidden_size"]).programs_per_sm, row
+            assert row["programs_on_sm"] >= choose_launch_config(row["hidden_size"]).programs_per_sm, row

@@ -10,9 +10,9 @@ from tests.norms import formulas
 EPS = 0.1
 ULP = 2.0**-8  # of bf16: an upper bound of the relative distance of neighbours
 
-shifts = pytest.mark.parametrize("shift", [False, True], ids=["RMSNorm", "LayerNorm"])
+kinds = pytest.mark.parametrize("layer_norm", [False, True], ids=["RMSNorm", "LayerNorm"])
 gammas = pytest.mark.parametrize("zero_centered_gamma", [False, True], ids=["gamma", "zero-centered"])
-biases = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+biases = pytest.mark.parametrize("sublayer_bias", [False, True], ids=["no-bias", "bias"])
 kernels = pytest.mark.parametrize("name", ["norm_add", "add_norm"])
 
 
@@ -29,26 +29,28 @@ def dropout_mask(like, p, seed):
     return F.dropout(torch.ones_like(like), p)
 
 
-@shifts
+@kinds
 @gammas
-def test_norm_is_the_formula_in_wide_arithmetic(shift, zero_centered_gamma):
-    for dtype, wide in (
+def test_norm_is_the_formula_in_the_compute_dtype(layer_norm, zero_centered_gamma):
+    for dtype, compute_dtype in (
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        x, _, _, gain, offset = formulas.inputs(shift=shift, dtype=dtype)
-        result = reference.norm(x, gain, offset, EPS, zero_centered_gamma)
-        assert result.dtype == wide
-        torch.testing.assert_close(result, formulas.norm(x, gain, offset, EPS, zero_centered_gamma).to(wide))
+        x, _, _, weight, bias = formulas.inputs(layer_norm=layer_norm, dtype=dtype)
+        result = reference.norm(x, weight, bias, EPS, zero_centered_gamma)
+        assert result.dtype == compute_dtype
+        torch.testing.assert_close(
+            result, formulas.norm(x, weight, bias, EPS, zero_centered_gamma).to(compute_dtype)
+        )
 
 
 @kernels
-@shifts
+@kinds
 @gammas
 @biases
-def test_values_and_gradients_are_those_of_the_formula(name, shift, zero_centered_gamma, bias):
-    tensors = formulas.inputs(bias=bias, shift=shift)
+def test_values_and_gradients_are_those_of_the_formula(name, layer_norm, zero_centered_gamma, sublayer_bias):
+    tensors = formulas.inputs(sublayer_bias=sublayer_bias, layer_norm=layer_norm)
     given = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
     ours = call(name, tensors, zero_centered_gamma)
     theirs = expected(name, tensors, zero_centered_gamma)
@@ -58,10 +60,12 @@ def test_values_and_gradients_are_those_of_the_formula(name, shift, zero_centere
 
 
 @kernels
-@shifts
+@kinds
 @biases
-def test_gradients_are_those_of_finite_differences(name, shift, bias):
-    tensors = formulas.inputs(bias=bias, shift=shift, dtype=torch.float64, hidden=5, rows=(2, 3))
+def test_gradients_are_those_of_finite_differences(name, layer_norm, sublayer_bias):
+    tensors = formulas.inputs(
+        sublayer_bias=sublayer_bias, layer_norm=layer_norm, dtype=torch.float64, hidden=5, rows=(2, 3)
+    )
     given = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
 
     def function(*values):
@@ -79,10 +83,12 @@ def distance_in_ulps(actual, exact):
 
 
 @kernels
-@shifts
+@kinds
 @biases
-def test_bf16_is_rounded_once(name, shift, bias):
-    tensors = formulas.inputs(bias=bias, shift=shift, dtype=torch.bfloat16, rows=(64, 4))
+def test_bf16_is_rounded_once(name, layer_norm, sublayer_bias):
+    tensors = formulas.inputs(
+        sublayer_bias=sublayer_bias, layer_norm=layer_norm, dtype=torch.bfloat16, rows=(64, 4)
+    )
     result, exact = call(name, tensors), expected(name, tensors)
     assert result.dtype == torch.bfloat16
     distance = distance_in_ulps(result, exact)
@@ -90,21 +96,21 @@ def test_bf16_is_rounded_once(name, shift, bias):
     assert distance.count_nonzero() < 0.01 * distance.numel()
 
 
-@shifts
-def test_rounding_the_norm_before_the_add_would_show(shift):
-    tensors = formulas.inputs(bias=False, shift=shift, dtype=torch.bfloat16, rows=(64, 4))
-    branch, _, residual, gain, offset = tensors
-    twice = residual + reference.norm(branch, gain, offset, EPS, False).bfloat16()
+@kinds
+def test_rounding_the_norm_before_the_add_would_show(layer_norm):
+    tensors = formulas.inputs(sublayer_bias=False, layer_norm=layer_norm, dtype=torch.bfloat16, rows=(64, 4))
+    sublayer_output, _, residual, weight, bias = tensors
+    twice = residual + reference.norm(sublayer_output, weight, bias, EPS, False).bfloat16()
     distance = distance_in_ulps(twice, expected("norm_add", tensors))
     assert distance.max() > 1
     assert distance.count_nonzero() > 0.1 * distance.numel()
 
 
 @kernels
-@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
-def test_the_result_has_the_residuals_dtype(name, branch, residual):
-    tensors = formulas.inputs(dtype=branch)
+def test_the_result_has_the_residuals_dtype(name, dtype, residual):
+    tensors = formulas.inputs(dtype=dtype)
     tensors[2] = tensors[2].to(residual)
     result = call(name, tensors)
     assert result.dtype == residual
@@ -117,8 +123,8 @@ def test_the_result_has_the_residuals_dtype(name, branch, residual):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_written_in_place(name, bias, training, grad, dropout, dtype):
-    tensors = formulas.inputs(bias=bias, dtype=dtype)
+def test_nothing_is_written_in_place(name, sublayer_bias, training, grad, dropout, dtype):
+    tensors = formulas.inputs(sublayer_bias=sublayer_bias, dtype=dtype)
     given = [tensor for tensor in tensors if tensor is not None]
     copies = [tensor.clone() for tensor in given]
     with torch.set_grad_enabled(grad):
@@ -149,16 +155,18 @@ def test_the_same_seed_replays_the_same_dropout(name):
 
 @kernels
 @biases
-@shifts
-def test_dropout_acts_after_the_norm_of_an_output_and_before_a_norm_after_the_add(name, bias, shift):
-    tensors, p = formulas.inputs(bias=bias, shift=shift), 0.4
+@kinds
+def test_dropout_acts_after_the_norm_of_an_output_and_before_a_norm_after_the_add(
+    name, sublayer_bias, layer_norm
+):
+    tensors, p = formulas.inputs(sublayer_bias=sublayer_bias, layer_norm=layer_norm), 0.4
     mask = dropout_mask(tensors[0], p, seed=9)
     torch.manual_seed(9)
     result = call(name, tensors, dropout=p)
     torch.testing.assert_close(result, expected(name, tensors, mask=mask).float())
-    branch, given_bias, residual, gain, offset = tensors
-    parameters = (gain, offset, EPS)
-    dropped = mask * formulas.biased(branch, given_bias)
+    sublayer_output, given_bias, residual, weight, bias = tensors
+    parameters = (weight, bias, EPS)
+    dropped = mask * formulas.biased(sublayer_output, given_bias)
     other_order = {
         "norm_add": residual + formulas.norm(dropped, *parameters),
         "add_norm": mask * formulas.add_norm(*tensors, EPS),
@@ -167,7 +175,7 @@ def test_dropout_acts_after_the_norm_of_an_output_and_before_a_norm_after_the_ad
 
 
 def test_dropout_keeps_the_right_share_and_scales_it_up():
-    tensors, p = formulas.inputs(rows=(200, 10), shift=False), 0.3
+    tensors, p = formulas.inputs(rows=(200, 10), layer_norm=False), 0.3
     torch.manual_seed(4)
     residual = tensors[2]
     added = call("norm_add", tensors, dropout=p) - residual

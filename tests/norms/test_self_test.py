@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from megatron_periln.norms.kernels import choose_backend
-from megatron_periln.norms.kernels.self_test import fault
+from megatron_periln.norms.kernels.self_test import find_failure
 from tests.norms.kernel_cases import DEVICE, DTYPES
 
 
-def tried(backend, dtypes=DTYPES[0], hidden=96, joined=False, layer_norm=False, zero_centered_gamma=False):
-    device = torch.device(DEVICE)
-    options = {"layer_norm": layer_norm, "zero_centered_gamma": zero_centered_gamma, "joined": joined}
-    return fault(backend, device, hidden, *dtypes, **options)
+def failure(backend, dtypes=DTYPES[0], **options):
+    options = {"layer_norm": False, "zero_centered_gamma": False, "with_next": False} | options
+    return find_failure(backend, torch.device(DEVICE), 96, *dtypes, **options)
 
 
 @pytest.fixture
@@ -21,33 +20,33 @@ def triton():
     return choose_backend("triton", DEVICE, 96).backend
 
 
-@pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("options", [(False, False), (True, True)], ids=str)
+@pytest.mark.parametrize("with_next", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_nothing_is_wrong(triton, dtypes, joined, options):
-    layer_norm, zero_centered = options
-    assert tried(triton, dtypes, 96, joined, layer_norm, zero_centered) is None
+def test_nothing_is_wrong(triton, dtypes, layer_norm, with_next):
+    options = {"layer_norm": layer_norm, "zero_centered_gamma": layer_norm, "with_next": with_next}
+    assert failure(triton, dtypes, **options) is None
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_a_wrong_value_is_found(triton, dtypes):
-    def off(branch, bias, residual, gain, *rest):
-        return triton.norm_add(branch, bias, residual, gain * 1.1, *rest)
+    def off(sublayer_output, sublayer_bias, residual, weight, *rest):
+        return triton.norm_add(sublayer_output, sublayer_bias, residual, weight * 1.1, *rest)
 
-    assert "computes something else here" in tried(replace(triton, norm_add=off), dtypes)
+    assert "computes something else here" in failure(replace(triton, norm_add=off), dtypes)
 
 
 def test_a_nan_is_found(triton):
     def nan(*arguments):
         return triton.norm_add(*arguments) * float("nan")
 
-    assert "computes something else here" in tried(replace(triton, norm_add=nan))
+    assert "computes something else here" in failure(replace(triton, norm_add=nan))
 
 
 def test_a_failure_is_told(triton):
     def failing(*_):
         raise RuntimeError("no\nsuch instruction")
 
-    assert tried(replace(triton, norm_add_norm=failing), joined=True) == (
+    assert failure(replace(triton, norm_add_norm=failing), with_next=True) == (
         "fails here: RuntimeError: no such instruction"
     )

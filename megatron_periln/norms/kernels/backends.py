@@ -1,4 +1,4 @@
-"""Which implementation computes the norms, and the one function that chooses it.
+"""Which implementation computes the norms, the one function that chooses it, and the functions that ask it.
 
 ========  ==================================================================================
 backend   what runs
@@ -17,30 +17,40 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_periln.norms.kernels import reference
+from megatron_periln.norms.kernels.launch_config import MAX_NORM_ADD_HIDDEN_SIZE
 
 __all__ = [
     "BACKENDS",
-    "MAX_JOINED_HIDDEN_SIZE",
     "Backend",
-    "Choice",
+    "BackendChoice",
+    "NormAddArguments",
+    "add_norm",
     "backend_for",
     "choose_backend",
+    "has_triton",
+    "norm",
+    "norm_add",
+    "norm_add_norm",
     "use_backend",
 ]
 
 BACKENDS = ("auto", "triton", "compile", "torch")
 
-MAX_JOINED_HIDDEN_SIZE = 4096  # with the next norm: rows that fit the registers twice
-
 _OLDEST_GPU = (8, 0)  # compute capability with bfloat16
 
 logger = logging.getLogger(__name__)
+
+# The functions of `reference` as types, with arguments by position, which is how autograd takes them. Those
+# of `norm_add`, from sublayer_output to training, come first in `norm_add_norm` too.
+NormAddArguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, bool, float, bool]
+Norm = Callable[[Tensor, Tensor, Tensor | None, float, bool, torch.dtype | None], Tensor]
+NormAdd = Callable[[*NormAddArguments], Tensor]
+NormAddNorm = Callable[[*NormAddArguments, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,14 @@ class Backend:
     """The functions of `reference`, as one implementation has them."""
 
     name: str
-    norm: Callable[..., Tensor]
-    norm_add: Callable[..., Tensor]
-    add_norm: Callable[..., Tensor]
-    norm_add_norm: Callable[..., tuple[Tensor, Tensor]]
+    norm: Norm
+    norm_add: NormAdd
+    add_norm: NormAdd
+    norm_add_norm: NormAddNorm
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """A backend, and why it was taken."""
 
     backend: Backend
@@ -65,15 +75,88 @@ class Choice:
         return f"{self.backend.name} ({self.reason})"
 
 
-_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    reference.norm,
-    reference.norm_add,
-    reference.add_norm,
-    reference.norm_add_norm,
-)
-_TORCH = Backend("torch", *_FUNCTIONS)
+_TORCH = Backend("torch", reference.norm, reference.norm_add, reference.add_norm, reference.norm_add_norm)
 
 _requested = "auto"
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Normalize ``x``: `reference.norm`."""
+    return backend_for(x).norm(x, weight, bias, eps, zero_centered_gamma, dtype)
+
+
+def norm_add(
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dropout: float,
+    training: bool,
+) -> Tensor:
+    """Normalize the sublayer output, then add it to the residual stream: `reference.norm_add`."""
+    return backend_for(sublayer_output).norm_add(
+        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
+    )
+
+
+def norm_add_norm(
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dropout: float,
+    training: bool,
+    next_weight: Tensor,
+    next_bias: Tensor | None,
+    next_eps: float,
+    next_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Normalize the sublayer output, add it to the residual stream, normalize the sum by the next norm.
+
+    Returns the sum and its norm: `reference.norm_add_norm`.
+    """
+    first = (
+        sublayer_output,
+        sublayer_bias,
+        residual,
+        weight,
+        bias,
+        eps,
+        zero_centered_gamma,
+        dropout,
+        training,
+    )
+    return backend_for(sublayer_output).norm_add_norm(*first, next_weight, next_bias, next_eps, next_dtype)
+
+
+def add_norm(
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered_gamma: bool,
+    dropout: float,
+    training: bool,
+) -> Tensor:
+    """Add the sublayer output to the residual stream, then normalize the sum: `reference.add_norm`."""
+    return backend_for(sublayer_output).add_norm(
+        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
+    )
 
 
 def use_backend(name: str) -> None:
@@ -96,7 +179,7 @@ def backend_for(tensor: Tensor) -> Backend:
 
 
 @functools.cache
-def choose_backend(name: str, device_type: str, hidden_size: int) -> Choice:
+def choose_backend(name: str, device_type: str, hidden_size: int) -> BackendChoice:
     """Choose the implementation of ``name`` for rows of ``hidden_size`` on a device.
 
     Parameters
@@ -115,25 +198,25 @@ def choose_backend(name: str, device_type: str, hidden_size: int) -> Choice:
     """
     if name == "auto":
         choice = _choose_automatically(device_type, hidden_size)
-    elif name == "triton" and (obstacle := _triton_obstacle(device_type, hidden_size)):
-        raise ValueError(f"norm backend 'triton': {obstacle}; choose auto")
-    elif name == "compile" and device_type == "cuda" and not _has_triton():
+    elif name == "triton" and (reason := _why_not_triton(device_type, hidden_size)):
+        raise ValueError(f"norm backend 'triton': {reason}; choose auto")
+    elif name == "compile" and device_type == "cuda" and not has_triton():
         raise ValueError(
             "norm backend 'compile': on a GPU torch.compile needs Triton; install it, or choose auto"
         )
     else:
-        choice = Choice(_named(name), "as asked for")
+        choice = BackendChoice(_named(name), "as asked for")
     logger.info("norm backend for hidden size %d on %s: %s", hidden_size, device_type, choice)
     return choice
 
 
-def _choose_automatically(device_type: str, hidden_size: int) -> Choice:
+def _choose_automatically(device_type: str, hidden_size: int) -> BackendChoice:
     if device_type != "cuda":  # where Triton need not even be imported
-        return Choice(_TORCH, "there are no fused kernels for the CPU")
-    obstacle = _triton_obstacle(device_type, hidden_size)
-    if obstacle is None:
-        return Choice(_named("triton"), "bias, norm, dropout and residual add are one kernel")
-    return Choice(_named("compile") if _has_triton() else _TORCH, obstacle)
+        return BackendChoice(_TORCH, "there are no fused kernels for the CPU")
+    reason = _why_not_triton(device_type, hidden_size)
+    if reason is None:
+        return BackendChoice(_named("triton"), "bias, norm, dropout and residual add are one kernel")
+    return BackendChoice(_named("compile") if has_triton() else _TORCH, reason)
 
 
 def _named(name: str) -> Backend:
@@ -141,7 +224,7 @@ def _named(name: str) -> Backend:
         return _TORCH
     if name == "compile":
         return _compiled()
-    from megatron_periln.norms.kernels import fused
+    from megatron_periln.norms.kernels import fused  # imports Triton: a second, which --help does without
 
     rest = _TORCH if fused.INTERPRETED else _compiled()
     return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
@@ -149,19 +232,25 @@ def _named(name: str) -> Backend:
 
 @functools.cache
 def _compiled() -> Backend:
-    functions: list[Any] = [torch.compile(function) for function in _FUNCTIONS]
-    return Backend("compile", *functions)
+    return Backend(
+        "compile",
+        torch.compile(reference.norm),
+        torch.compile(reference.norm_add),
+        torch.compile(reference.add_norm),
+        torch.compile(reference.norm_add_norm),
+    )
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Tell whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_obstacle(device_type: str, hidden_size: int) -> str | None:
+def _why_not_triton(device_type: str, hidden_size: int) -> str | None:
     """Return why the Triton kernels can't serve, None if they can."""
-    if not _has_triton():
+    if not has_triton():
         return "Triton is not installed"
-    from megatron_periln.norms.kernels import fused, launches
+    from megatron_periln.norms.kernels import fused  # as above
 
     if device_type != "cuda" and not fused.INTERPRETED:
         return (
@@ -169,6 +258,6 @@ def _triton_obstacle(device_type: str, hidden_size: int) -> str | None:
         )
     if device_type == "cuda" and torch.cuda.get_device_capability() < _OLDEST_GPU:
         return "the GPU is older than compute capability 8.0"
-    if hidden_size > launches.MAX_HIDDEN_SIZE:
-        return f"hidden size {hidden_size} is beyond the {launches.MAX_HIDDEN_SIZE} of Triton's kernels"
+    if hidden_size > MAX_NORM_ADD_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} is beyond the {MAX_NORM_ADD_HIDDEN_SIZE} of Triton's kernels"
     return None

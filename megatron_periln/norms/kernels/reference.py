@@ -1,7 +1,7 @@
 """What the norm kernels compute, in plain PyTorch: the specification of every faster backend.
 
-All arithmetic is in fp32 (fp64 for fp64 inputs) whatever the dtypes of the tensors, and is
-rounded once, to the dtype of the result. Nothing is written in place.
+All arithmetic is in the compute dtype, fp32 (fp64 for fp64 inputs), whatever the dtypes of the tensors, and
+is rounded once, to the dtype of the result. Nothing is written in place.
 """
 
 from __future__ import annotations
@@ -13,105 +13,119 @@ from torch import Tensor
 __all__ = ["add_norm", "norm", "norm_add", "norm_add_norm"]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norm(
     x: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     zero_centered_gamma: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """RMSNorm, or LayerNorm where there is a ``shift``, over the last dimension.
+    """RMSNorm, or LayerNorm where there is a ``bias``, over the last dimension.
 
     Parameters
     ----------
     x
         Any shape ``[..., hidden]``.
-    gain
-        ``[hidden]``; with ``zero_centered_gamma`` the factor is ``1 + gain``.
-    shift
+    weight
+        ``[hidden]``; with ``zero_centered_gamma`` the factor is ``1 + weight``.
+    bias
         ``[hidden]`` for LayerNorm, None for RMSNorm.
     eps
         Added to the mean square (RMSNorm) or to the variance (LayerNorm).
     dtype
-        Of the result; None keeps the arithmetic's.
+        Of the result; None keeps the compute dtype.
 
     Returns
     -------
     Tensor
         The shape of ``x``.
     """
-    gain = _wide(gain) + 1 if zero_centered_gamma else _wide(gain)
-    if shift is None:
-        normed = F.rms_norm(_wide(x), gain.shape, gain, eps)
+    weight = _to_compute_dtype(weight) + 1 if zero_centered_gamma else _to_compute_dtype(weight)
+    if bias is None:
+        normed = F.rms_norm(_to_compute_dtype(x), weight.shape, weight, eps)
     else:
-        normed = F.layer_norm(_wide(x), gain.shape, gain, _wide(shift), eps)
+        normed = F.layer_norm(_to_compute_dtype(x), weight.shape, weight, _to_compute_dtype(bias), eps)
     return normed if dtype is None else normed.to(dtype)
 
 
 def norm_add(
-    branch: Tensor,
-    bias: Tensor | None,
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
     residual: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
 ) -> Tensor:
-    """``residual + dropout(norm(branch + bias))``, in the dtype of ``residual``.
+    """``residual + dropout(norm(sublayer_output + sublayer_bias))``, in the dtype of ``residual``.
 
-    ``branch`` and ``residual`` are ``[sequence, batch, hidden]``; ``bias`` is the branch's
-    deferred linear bias ``[hidden]``, or None.
+    Parameters
+    ----------
+    sublayer_output, residual
+        ``[sequence, batch, hidden]``: what attention or the MLP returned, and the residual stream.
+    sublayer_bias
+        The bias ``[hidden]`` of the sublayer's last linear, which Megatron leaves to be added here; or None.
+    weight, bias, eps, zero_centered_gamma
+        The norm, as in `norm`.
+    dropout, training
+        The probability that an element of the normed sublayer output is dropped, while training.
     """
-    summed = _wide(branch) if bias is None else _wide(branch) + _wide(bias)
-    normed = norm(summed, gain, shift, eps, zero_centered_gamma)
-    return (_wide(residual) + F.dropout(normed, dropout, training)).to(residual.dtype)
+    x = _to_compute_dtype(sublayer_output)
+    if sublayer_bias is not None:
+        x = x + _to_compute_dtype(sublayer_bias)
+    normed = norm(x, weight, bias, eps, zero_centered_gamma)
+    return (_to_compute_dtype(residual) + F.dropout(normed, dropout, training)).to(residual.dtype)
 
 
 def norm_add_norm(
-    branch: Tensor,
-    bias: Tensor | None,
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
     residual: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
-    next_gain: Tensor,
-    next_shift: Tensor | None,
+    next_weight: Tensor,
+    next_bias: Tensor | None,
     next_eps: float,
-    dtype: torch.dtype,
+    next_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`norm_add`, and the norm of its result that follows: in ``dtype``, with parameters of its own.
+    """`norm_add`, and the next norm of its result: in ``next_dtype``, with parameters of its own.
 
-    ``next_shift`` is given where ``shift`` is.
+    ``next_bias`` is given where ``bias`` is; ``zero_centered_gamma`` holds for both norms.
     """
-    out = norm_add(branch, bias, residual, gain, shift, eps, zero_centered_gamma, dropout, training)
-    return out, norm(out, next_gain, next_shift, next_eps, zero_centered_gamma, dtype)
+    out = norm_add(
+        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
+    )
+    return out, norm(out, next_weight, next_bias, next_eps, zero_centered_gamma, next_dtype)
 
 
 def add_norm(
-    branch: Tensor,
-    bias: Tensor | None,
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
     residual: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
 ) -> Tensor:
-    """``norm(residual + dropout(branch + bias))``, in the dtype of ``residual``.
+    """``norm(residual + dropout(sublayer_output + sublayer_bias))``, in the dtype of ``residual``.
 
-    Shapes are those of `norm_add`.
+    Parameters are those of `norm_add`; dropout acts before the norm.
     """
-    summed = _wide(branch) if bias is None else _wide(branch) + _wide(bias)
-    stream = _wide(residual) + F.dropout(summed, dropout, training)
-    return norm(stream, gain, shift, eps, zero_centered_gamma).to(residual.dtype)
+    x = _to_compute_dtype(sublayer_output)
+    if sublayer_bias is not None:
+        x = x + _to_compute_dtype(sublayer_bias)
+    total = _to_compute_dtype(residual) + F.dropout(x, dropout, training)
+    return norm(total, weight, bias, eps, zero_centered_gamma).to(residual.dtype)

@@ -1,11 +1,15 @@
-"""What the Triton kernels share: reading and writing tiles of rows, and dropout."""
+"""What the Triton kernels share: reading and writing tiles of rows, dropout, and sums over programs."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["is_kept", "load_rows", "load_vector", "store_rows"]
+__all__ = ["is_kept", "load_rows", "load_vector", "reduce_partials", "store_rows"]
+
+_SUM_TILE = {"tile_rows": 64, "tile_columns": 16}
 
 
 @triton.jit
@@ -15,11 +19,12 @@ def load_rows(
     columns: tl.tensor,
     stride: tl.tensor,
     mask: tl.tensor,
-    wide: tl.constexpr,
+    compute_dtype: tl.constexpr,
 ) -> tl.tensor:
     """Read ``[rows, columns]`` of a matrix with a row stride; 0 where ``mask`` is False."""
+    # In int64: 2^31 elements are 131,072 rows of 16,384, fewer than a long sequence and a batch can have.
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(wide)
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(compute_dtype)
 
 
 @triton.jit
@@ -38,17 +43,61 @@ def store_rows(
 
 @triton.jit
 def load_vector(
-    pointer: tl.tensor, columns: tl.tensor, hidden: tl.constexpr, wide: tl.constexpr
+    pointer: tl.tensor, columns: tl.tensor, hidden: tl.constexpr, compute_dtype: tl.constexpr
 ) -> tl.tensor:
-    """Read a parameter as ``[1, columns]``."""
-    return tl.load(pointer + columns, mask=columns < hidden, other=0.0).to(wide)[None, :]
+    """Read a parameter as ``[1, columns]``; 0 beyond ``hidden``."""
+    return tl.load(pointer + columns, mask=columns < hidden, other=0.0).to(compute_dtype)[None, :]
 
 
 @triton.jit
 def is_kept(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, dropout: tl.tensor) -> tl.tensor:
-    """Tell which elements dropout keeps: a function of the seed, the row and the column alone."""
+    """Tell which elements dropout keeps: a function of the seed, the row and the column alone.
+
+    Philox is a counter-based generator: it hashes the counter (column, row, 0, 0) with the seed as its key.
+    So the backward pass draws the forward pass's mask again instead of reading it from memory, whatever the
+    tiles of either.
+    """
+    # Philox takes counters of one shape: `zeros` broadcasts rows and columns to the tile's.
     zeros = (rows[:, None] * 0 + columns[None, :] * 0).to(tl.uint32)
     row = zeros + rows[:, None].to(tl.uint32)
     column = zeros + columns[None, :].to(tl.uint32)
     random, _, _, _ = tl.philox(tl.load(seed), column, row, zeros, zeros)
     return tl.uint_to_uniform_float(random) >= dropout
+
+
+@triton.jit
+def sum_partials(
+    partials: tl.tensor,
+    sums: tl.tensor,
+    count: tl.tensor,
+    hidden: tl.tensor,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+) -> None:
+    """Sum ``partials`` ``[kinds, count, hidden]`` into ``sums`` ``[kinds, hidden]``, in order.
+
+    A program sums a few columns of one kind, so that there are programs enough; no two add to the same sum.
+    """
+    columns = tl.program_id(0) * tile_columns + tl.arange(0, tile_columns)
+    kind = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((tile_rows, tile_columns), partials.dtype.element_ty)
+    for start in tl.range(0, count, tile_rows):
+        rows = start + tl.arange(0, tile_rows)
+        mask = (rows < count)[:, None] & (columns < hidden)[None, :]
+        offsets = (kind * count + rows[:, None]) * hidden + columns[None, :]
+        total += tl.load(partials + offsets, mask=mask, other=0.0)
+    tl.store(
+        sums + kind * hidden + columns,
+        tl.sum(total, 0).to(sums.dtype.element_ty),
+        mask=columns < hidden,
+    )
+
+
+def reduce_partials(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sum ``[kinds, programs, hidden]`` over programs, in a fixed order: one tensor ``[hidden]`` a kind."""
+    kinds, programs, hidden = partials.shape
+    sums = torch.empty(kinds, hidden, dtype=dtype, device=partials.device)
+    if kinds:
+        grid = (triton.cdiv(hidden, _SUM_TILE["tile_columns"]), kinds)
+        sum_partials[grid](partials, sums, programs, hidden, **_SUM_TILE, num_warps=4, enable_fp_fusion=True)
+    return sums.unbind()
