@@ -15,6 +15,9 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_periln import flag_files
+from megatron_periln.errors import RankError, UsageError
+
 PROGRAM_START = time.time()
 
 __all__ = ["main"]
@@ -22,10 +25,9 @@ __all__ = ["main"]
 
 def _choose_device(argv: list[str]) -> None:
     """Make ``--device`` true before megatron is imported, which decides much while being imported."""
-    import torch
+    import torch  # seconds that a flag file which can't be read need not take
 
     from megatron_periln import cpu
-    from megatron_periln.errors import UsageError
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
@@ -53,12 +55,10 @@ def _tell_torchrun(cause: str) -> None:
 def main() -> None:
     """Run the command line; exit with status 1 and one line on standard error for bad input."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    from megatron_periln import flag_files
-    from megatron_periln.errors import RankError, UsageError
-
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
         _choose_device(sys.argv[1:])
+        # After the line above, which decides what "cuda" is while Megatron is imported.
         from megatron_periln.training.run import run
 
         run(PROGRAM_START)

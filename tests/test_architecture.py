@@ -117,6 +117,34 @@ def test_folders_know_only_those_below() -> None:
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == LOWER.keys()
 
 
+def unexplained(source: str) -> list[int]:
+    """Return the lines of imports inside functions with no comment on them, nor above a run of them."""
+    lines, wrong = source.splitlines(), []
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    first = node.lineno - 1
+                    while first and re.match(r"\s*(import |from |$)", lines[first - 1]):
+                        first -= 1
+                    block = lines[max(first - 1, 0) : node.end_lineno]
+                    if not any("#" in line for line in block):
+                        wrong.append(node.lineno)
+    return sorted(set(wrong))
+
+
+def test_imports_inside_functions_say_why() -> None:
+    """Which start-up time they save, or what must come first."""
+    found = {str(path.relative_to(ROOT)): unexplained(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_an_import_without_a_reason_is_found() -> None:
+    assert unexplained("def f():\n    import json\n") == [2]
+    assert unexplained("def f():\n    import json  # 10 ms\n    import re\n") == []
+    assert unexplained("def f():\n    # Two seconds.\n    import torch\n\n    import numpy\n") == []
+
+
 def test_folders_are_small() -> None:
     sizes = {
         folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"])

@@ -58,9 +58,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         _run_tasks(args)
         return
     check_indexed_dataset(args.data_path, every_sequence=False)
-    from megatron_periln import cpu
+    from megatron_periln import cpu  # imports torch, seconds that what was refused above need not take
 
     cpu.activate(hide_gpu=True)
+    # After the line above, which decides what "cuda" is while Megatron is imported.
     from megatron_periln.convert.logits import checkpoint_model, transformers_model
     from megatron_periln.evaluation.loss import mean_loss, token_windows, window_length
 
@@ -76,6 +77,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _run_tasks(args: argparse.Namespace) -> None:
     if args.model is None:
         raise UsageError("--tasks needs an exported model; run tools/export_hf.py, then give --model")
+    # lm-evaluation-harness takes seconds to import, and needs an extra.
     from megatron_periln.evaluation.tasks import PAPER_TASKS, accuracies, run_tasks
 
     tasks = [task for name in args.tasks for task in (PAPER_TASKS if name == "paper" else [name])]

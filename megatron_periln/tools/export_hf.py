@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     check_new_folder(args.output, flag="--output")
     quiet_megatron()
-    import torch
+    import torch  # seconds that what was refused above need not take
 
     from megatron_periln import cpu
 
     cpu.activate(hide_gpu=True)
+    # After the line above, which decides what "cuda" is while Megatron is imported.
     from megatron_periln.convert.export import ExportOptions, export
 
     options = ExportOptions(

@@ -42,11 +42,12 @@ def _import(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
     check_new_folder(args.output, flag="--output")
     quiet_megatron()
-    import torch
+    import torch  # seconds that what was refused above need not take
 
     from megatron_periln import cpu
 
     cpu.activate(hide_gpu=True)
+    # After the line above, which decides what "cuda" is while Megatron is imported.
     from megatron_periln.convert.import_model import ImportOptions, import_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None

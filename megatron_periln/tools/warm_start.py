@@ -50,9 +50,10 @@ def _start(args: argparse.Namespace) -> None:
     check_new_folder(args.output, flag="--output")
     check_indexed_dataset(args.data_path, every_sequence=False)
     quiet_megatron()
-    from megatron_periln import cpu
+    from megatron_periln import cpu  # imports torch, seconds that what was refused above need not take
 
     cpu.activate(hide_gpu=True)
+    # After the line above, which decides what "cuda" is while Megatron is imported.
     from megatron_periln.convert.warm_start import insert_output_norms
 
     insert_output_norms(args.load, args.output, args.data_path, args.seq_length, args.ckpt_step)

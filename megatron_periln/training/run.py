@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
+from megatron_periln.monitor.install import install
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import fixes
 from megatron_periln.training.checks import make_save_folder
@@ -72,8 +73,6 @@ def run(program_start: float) -> None:
         model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
     model_config.norm_placement = placement_of(args)
     if args.monitor_layers:
-        from megatron_periln.monitor.install import install
-
         install(args)
     try:
         wrapped_pretrain(
