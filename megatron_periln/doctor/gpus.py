@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.software import Answers
-from megatron_periln.doctor.timeouts import run_command
+from megatron_periln.doctor.timeouts import run_within
 
 __all__ = ["check_gpus", "check_kernel_log"]
 
@@ -57,7 +57,7 @@ def check_gpus(options: Namespace, answers: Answers) -> Iterator[Row]:
             "install the driver's tools, or pass them into the container (docker run --gpus all)",
         )
         return
-    done = run_command(["nvidia-smi", "-q", "-x"], options.timeout)
+    done = run_within(["nvidia-smi", "-q", "-x"], options.timeout)
     try:
         log = ElementTree.fromstring(done.stdout)
     except ElementTree.ParseError:
@@ -70,8 +70,8 @@ def check_gpus(options: Namespace, answers: Answers) -> Iterator[Row]:
         return
     faults = [row for index, gpu in enumerate(gpus) for row in _faults(index, gpu)]
     yield from faults or [Row("GPU health", "ok", "no memory errors, no throttling")]
-    yield from _nvlink_rows(run_command(["nvidia-smi", "nvlink", "--status"], options.timeout).stdout)
-    yield from _topology_rows(run_command(["nvidia-smi", "topo", "-m"], options.timeout).stdout, len(gpus))
+    yield from _nvlink_rows(run_within(["nvidia-smi", "nvlink", "--status"], options.timeout).stdout)
+    yield from _topology_rows(run_within(["nvidia-smi", "topo", "-m"], options.timeout).stdout, len(gpus))
 
 
 def _count_row(log: Element, gpus: list[Element], answers: Answers) -> Row:
@@ -161,7 +161,7 @@ def check_kernel_log(options: Namespace) -> Iterator[Row]:
     """Look for Xid errors of the hardware since the node was started."""
     if shutil.which("dmesg") is None:
         return
-    done = run_command(["dmesg"], options.timeout)
+    done = run_within(["dmesg"], options.timeout)
     if done.returncode:
         yield Row("Xid errors", "ok", "unknown: the kernel's log can't be read here")
         return

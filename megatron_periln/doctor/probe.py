@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ON_A_GPU", "STEPS", "checkpoint_bytes_per_parameter", "count_parameters"]
+__all__ = ["ON_A_GPU", "STEPS", "checkpoint_bytes_per_parameter", "count_described_parameters"]
 
 
 def _torch(_: list[str]) -> dict[str, Any]:
@@ -78,7 +78,10 @@ def _parameters(flags: list[str]) -> dict[str, Any]:
 
     args = megatron_arguments(flags, add_arguments, ignore_unknown=True)
     args.vocab_size = args.vocab_size or _vocabulary_of(args.data_path or [])
-    return {"parameters": count_parameters(args), "bytes_each": checkpoint_bytes_per_parameter(args)}
+    return {
+        "parameters": count_described_parameters(args),
+        "bytes_each": checkpoint_bytes_per_parameter(args),
+    }
 
 
 def _vocabulary_of(data_path: list[str]) -> int | None:
@@ -89,7 +92,7 @@ def _vocabulary_of(data_path: list[str]) -> int | None:
     return next((Sidecar.read(path).tokenizer["vocab_size"] for path in sidecars if is_sidecar(path)), None)
 
 
-def count_parameters(args: Namespace) -> int | None:
+def count_described_parameters(args: Namespace) -> int | None:
     """Return the parameters of the GPT that Megatron's arguments describe, parsed but not validated.
 
     None where they don't say enough. Counted by Megatron's ``compute_weight_and_optimizer_memory``

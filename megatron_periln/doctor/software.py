@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_periln.doctor.probe import ON_A_GPU
 from megatron_periln.doctor.rows import Row
-from megatron_periln.doctor.timeouts import run_command
+from megatron_periln.doctor.timeouts import run_within
 
 __all__ = ["Answers", "check_python", "check_requirements", "checkpoint_bytes", "package_rows", "probe"]
 
@@ -41,7 +41,7 @@ def probe(options: Namespace) -> Answers:
     command = [sys.executable, "-W", "ignore", "-m", "megatron_periln.doctor.probe", options.device]
     stderr = ""
     try:
-        done = run_command([*command, *options.flags], options.timeout)
+        done = run_within([*command, *options.flags], options.timeout)
         stdout, stderr, end = done.stdout, done.stderr, _how_it_ended(done.returncode)
     except subprocess.TimeoutExpired as expired:
         stdout = expired.stdout.decode(errors="replace") if expired.stdout else ""

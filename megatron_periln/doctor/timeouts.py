@@ -10,7 +10,7 @@ from contextlib import suppress
 from megatron_periln.doctor.rows import Row
 from megatron_periln.errors import UsageError
 
-__all__ = ["Check", "run_check", "run_command"]
+__all__ = ["Check", "run_check", "run_within"]
 
 Check = Callable[[], Iterable[Row]]
 
@@ -40,7 +40,7 @@ def run_check(name: str, check: Check, seconds: float) -> list[Row]:
     return rows
 
 
-def run_command(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+def run_within(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a command and return what it said.
 
     One that a driver holds in the kernel can't be killed: it is left behind, where `subprocess.run` would

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
 from megatron_periln.errors import UsageError
-from megatron_periln.studies.launching import Launcher, check_flags, prepare, shares_of_gpus
+from megatron_periln.studies.launching import Launcher, check_run_flags, prepare, shares_of_gpus
 from megatron_periln.studies.provenance import provenance
 from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study, read_study
@@ -110,7 +110,7 @@ def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet_megatron()
     prepare(study)
-    check_flags(study)
+    check_run_flags(study)
     shares = shares_of_gpus(study, jobs)
     failed: list[str] = []
     counts: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from megatron_periln.errors import UsageError
 from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study
 
-__all__ = ["Launcher", "be_run", "check_flags", "command_line", "is_forked", "prepare", "shares_of_gpus"]
+__all__ = ["Launcher", "be_run", "check_run_flags", "is_forked", "prepare", "run_flags", "shares_of_gpus"]
 
 
 def is_forked(study: Study) -> bool:
@@ -77,7 +77,7 @@ def prepare(study: Study) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def check_flags(study: Study) -> None:
+def check_run_flags(study: Study) -> None:
     """Check that every run's flags are ones that the command line has, before any is run.
 
     Raises
@@ -96,7 +96,7 @@ def check_flags(study: Study) -> None:
                 raise UsageError(f"{study.name}, run {run.name}: {error}") from error
 
 
-def command_line(study: Study, folder: RunFolder) -> list[str]:
+def run_flags(study: Study, folder: RunFolder) -> list[str]:
     """Return the flags of a run, with those for its folder."""
     flags = [*folder.run.flags, "--monitor-layers", "all", "--monitor-file", str(folder.record)]
     flags += ["--no-check-for-nan-in-loss-and-grad"]  # else the run ends before its record says why
@@ -193,7 +193,7 @@ def be_run(study: Study, folder: RunFolder) -> NoReturn:
         os.dup2(log, 2)
         # In a file: torchrun may take some of Megatron's flags for short forms of its own.
         flags = folder.path / "run.flags"
-        flags.write_text("\n".join(shlex.quote(flag) for flag in command_line(study, folder)) + "\n")
+        flags.write_text("\n".join(shlex.quote(flag) for flag in run_flags(study, folder)) + "\n")
         if not is_forked(study):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += ["--nproc-per-node", str(study.ranks), "-m", "megatron_periln.pretrain"]

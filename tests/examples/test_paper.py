@@ -16,7 +16,7 @@ from megatron_periln import flag_files
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import PLACEMENTS
 from megatron_periln.norms.arguments import placement_of
-from megatron_periln.studies.launching import check_flags
+from megatron_periln.studies.launching import check_run_flags
 from megatron_periln.studies.study import read_study
 from megatron_periln.studies.table import markdown, summarize
 from megatron_periln.training.parsing import add_arguments
@@ -100,7 +100,7 @@ def test_a_size_trains_on_thirty_billion_tokens(size, monkeypatch):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_studies_are_valid(path):
     study = read_study(path)
-    check_flags(study)
+    check_run_flags(study)
     assert len(study.seeds) >= 3
 
 

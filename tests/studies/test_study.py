@@ -4,7 +4,7 @@ import pytest
 
 from megatron_periln.errors import UsageError
 from megatron_periln.studies.__main__ import main
-from megatron_periln.studies.launching import command_line, is_forked
+from megatron_periln.studies.launching import is_forked, run_flags
 from megatron_periln.studies.run_folder import RunFolder
 from megatron_periln.studies.study import read_study
 
@@ -74,7 +74,7 @@ def test_runs_write_into_their_folder(write, tmp_path):
     for save in ("true", "false"):
         study = read_study(write(f"flags: --lr 1\nsave: {save}"))
         [run] = study.runs()
-        flags = command_line(study, RunFolder(tmp_path / run.name, run))
+        flags = run_flags(study, RunFolder(tmp_path / run.name, run))
         assert flags[flags.index("--monitor-file") + 1] == str(tmp_path / "seed=1234" / "monitor.jsonl")
         assert ("--save" in flags) == ("--load" in flags) == (save == "true")
 
