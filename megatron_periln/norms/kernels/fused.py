@@ -428,10 +428,12 @@ def _gradients(
     n_rows, hidden = len(rstd), x.shape[-1]
     config = saved.launch_config()
     _, kernel = kernels_for(config, hidden)
-    programs = min(triton.cdiv(n_rows, config.tile_rows), config.programs_per_sm * multiprocessors(x.device))
+    most_programs = config.programs_per_sm * multiprocessors(x.device)
+    # One at least: without rows it writes sums of zero.
+    programs = max(1, min(triton.cdiv(n_rows, config.tile_rows), most_programs))
     # The kernel for long rows adds to its partial sums, those of whole rows write them once.
     create = torch.zeros if kernel is long_norm_add_backward else torch.empty
-    partials = create(len(parameters), max(1, programs), hidden, dtype=rstd.dtype, device=x.device)
+    partials = create(len(parameters), programs, hidden, dtype=rstd.dtype, device=x.device)
     partials_of = dict(zip(parameters, partials.unbind(), strict=True))
     grad_rows = _as_rows(grad_out)
     grad_sublayer_output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -465,7 +467,7 @@ def _gradients(
         dtypes |= {"next_weight": saved.next_weight.dtype, "next_bias": saved.next_weight.dtype}
     one_dtype = len(set(dtypes.values())) == 1
     with _device_of(x):
-        kernel[(max(1, programs),)](**arguments)
+        kernel[(programs,)](**arguments)
         sums = reduce_partials(partials, saved.weight.dtype if one_dtype else rstd.dtype)
     gradients = {"sublayer_output": grad_sublayer_output, "residual": grad_residual}
     for name, total in zip(parameters, sums, strict=True):
