@@ -11,8 +11,7 @@ from typing import Any, cast
 from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
 from megatron_periln.data.indexed.decoding import Detokenizer, decode_documents
 from megatron_periln.data.indexed.format import without_suffix
-from megatron_periln.data.indexed.inspection import Inspection, inspect, verify
-from megatron_periln.data.indexed.lengths import LengthStatistics
+from megatron_periln.data.indexed.inspection import Inspection, LengthStatistics, inspect, verify
 from megatron_periln.data.tokenizers.megatron_tokenizer import (
     add_tokenizer_args,
     build_tokenizer,

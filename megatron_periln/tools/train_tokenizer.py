@@ -12,7 +12,6 @@ from typing import Any
 from megatron_periln.command_line import exit_code, parse_flags, parse_size, run_command
 from megatron_periln.data.readers.inputs import find_inputs
 from megatron_periln.data.tokenizer_training.child import in_child
-from megatron_periln.data.tokenizer_training.folder import prepare_folder, prepare_model
 from megatron_periln.data.tokenizer_training.sampling import read_texts, take_sample
 from megatron_periln.data.tokenizer_training.train import (
     EOS_TOKEN,
@@ -20,7 +19,7 @@ from megatron_periln.data.tokenizer_training.train import (
     train_huggingface,
     train_sentencepiece,
 )
-from megatron_periln.data.tokenizer_training.trained import Trained, measure
+from megatron_periln.data.tokenizer_training.trained import Trained, measure, prepare_folder, prepare_model
 from megatron_periln.errors import PreprocessError
 
 __all__ = ["build_parser", "main"]

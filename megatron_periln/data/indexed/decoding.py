@@ -8,10 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_periln.data.indexed.index_arrays import IndexArrays, blocks
+from megatron_periln.data.indexed.format import blocks
+from megatron_periln.data.indexed.index_arrays import IndexArrays
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Detokenizer", "Sample", "decode_documents"]
+__all__ = ["DecodedDocument", "Detokenizer", "decode_documents"]
 
 
 class Detokenizer(Protocol):
@@ -26,7 +27,7 @@ class Detokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
+class DecodedDocument:
     """A document, or the start of it: its number, its length in tokens, ids and their text."""
 
     document: int
@@ -37,7 +38,7 @@ class Sample:
 
 def decode_documents(
     dataset: IndexArrays, tokenizer: Detokenizer, number: int, most_tokens: int = 64
-) -> Iterator[Sample]:
+) -> Iterator[DecodedDocument]:
     """Decode the starts of documents spread evenly over a dataset, the first and the last among them.
 
     Parameters
@@ -74,4 +75,4 @@ def decode_documents(
                 f"{tokenizer.vocab_size}: use the one that it was made with"
             )
         length = sum(int(block.sum(dtype=np.int64)) for block in blocks(dataset.lengths[start:end]))
-        yield Sample(document, length, ids, tokenizer.detokenize(ids))
+        yield DecodedDocument(document, length, ids, tokenizer.detokenize(ids))

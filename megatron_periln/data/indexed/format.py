@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import glob
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_periln.errors import UsageError
 
 __all__ = [
+    "BLOCK",
     "DTYPES",
     "HEADER",
     "MAGIC",
     "VERSION",
     "IndexedDatasetError",
     "IndexedDatasetInfo",
+    "blocks",
     "check_indexed_dataset",
     "without_suffix",
 ]
@@ -45,7 +49,8 @@ DTYPES: dict[int, np.dtype] = {
 }
 """The token dtype that each dtype code stands for."""
 
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
+"""Entries of an index read at a time: what bounds the memory of every pass over one."""
 
 
 class IndexedDatasetError(UsageError):
@@ -118,10 +123,10 @@ def check_indexed_dataset(
             f"copy or preprocess the dataset again"
         )
     tokens = bytes_needed = 0
-    for start in range(0 if every_sequence else max(sequences - 1, 0), sequences, _BLOCK):
-        block = lengths[start : start + _BLOCK].astype(np.int64)
-        tokens += int(block.sum())
-        ends = pointers[start : start + _BLOCK] + block * dtype.itemsize
+    first = 0 if every_sequence else max(sequences - 1, 0)
+    for block, starts in zip(blocks(lengths[first:]), blocks(pointers[first:]), strict=True):
+        tokens += int(block.sum(dtype=np.int64))
+        ends = starts + block.astype(np.int64) * dtype.itemsize
         bytes_needed = max(bytes_needed, int(ends.max()))
     bytes_there = bin_.stat().st_size
     if not every_sequence:
@@ -136,6 +141,12 @@ def check_indexed_dataset(
             f"copy or preprocess the dataset again"
         )
     return IndexedDatasetInfo(dtype=dtype, sequences=sequences, documents=documents - 1, tokens=tokens)
+
+
+def blocks[Entry: np.generic](array: NDArray[Entry]) -> Iterator[NDArray[Entry]]:
+    """Yield ``array`` in blocks of at most ``BLOCK`` entries, in memory."""
+    for start in range(0, len(array), BLOCK):
+        yield np.array(array[start : start + BLOCK])
 
 
 def without_suffix(name: str) -> str:

@@ -1,8 +1,7 @@
-"""The arrays of an indexed dataset's .idx file, mapped and read in blocks, and a check of its layout."""
+"""The arrays of an indexed dataset's .idx file, mapped, and a check of its layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from megatron_periln.data.indexed.format import (
     HEADER,
     IndexedDatasetError,
     IndexedDatasetInfo,
+    blocks,
     check_indexed_dataset,
 )
 
-__all__ = ["BLOCK", "IndexArrays", "blocks", "check_layout"]
-
-BLOCK = 1 << 20
-"""Entries of an index read at a time."""
+__all__ = ["IndexArrays", "check_layout"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,6 @@ class IndexArrays:
     def idx(self) -> Path:
         """The .idx file."""
         return Path(f"{self.prefix}.idx")
-
-
-def blocks[Entry: np.generic](array: NDArray[Entry]) -> Iterator[NDArray[Entry]]:
-    """Yield ``array`` in blocks of at most ``BLOCK`` entries, in memory."""
-    for start in range(0, len(array), BLOCK):
-        yield np.array(array[start : start + BLOCK])
 
 
 def check_layout(dataset: IndexArrays) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.data.indexed.index_arrays import IndexArrays, blocks, check_layout
-from megatron_periln.data.indexed.lengths import LengthCounts, LengthStatistics
-from megatron_periln.data.indexed.merge_sidecars import check_counts
-from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path
+from megatron_periln.data.indexed.format import blocks
+from megatron_periln.data.indexed.index_arrays import IndexArrays, check_layout
+from megatron_periln.data.indexed.sidecar import Sidecar, check_counts, sha256_of, sidecar_path
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Inspection", "Verification", "inspect", "verify"]
+__all__ = ["Inspection", "LengthCounts", "LengthStatistics", "Verification", "inspect", "verify"]
 
-_BIN_BLOCK = 1 << 22
+TABLE_SIZE = 1 << 16
+"""Lengths below it are counted in a table, by index; longer ones, which are few, as sorted pairs."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def inspect(prefix: str) -> Inspection:
     )
 
 
-def verify(inspection: Inspection, vocab_size: int | None = None) -> Verification:
+def verify(inspection: Inspection, vocab_size: int | None = None, *, block: int = 1 << 22) -> Verification:
     """Read all of a dataset, and check its layout, its tokens and its checksums.
 
     Parameters
@@ -124,6 +125,8 @@ def verify(inspection: Inspection, vocab_size: int | None = None) -> Verificatio
         Of the dataset.
     vocab_size
         What tokens must be below; the sidecar's if None.
+    block
+        Bytes read at a time, a multiple of the size of a token.
 
     Raises
     ------
@@ -140,7 +143,7 @@ def verify(inspection: Inspection, vocab_size: int | None = None) -> Verificatio
     smallest: int | None = None
     largest: int | None = None
     with dataset.bin.open("rb") as stream:
-        while chunk := stream.read(_BIN_BLOCK):
+        while chunk := stream.read(block):
             digest.update(chunk)
             if dataset.info.dtype.kind in "iu":
                 tokens = np.frombuffer(chunk, dtype=dataset.info.dtype)
@@ -162,6 +165,90 @@ def verify(inspection: Inspection, vocab_size: int | None = None) -> Verificatio
             f"use the tokenizer that it was made with"
         )
     return Verification(sidecar is not None, smallest, largest, vocab_size)
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Statistics of lengths, in tokens.
+
+    Parameters
+    ----------
+    count
+        Number of lengths.
+    empty
+        How many are 0.
+    min, median, mean, p99, max
+        Quantiles are interpolated as numpy does.
+    histogram
+        First and last length of each bin, and the number in it. Bins are 0, 1, 2 to 3, 4 to 7, ...
+    """
+
+    count: int
+    empty: int
+    min: int
+    median: float
+    mean: float
+    p99: float
+    max: int
+    histogram: list[tuple[int, int, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the statistics as JSON takes them."""
+        bins = [{"from": first, "to": last, "count": count} for first, last, count in self.histogram]
+        return {**vars(self), "histogram": bins}
+
+
+class LengthCounts:
+    """How often each length occurs, of lengths that arrive in blocks: their statistics are exact.
+
+    Memory grows with the number of different lengths, which is at most the square root of twice the
+    number of tokens.
+    """
+
+    def __init__(self) -> None:
+        self._small = np.zeros(TABLE_SIZE, dtype=np.int64)
+        self._values: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def add(self, lengths: NDArray[np.integer]) -> None:
+        """Count ``lengths``, which are not negative."""
+        small = lengths < TABLE_SIZE
+        self._small += np.bincount(lengths[small], minlength=TABLE_SIZE)
+        values, counts = np.unique(lengths[~small], return_counts=True)
+        if values.size:
+            both = np.concatenate([self._values, values])
+            self._values, place = np.unique(both, return_inverse=True)
+            weights = np.concatenate([self._counts, counts])
+            self._counts = np.zeros(self._values.size, dtype=np.int64)
+            np.add.at(self._counts, place, weights)
+
+    def statistics(self) -> LengthStatistics:
+        """Return the statistics of what was counted, which must be something."""
+        there = np.flatnonzero(self._small)
+        values = np.concatenate([there, self._values])
+        counts = np.concatenate([self._small[there], self._counts])
+        below = np.cumsum(counts)
+        count = int(below[-1])
+
+        def quantile(part: float) -> float:
+            place = part * (count - 1)
+            low, high = (int(values[np.searchsorted(below, rank, side="right")]) for rank in _around(place))
+            return low + (high - low) * (place - math.floor(place))
+
+        bits = np.array([int(value).bit_length() for value in values])
+        return LengthStatistics(
+            count=count,
+            empty=int(self._small[0]),
+            min=int(values[0]),
+            median=quantile(0.5),
+            mean=sum(int(value) * int(number) for value, number in zip(values, counts, strict=True)) / count,
+            p99=quantile(0.99),
+            max=int(values[-1]),
+            histogram=[
+                ((1 << bit) >> 1, max((1 << bit) - 1, 0), int(counts[bits == bit].sum()))
+                for bit in range(int(bits[0]), int(bits[-1]) + 1)
+            ],
+        )
 
 
 def _document_lengths(dataset: IndexArrays) -> Iterator[NDArray[np.int64]]:
@@ -186,3 +273,7 @@ def _document_lengths(dataset: IndexArrays) -> Iterator[NDArray[np.int64]]:
             tokens_before = tokens_before[-1] + np.concatenate([[0], np.cumsum(block, dtype=np.int64)])
         yield np.diff(tokens_to_end, prepend=previous_tokens)
         previous_end, previous_tokens = int(ends[-1]), int(tokens_to_end[-1])
+
+
+def _around(place: float) -> tuple[int, int]:
+    return math.floor(place), math.ceil(place)

@@ -6,8 +6,11 @@ of Megatron-LM. Memory does not grow with the datasets.
 
 from __future__ import annotations
 
+import errno
 import glob
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,23 +18,34 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_periln.data.indexed.copying import append_file
 from megatron_periln.data.indexed.format import (
     DTYPES,
     HEADER,
     MAGIC,
     VERSION,
     IndexedDatasetInfo,
+    blocks,
     without_suffix,
 )
-from megatron_periln.data.indexed.index_arrays import IndexArrays, blocks, check_layout
-from megatron_periln.data.indexed.merge_sidecars import merge_sidecars
-from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sha256_of
+from megatron_periln.data.indexed.index_arrays import IndexArrays, check_layout
+from megatron_periln.data.indexed.sidecar import (
+    FORMAT_VERSION,
+    Sidecar,
+    check_counts,
+    is_sidecar,
+    sha256_of,
+    sidecar_path,
+    utc_now,
+)
 from megatron_periln.data.output_files import prepare_output, writing
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import replacing
 
-__all__ = ["Merged", "find_datasets", "merge_datasets"]
+__all__ = ["Merged", "append_file", "find_datasets", "merge_datasets", "merge_sidecars"]
+
+COPY_BLOCK = 1 << 23
+"""Bytes copied at a time where the kernel cannot copy."""
+_CANNOT_COPY_RANGE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,80 @@ def merge_datasets(
     return Merged(info=_sum(datasets), datasets=len(datasets), files=files)
 
 
+def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> Sidecar | None:
+    """Return the sidecar of the datasets merged, without checksums; None if one of them has none.
+
+    Raises
+    ------
+    PreprocessError
+        If a sidecar is not that of its dataset, or the datasets were tokenized in different ways.
+    """
+    paths = [sidecar_path(dataset.prefix) for dataset in datasets]
+    sidecars = []
+    for path, dataset in zip(paths, datasets, strict=True):
+        if path.exists():
+            sidecars.append(Sidecar.read(path))
+            check_counts(sidecars[-1], dataset)
+    first_path = next((path for path in paths if path.exists()), None)
+    for path, sidecar in zip((path for path in paths if path.exists()), sidecars, strict=True):
+        for what, here, there in (
+            ("tokenizer", _identity(sidecars[0]), _identity(sidecar)),
+            ("append_eod", sidecars[0].append_eod, sidecar.append_eod),
+        ):
+            if here != there:
+                raise PreprocessError(
+                    f"{path}: {what} is {there}, but {here} in {first_path}: "
+                    f"preprocess all datasets with the same tokenizer flags"
+                )
+    if len(sidecars) < len(datasets):
+        return None
+    skipped: Counter[str] = Counter()
+    for sidecar in sidecars:
+        skipped.update(sidecar.skipped)
+    packages = dict.fromkeys(name for sidecar in sidecars for name in sidecar.versions)
+    return replace(
+        sidecars[0],
+        documents=sum(sidecar.documents for sidecar in sidecars),
+        sequences=sum(sidecar.sequences for sidecar in sidecars),
+        tokens=sum(sidecar.tokens for sidecar in sidecars),
+        bytes_read=sum(sidecar.bytes_read for sidecar in sidecars),
+        skipped=dict(skipped),
+        json_key=_join(sidecar.json_key for sidecar in sidecars),
+        inputs=list({item["path"]: item for sidecar in sidecars for item in sidecar.inputs}.values()),
+        sha256={},
+        versions={
+            name: _join(sidecar.versions[name] for sidecar in sidecars if name in sidecar.versions)
+            for name in packages
+        },
+        command=list(command),
+        created=utc_now(),
+        format_version=FORMAT_VERSION,
+        plan={},
+    )
+
+
+def append_file(source: Path, target: BinaryIO) -> None:
+    """Append the file ``source`` to ``target``, which is open without a buffer.
+
+    Raises
+    ------
+    PreprocessError
+        If the source becomes shorter meanwhile.
+    """
+    with source.open("rb", buffering=0) as stream:
+        remaining = os.fstat(stream.fileno()).st_size
+        while remaining and (copied := _copy_range(stream, target, remaining)):
+            remaining -= copied
+        while remaining:
+            block = stream.read(min(COPY_BLOCK, remaining))
+            if not block:
+                raise PreprocessError(f"{source}: became shorter while it was read: merge again")
+            remaining -= len(block)
+            view = memoryview(block)
+            while view:
+                view = view[target.write(view) :]
+
+
 def _datasets_among(paths: Iterable[Path]) -> list[str]:
     found = {str(path.with_suffix("")) for path in paths if path.suffix in (".bin", ".idx")}
     return sorted(
@@ -237,3 +325,22 @@ def _write_index(datasets: Sequence[IndexArrays], stream: BinaryIO) -> None:
     for dataset in datasets:
         for modes in blocks(dataset.modes) if dataset.modes is not None else ():
             stream.write(modes.tobytes())
+
+
+def _copy_range(source: BinaryIO, target: BinaryIO, most: int) -> int:
+    """Return the number of bytes copied; 0 where the kernel cannot, or at the end of the source."""
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), most)
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY_RANGE:
+            raise
+        return 0
+
+
+def _identity(sidecar: Sidecar) -> tuple[object, ...]:
+    """Return what two tokenizers must share to give the same ids, whatever runs them."""
+    return tuple(sidecar.tokenizer[name] for name in ("type", "digest", "vocab_size", "eod"))
+
+
+def _join(values: Iterable[str]) -> str:
+    return ",".join(dict.fromkeys(values))

@@ -11,15 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from megatron_periln.data.indexed.index_arrays import IndexArrays
 from megatron_periln.data.output_files import writing
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import replacing
 
-__all__ = ["FORMAT_VERSION", "Sidecar", "is_sidecar", "sha256_of", "sidecar_path", "utc_now"]
+__all__ = ["FORMAT_VERSION", "Sidecar", "check_counts", "is_sidecar", "sha256_of", "sidecar_path", "utc_now"]
 
 FORMAT_VERSION = 1
 
-_MOST_BYTES = 1 << 28
+MOST_BYTES = 1 << 28
+"""Size of the largest file that is read as a sidecar: a corpus may be of that name."""
 
 _TOKENIZER: dict[str, Any] = {
     "type": str,
@@ -45,7 +47,7 @@ class Sidecar:
     bytes_read
         Size of the documents read, decompressed.
     skipped
-        Number of documents left out, for each reason.
+        Number of documents skipped, for each reason.
     tokenizer
         ``type``, ``digest`` (of its files, or None), ``vocab_size``, ``eod`` (an id or None) and ``encoder``
         (what tokenized, such as ``megatron``).
@@ -106,7 +108,7 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: str | Path) -> Sidecar:
-        """Read ``path``; fields that this version does not know are left out.
+        """Read ``path``; fields that this version does not know are ignored.
 
         Raises
         ------
@@ -114,7 +116,7 @@ class Sidecar:
             If the file cannot be read, is malformed, is of a newer format, or lacks a field.
         """
         try:
-            if (size := Path(path).stat().st_size) > _MOST_BYTES:
+            if (size := Path(path).stat().st_size) > MOST_BYTES:
                 raise PreprocessError(f"{path}: {size} bytes, too many for the sidecar of a dataset")
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -150,6 +152,27 @@ def is_sidecar(path: str | Path) -> bool:
     except PreprocessError:
         return False
     return True
+
+
+def check_counts(sidecar: Sidecar, dataset: IndexArrays) -> None:
+    """Check that a sidecar's dtype and counts are those of its dataset.
+
+    Raises
+    ------
+    PreprocessError
+        Naming the sidecar and what differs.
+    """
+    for what, there, here in (
+        ("dtype", sidecar.dtype, dataset.info.dtype.name),
+        ("documents", sidecar.documents, dataset.info.documents),
+        ("sequences", sidecar.sequences, dataset.info.sequences),
+        ("tokens", sidecar.tokens, dataset.info.tokens),
+    ):
+        if here != there:
+            raise PreprocessError(
+                f"{sidecar_path(dataset.prefix)}: {what} is {there}, but {here} in {dataset.idx.name}: "
+                f"one of them is of another dataset; copy both again, or remove the sidecar"
+            )
 
 
 def sha256_of(path: str | Path, block: int = 1 << 22) -> str:

@@ -19,7 +19,7 @@ from megatron_periln.data.preprocess.workers import Report, encode_and_write
 from megatron_periln.data.readers.opening import number_lines
 from megatron_periln.data.readers.sources import Source
 from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_tasks
-from megatron_periln.data.tokenizers.encoders import Choice, choose_encoder, token_dtype
+from megatron_periln.data.tokenizers.encoders import ChosenEncoder, choose_encoder, token_dtype
 from megatron_periln.data.tokenizers.megatron_tokenizer import end_of_document
 from megatron_periln.errors import PreprocessError
 
@@ -198,7 +198,7 @@ class _Preprocessing:
                 f"the encoder {name} is not exact: {error}; run again with --encoder {reference.name}"
             ) from error
         self.progress.note(f"the encoder {name} is not exact, starting again with {reference.name}: {error}")
-        self.choice = Choice(reference, None)
+        self.choice = ChosenEncoder(reference, None)
         self.encoder = self._chunk_encoder()
         self.progress.reset()
         self.checksums = RunningChecksums()

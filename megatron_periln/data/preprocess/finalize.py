@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.data.indexed.format import DTYPES, HEADER, MAGIC, VERSION
-from megatron_periln.data.indexed.index_arrays import BLOCK, IndexArrays
-from megatron_periln.data.indexed.merge_sidecars import check_counts
-from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path, utc_now
+from megatron_periln.data.indexed.format import BLOCK, DTYPES, HEADER, MAGIC, VERSION
+from megatron_periln.data.indexed.index_arrays import IndexArrays
+from megatron_periln.data.indexed.sidecar import Sidecar, check_counts, sha256_of, sidecar_path, utc_now
 from megatron_periln.data.output_files import writing
 from megatron_periln.data.preprocess.journal import Dataset
 from megatron_periln.data.preprocess.partial_outputs import PartialOutputs

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_periln.data.output_files import prepare_output
 from megatron_periln.data.readers.inputs import InputFile
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 
 __all__ = [
     "CHUNK_BYTES",

@@ -14,7 +14,7 @@ from megatron_periln.data.readers.opening import number_lines
 from megatron_periln.data.readers.tasks import cut_into_sources
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Sample", "read_texts", "take_sample"]
+__all__ = ["TextSample", "read_texts", "take_sample"]
 
 _PIECE = 1 << 14
 _HELD_OUT = 50
@@ -24,7 +24,7 @@ _LARGEST = 1 << 28
 
 
 @dataclass(frozen=True)
-class Sample:
+class TextSample:
     """Pieces of text, in UTF-8.
 
     Parameters
@@ -68,7 +68,7 @@ def read_texts(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str
                     yield from _cut(text)
 
 
-def take_sample(texts: Iterable[str], most_bytes: int, *, seed: int | None) -> Sample:
+def take_sample(texts: Iterable[str], most_bytes: int, *, seed: int | None) -> TextSample:
     """Take at most ``most_bytes`` bytes of the texts, and hold some out.
 
     Parameters
@@ -107,7 +107,7 @@ def take_sample(texts: Iterable[str], most_bytes: int, *, seed: int | None) -> S
         raise PreprocessError("--input: no text in these files")
     held_out = pieces[::_HELD_OUT] if len(pieces) > 1 else []
     train = [piece for place, piece in enumerate(pieces) if place % _HELD_OUT] if held_out else pieces
-    return Sample(train=train, held_out=held_out, bytes_seen=seen)
+    return TextSample(train=train, held_out=held_out, bytes_seen=seen)
 
 
 def _cut(text: str) -> Iterator[str]:

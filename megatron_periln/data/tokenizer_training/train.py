@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from megatron_periln.data.tokenizer_training.folder import FOLDER_FILES
-from megatron_periln.data.tokenizer_training.trained import HuggingFaceFiles, SentencePieceModel
+from megatron_periln.data.tokenizer_training.trained import FOLDER_FILES, HuggingFaceFiles, SentencePieceModel
 from megatron_periln.errors import PreprocessError
 
 __all__ = ["EOS_TOKEN", "PAD_TOKEN", "SPLITS", "train_huggingface", "train_sentencepiece"]
@@ -70,7 +69,7 @@ def train_sentencepiece(
     PreprocessError
         If the vocabulary is too small for the characters, or too large for the text.
     """
-    import sentencepiece
+    import sentencepiece  # one library is needed of the two, and not for --help
 
     _check_special([*_SENTENCEPIECE_SPECIAL, *special_tokens])
     model = io.BytesIO()
@@ -131,6 +130,7 @@ def train_huggingface(
     PreprocessError
         If the vocabulary is too small for the bytes, or too large for the text.
     """
+    # One library is needed of the two, and not for --help.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [eos_token, PAD_TOKEN, *special_tokens]

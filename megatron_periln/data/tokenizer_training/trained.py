@@ -1,4 +1,4 @@
-"""Tokenizers that were trained, before and as they are written."""
+"""Tokenizers that were trained, and their files: written whole, and never in place of something else."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_periln.data.output_files import writing
-from megatron_periln.data.tokenizer_training.folder import write_folder
-from megatron_periln.files import replacing
+from megatron_periln.data.output_files import prepare_output, writing
+from megatron_periln.errors import PreprocessError
+from megatron_periln.files import new_folder, replacing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["HuggingFaceFiles", "Measured", "SentencePieceModel", "Trained", "measure"]
+__all__ = [
+    "FOLDER_FILES",
+    "HuggingFaceFiles",
+    "Measured",
+    "SentencePieceModel",
+    "Trained",
+    "measure",
+    "prepare_folder",
+    "prepare_model",
+]
+
+FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""The files of a Hugging Face tokenizer's folder."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class SentencePieceModel:
 
     @cached_property
     def _processor(self) -> Any:
-        import sentencepiece
+        import sentencepiece  # one library is needed of the two, and not for --help
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
@@ -108,7 +120,7 @@ class HuggingFaceFiles:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # as above
 
         return Tokenizer.from_str(self.files["tokenizer.json"])
 
@@ -132,8 +144,42 @@ class HuggingFaceFiles:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def write(self, path: Path) -> None:
-        """Write the folder."""
-        write_folder(path, self.files)
+        """Write the folder, in place of an old one."""
+        with writing(path), new_folder(path, flag="--output", replace=True) as folder:
+            for name, content in self.files.items():
+                (folder / name).write_text(content, encoding="utf-8")
+
+
+def prepare_folder(path: Path, *, overwrite: bool = False) -> None:
+    """Check that a tokenizer's folder can be written, and holds nothing that would be lost.
+
+    Raises
+    ------
+    PreprocessError
+        If it exists and ``overwrite`` is False, or it holds other files than a tokenizer's.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        overwrite = True
+    prepare_output(path, flag="--output", overwrite=overwrite)
+    if path.exists():
+        if not path.is_dir():
+            raise PreprocessError(f"{path}: is a file, not a folder: choose another --output")
+        others = sorted({item.name for item in path.iterdir()} - {*FOLDER_FILES})
+        if others:
+            raise PreprocessError(f"{path}: also holds {others[0]}: choose another --output")
+
+
+def prepare_model(path: Path, *, overwrite: bool = False) -> None:
+    """Check that a tokenizer's model file can be written.
+
+    Raises
+    ------
+    PreprocessError
+        If it is a folder, or exists and ``overwrite`` is False.
+    """
+    if path.is_dir():
+        raise PreprocessError(f"--output {path}: a folder; name a file such as {path / 'tokenizer.model'}")
+    prepare_output(path, flag="--output", overwrite=overwrite)
 
 
 def measure(tokenizer: Trained, texts: Iterable[bytes]) -> Measured:

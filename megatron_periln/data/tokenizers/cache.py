@@ -17,16 +17,13 @@ from megatron_periln.errors import UsageError
 from megatron_periln.files import new_folder
 from megatron_periln.version import __version__
 
-__all__ = ["cache_folder", "content_key", "read_entry", "versions", "write_entry"]
+__all__ = ["MAX_BYTES", "cache_folder", "content_key", "own_code", "read_entry", "versions", "write_entry"]
 
-_OWN_CODE = (
-    *("cache.py", "megatron_tokenizer.py", "parts.py", "probes.py", "resolve.py"),
-    "encoders/gigatoken.py",
-)
 _PACKAGES = ("megatron-core", "transformers", "tokenizers", "tiktoken", "sentencepiece", "gigatoken")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 _MAX_FILES = 1000
-_MAX_BYTES = 1 << 29
+MAX_BYTES = 1 << 29
+"""Size of the files of a tokenizer, weights aside, beyond which it gets no key."""
 _READS_THE_HUB = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
 _FLAGS_WITHOUT_EFFECT = ("padded_vocab_size", "pad_vocab_size", "chat_template", "vocab_extra_ids")
 _PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
@@ -51,6 +48,11 @@ def versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def own_code() -> list[Path]:
+    """Return our sources that decide what an entry holds: all of this folder and of its encoders."""
+    return sorted(Path(__file__).parent.rglob("*.py"))
+
+
 def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
     """Return the key of a tokenizer: a sha256 of its files, its flags, and the versions and code in use.
 
@@ -68,8 +70,8 @@ def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
     gigabyte beside the weights.
     """
     digest = hashlib.sha256(json.dumps(versions()).encode())
-    for name in _OWN_CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for source in own_code():
+        digest.update(source.read_bytes())
     values = {name: getattr(args, name, default) for name, default in flags.items()}
     for name in _FLAGS_WITHOUT_EFFECT:
         values.pop(name, None)
@@ -97,7 +99,7 @@ def _files(path: Path) -> list[Path] | None:
         return [path]
     entries = sorted(path.iterdir())
     files = [entry for entry in entries if entry.is_file() and entry.suffix not in _WEIGHTS]
-    if len(files) > _MAX_FILES or sum(file.stat().st_size for file in files) > _MAX_BYTES:
+    if len(files) > _MAX_FILES or sum(file.stat().st_size for file in files) > MAX_BYTES:
         return None
     return files
 

@@ -6,12 +6,12 @@ Importing this module, parsing the flags and checking the files they name need n
 from __future__ import annotations
 
 import re
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from megatron_periln.data.tokenizers.hub import check_hub
 from megatron_periln.errors import PreprocessError
 
 __all__ = [
@@ -86,6 +86,7 @@ TOKENIZER_FLAGS: dict[str, dict[str, Any]] = {
 
 _NEEDS_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 _TAKES_HUB_NAME = ("HuggingFaceTokenizer", "SFTTokenizer")
+_HUB_SECONDS = 10
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -137,7 +138,8 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
     """
     check_tokenizer_files(args)
     if args.tokenizer_type in _TAKES_HUB_NAME and args.tokenizer_model:
-        check_hub(args.tokenizer_model)
+        _check_hub(args.tokenizer_model)
+    # Imports torch, for seconds; a tokenizer that the cache knows needs neither.
     from megatron.core.tokenizers.utils import build_tokenizer as megatron_tokenizers
 
     # Padding of the vocabulary concerns the model and would need its flags.
@@ -209,3 +211,31 @@ def check_tokenizer_files(args: Namespace) -> None:
             f"--tokenizer-model {args.tokenizer_model}: a file, and {args.tokenizer_type} takes a folder: "
             f"name the one that holds tokenizer_config.json"
         )
+
+
+def _check_hub(name: str) -> None:
+    """Check that the Hugging Face hub has a model of this name, unless there is a folder or a local copy.
+
+    One question, where transformers would ask for a minute before it says no.
+
+    Raises
+    ------
+    PreprocessError
+        If it has none, or cannot be reached.
+    """
+    if Path(name).exists():
+        return
+    import huggingface_hub  # what it imports at its first use is not for tokenizers in local folders
+
+    try:
+        huggingface_hub.snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):  # no local copy, which is each of them
+        print(f"note: {name} is no local folder: asking the Hugging Face hub", file=sys.stderr, flush=True)
+        try:
+            huggingface_hub.model_info(name, timeout=_HUB_SECONDS)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise PreprocessError(
+                f"--tokenizer-model {name}: no such folder, and the Hugging Face hub does not provide it: "
+                f"{reason}"
+            ) from error

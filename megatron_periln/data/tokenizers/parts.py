@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_periln.data.tokenizers.encoders.gigatoken import template_ids, unsupported_reason
 from megatron_periln.data.tokenizers.megatron_tokenizer import Tokenizer
 
 __all__ = ["Parts", "take_apart"]
@@ -53,12 +54,11 @@ def take_apart(tokenizer: Tokenizer) -> Parts:
 
 def _hugging_face(inner: Any) -> Parts | None:
     try:
+        # Takes most of a second, and only where Megatron has built a tokenizer of transformers anyway.
         from transformers.tokenization_utils_base import PreTrainedTokenizerBase
         from transformers.tokenization_utils_tokenizers import TokenizersBackend
-    except ImportError:  # another transformers than 5
+    except ImportError:  # none, or another than transformers 5
         return None
-    from megatron_periln.data.tokenizers.encoders.gigatoken import hugging_face_obstacle, template_ids
-
     outer = inner.tokenizer
     own = type(outer).__module__.startswith("transformers.") and all(
         getattr(type(outer), name, None) is getattr(base, name)
@@ -87,7 +87,7 @@ def _hugging_face(inner: Any) -> Parts | None:
         return None
     template = template_ids(described["post_processor"])
     settings = {
-        "obstacle": hugging_face_obstacle(described),
+        "obstacle": unsupported_reason(described),
         "template": template and list(template),
         "add_special_tokens": bool(inner.include_special_tokens),
         "encode_special_tokens": bool(outer.split_special_tokens),

@@ -1,14 +1,16 @@
-"""What Megatron's tokenizer really does, so that it can be done again without importing Megatron."""
+"""From Megatron's tokenizer flags to a tokenizer as data, found out once and then read from the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from megatron_periln.data.tokenizers import cache as tokenizer_cache
+from megatron_periln.data.tokenizers import cache
+from megatron_periln.data.tokenizers.encoders.gigatoken import convert_sentencepiece
+from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid
 from megatron_periln.data.tokenizers.megatron_tokenizer import (
     Tokenizer,
     add_tokenizer_args,
@@ -18,79 +20,17 @@ from megatron_periln.data.tokenizers.megatron_tokenizer import (
 )
 from megatron_periln.data.tokenizers.parts import take_apart
 from megatron_periln.data.tokenizers.probes import probe_texts
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["ResolvedTokenizer", "resolve_tokenizer", "wrap_tokenizer"]
-
-
-@dataclass(frozen=True, eq=False)
-class ResolvedTokenizer:
-    """A tokenizer as data.
-
-    Parameters
-    ----------
-    kind
-        ``tokenizers``, ``sentencepiece`` or ``tiktoken``, the library that does the work; ``megatron`` where
-        only Megatron's own object can.
-    vocab_size
-        Number of token ids.
-    eod
-        Id of the end-of-document token, None without one.
-    digest
-        A sha256 of everything that decides token ids: content, flags and versions.
-    description
-        A name for people.
-    payload
-        What the library builds its tokenizer from: the JSON of a Hugging Face tokenizer, a SentencePiece
-        model, or ranks in the format of ``.tiktoken`` files, from 0.
-    settings
-        What else decides token ids. tokenizers: ``add_special_tokens``, ``encode_special_tokens``,
-        ``template`` (the ids put before and after a text), ``obstacle`` (why gigatoken is not exact);
-        tiktoken: ``pattern``, ``special_tokens`` (the first ids; ranks follow).
-    accelerated
-        The tokenizer in the format of the fast encoder where making that takes time.
-    differing
-        Code points that the fast encoder takes for another kind of character than the library does; None
-        where that could not be found out.
-    probes
-        Texts with the token ids that Megatron's tokenizer gives them.
-    args
-        The tokenizer flags, None for a tokenizer that was given as an object.
-    """
-
-    kind: str
-    vocab_size: int
-    eod: int | None
-    digest: str
-    description: str
-    payload: bytes = field(default=b"", repr=False)
-    settings: dict[str, Any] = field(default_factory=dict, repr=False)
-    accelerated: bytes | None = field(default=None, repr=False)
-    differing: tuple[int, ...] | None = field(default=(), repr=False)
-    probes: tuple[tuple[str, list[int]], ...] = field(default=(), repr=False)
-    args: Namespace | None = field(default=None, repr=False)
-    _built: list[Tokenizer] = field(default_factory=list, repr=False)
-
-    def megatron_tokenizer(self) -> Tokenizer:
-        """Return Megatron's own tokenizer, built at the first call.
-
-        Raises
-        ------
-        PreprocessError
-            If Megatron cannot build it.
-        """
-        if not self._built:
-            if self.args is None:
-                raise PreprocessError(f"{self.description} is not described by flags")
-            self._built.append(build_tokenizer(self.args))
-        return self._built[0]
+__all__ = ["resolve_tokenizer", "wrap_tokenizer"]
 
 
 def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
     """Find out what the tokenizer flags describe.
 
     The first time, Megatron builds the tokenizer. What it is made of is kept in a cache
-    (`tokenizer_cache`), and later calls import neither torch nor Megatron.
+    (`cache`), and later calls import neither torch nor Megatron.
 
     Parameters
     ----------
@@ -104,15 +44,15 @@ def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
     """
     check_tokenizer_files(args)
     flags = vars(add_tokenizer_args(ArgumentParser()).parse_args([]))
-    key = tokenizer_cache.content_key(args, flags)
+    key = cache.content_key(args, flags)
     if key and (found := _from_entry(key, args)):
         return found
     tokenizer = build_tokenizer(args)
     resolved = wrap_tokenizer(tokenizer, args, key=key)
     # Not if the files changed meanwhile, except by the hub's download.
-    after = tokenizer_cache.content_key(args, flags)
+    after = cache.content_key(args, flags)
     if after and (key is None or after == key) and resolved.kind != "megatron":
-        tokenizer_cache.write_entry(after, _to_entry(resolved))
+        cache.write_entry(after, _to_entry(resolved))
     return resolved
 
 
@@ -137,7 +77,7 @@ def wrap_tokenizer(
     parts = take_apart(tokenizer)
     kind, payload, settings = parts.kind, parts.payload, parts.settings
     name = args.tokenizer_type if args else type(tokenizer).__name__
-    identity: list[Any] = [kind, tokenizer.vocab_size, eod, settings, tokenizer_cache.versions()]
+    identity: list[Any] = [kind, tokenizer.vocab_size, eod, settings, cache.versions()]
     probes: list[tuple[str, list[int]]] = []
     if kind == "megatron":
         identity += [
@@ -157,12 +97,12 @@ def wrap_tokenizer(
         description=f"{name} {model}" if model else name,
         payload=payload,
         settings=settings,
-        accelerated=_accelerate(kind, payload),
+        accelerated=convert_sentencepiece(payload) if kind == "sentencepiece" else None,
         probes=tuple(probes),
         args=args,
         _built=[tokenizer],
     )
-    return replace(resolved, differing=_differing(resolved))
+    return replace(resolved, differing=characters_to_avoid(resolved))
 
 
 def _probe(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[str, list[int]]]:
@@ -175,20 +115,6 @@ def _probe(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[str, list[int]]
         except BaseException:  # a panic in a tokenizer written in Rust is no Exception
             continue
     return probes
-
-
-def _accelerate(kind: str, payload: bytes) -> bytes | None:
-    if kind != "sentencepiece":
-        return None
-    from megatron_periln.data.tokenizers.encoders.gigatoken import convert_sentencepiece
-
-    return convert_sentencepiece(payload)
-
-
-def _differing(resolved: ResolvedTokenizer) -> tuple[int, ...] | None:
-    from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid
-
-    return characters_to_avoid(resolved)
 
 
 def _to_entry(resolved: ResolvedTokenizer) -> dict[str, bytes]:
@@ -205,7 +131,7 @@ def _to_entry(resolved: ResolvedTokenizer) -> dict[str, bytes]:
 
 
 def _from_entry(key: str, args: Namespace) -> ResolvedTokenizer | None:
-    files = tokenizer_cache.read_entry(key)
+    files = cache.read_entry(key)
     if files is None:
         return None
     try:

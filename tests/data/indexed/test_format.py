@@ -159,7 +159,7 @@ def test_no_tokens(tmp_path: Path) -> None:
 
 def test_blocks(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = check_indexed_dataset(prefix)
-    monkeypatch.setattr("megatron_periln.data.indexed.format._BLOCK", 2)
+    monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", 2)
     assert check_indexed_dataset(prefix) == whole
 
 

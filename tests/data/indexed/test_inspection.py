@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import subprocess
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_periln.data.indexed.inspection import inspect, verify
+from megatron_periln.data.indexed.inspection import LengthCounts, inspect, verify
 from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import PreprocessError, UsageError
 from tests.data.companions import (
     SIDECAR,
     SMALL,
@@ -26,6 +27,7 @@ from tests.data.companions import (
     WITHOUT_MEGATRON,
     build,
     load_tool,
+    random_documents,
     refusal,
     run_tool,
     write_sidecar,
@@ -164,12 +166,13 @@ def test_vocabulary(run: Callable, refused: Callable, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("block", [4, 1 << 22])
-def test_token_range(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("megatron_periln.data.indexed.inspection._BIN_BLOCK", block)
+def test_token_range(tmp_path: Path, refused: Callable, block: int) -> None:
     prefix = build(tmp_path / "d", [[[9, 8, 7, 8]]], np.int32)
-    verified = verify(inspect(prefix))
+    verified = verify(inspect(prefix), block=block)
     assert (verified.smallest, verified.largest) == (7, 9)
     patch(f"{prefix}.bin", 4, struct.pack("<i", -1))
+    with pytest.raises(PreprocessError, match="holds the negative token -1"):
+        verify(inspect(prefix), block=block)
     assert "holds the negative token -1" in refused(prefix, "--verify")
 
 
@@ -213,14 +216,12 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     builder.sequence_lengths = [np.int32(1)] * sequences
     builder.document_indices = np.arange(sequences + 1)  # type: ignore[assignment]
     builder.finalize(f"{tmp_path}/d.idx")
-    monkeypatch.setattr("megatron_periln.data.indexed.format._BLOCK", 1 << 14)
-    monkeypatch.setattr("megatron_periln.data.indexed.inspection._BIN_BLOCK", 1 << 14)
     peaks = []
     for block in (1 << 14, 1 << 20):
-        monkeypatch.setattr("megatron_periln.data.indexed.index_arrays.BLOCK", block)
+        monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", block)
         tracemalloc.start()
         inspection = inspect(f"{tmp_path}/d")
-        verify(inspection)
+        verify(inspection, block=1 << 14)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert inspection.document_lengths.max == inspection.sequence_lengths.min == 1
@@ -235,3 +236,45 @@ def test_a_reader_that_leaves(prefix: str) -> None:
     command = f"{sys.executable} {TOOL} {prefix} --json | head -c 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("{", "")
+
+
+def check_statistics(found: Any, lengths: np.ndarray) -> None:
+    assert found.count == len(lengths)
+    assert found.empty == (lengths == 0).sum()
+    assert (found.min, found.max) == (lengths.min(), lengths.max())
+    assert found.median == np.median(lengths)
+    assert found.p99 == pytest.approx(np.percentile(lengths, 99), rel=1e-12)
+    assert found.mean == pytest.approx(lengths.mean(), rel=1e-12)
+    for first, last, count in found.histogram:
+        assert count == ((lengths >= first) & (lengths <= last)).sum()
+    assert sum(count for *_, count in found.histogram) == len(lengths)
+    bins = [(first, last) for first, last, _ in found.histogram]
+    assert all(after[0] == before[1] + 1 for before, after in itertools.pairwise(bins))
+    assert all(last == max(2 * first - 1, 0) for first, last in bins)
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_statistics_are_numpys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, seed: int
+) -> None:
+    monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", block)
+    monkeypatch.setattr(
+        "megatron_periln.data.indexed.inspection.TABLE_SIZE", 5
+    )  # most lengths take the other way
+    documents = [[]] * seed + random_documents(seed)
+    found = inspect(build(tmp_path / "d", documents, np.int32))
+    sequences = IndexedDataset(found.dataset.prefix)
+    check_statistics(found.sequence_lengths, np.array([len(sequence) for sequence in sequences[:]]))
+    check_statistics(found.document_lengths, np.array([sum(map(len, document)) for document in documents]))
+    assert found.dataset.info.tokens == sum(map(len, sequences[:]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 101, 5000])
+def test_lengths_large_and_small(size: int) -> None:
+    rng = np.random.default_rng(size)
+    lengths = (2 ** rng.uniform(0, 34, size)).astype(np.int64) - 1
+    counts = LengthCounts()
+    for block in np.array_split(lengths, 7):
+        counts.add(block)
+    check_statistics(counts.statistics(), lengths)

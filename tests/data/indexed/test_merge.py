@@ -56,8 +56,8 @@ def test_bytes_are_megatrons(
     tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, dtype: type, modes: bool, kernel: bool
 ) -> None:
     """Also in small blocks, and where the kernel cannot copy."""
-    monkeypatch.setattr("megatron_periln.data.indexed.index_arrays.BLOCK", 7)
-    monkeypatch.setattr("megatron_periln.data.indexed.copying._BLOCK", 13)
+    monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", 7)
+    monkeypatch.setattr("megatron_periln.data.indexed.merge.COPY_BLOCK", 13)
     if not kernel:
         monkeypatch.setattr("os.copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "")))
     prefixes = [build(tmp_path / f"in{n}", random_documents(n), dtype, modes) for n in range(3)]
@@ -193,7 +193,7 @@ def test_damaged_inputs(
     expected: str,
     block: int,
 ) -> None:
-    monkeypatch.setattr("megatron_periln.data.indexed.index_arrays.BLOCK", block)
+    monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", block)
     path = Path(pair[0] + suffix)
     path.write_bytes(damage(path.read_bytes()))
     error = refused("--inputs", pair[1], pair[0], "--output-prefix", tmp_path / "out")
@@ -233,10 +233,9 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         stream.write(np.ones(sequences, np.int32).tobytes())
         stream.write(np.arange(0, 2 * sequences, 2).tobytes())
         stream.write(np.arange(sequences + 1).tobytes())
-    monkeypatch.setattr("megatron_periln.data.indexed.format._BLOCK", 1 << 14)
     peaks = []
     for block in (1 << 14, 1 << 20):
-        monkeypatch.setattr("megatron_periln.data.indexed.index_arrays.BLOCK", block)
+        monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", block)
         tracemalloc.start()
         merge_datasets([str(prefix)], str(tmp_path / "out"), overwrite=True)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -17,8 +17,7 @@ from typing import BinaryIO, cast
 
 import pytest
 
-from megatron_periln.data.indexed.copying import append_file
-from megatron_periln.data.indexed.merge import merge_datasets
+from megatron_periln.data.indexed.merge import append_file, merge_datasets
 from tests.data.companions import (
     SMALL,
     TOOLS,
@@ -100,7 +99,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
 def test_no_index_stands_with_another_bin(
     tmp_path: Path, pair: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each step of publishing there is either the whole dataset or no index."""
+    """At each step there is either the whole dataset or no index."""
     merge_datasets(pair[:1], str(tmp_path / "out"))
     merge_datasets(pair, str(tmp_path / "expected"))
     replace, seen = Path.replace, []

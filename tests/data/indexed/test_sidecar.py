@@ -130,7 +130,7 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_a_corpus_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_periln.data.indexed.sidecar._MOST_BYTES", 10)
+    monkeypatch.setattr("megatron_periln.data.indexed.sidecar.MOST_BYTES", 10)
     assert "too many for the sidecar" in refusal(path)
 
 

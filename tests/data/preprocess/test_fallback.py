@@ -13,8 +13,8 @@ from megatron_periln.data.preprocess.encode import ChunkEncoder
 from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from megatron_periln.data.readers.sources import Block
 from megatron_periln.data.readers.tasks import Task
-from megatron_periln.data.tokenizers.encoders import BatchEncoder, Choice, Encoded, choose_encoder
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.encoders import BatchEncoder, ChosenEncoder, Encoded, choose_encoder
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from tests.data.preprocessing import FILES, by_megatron, names, read, to_lines
 
 TEXTS = [f"text {n}" for n in range(10)] + ["wrong"] + [f"more {n}" for n in range(10)]
@@ -46,9 +46,9 @@ def inexact(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
     stub(lambda text: None)
     monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 50)
 
-    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> Choice:
+    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
         exact = choose_encoder(resolved)
-        return Choice(Inexact(exact.encoder), exact.encoder) if requested != "megatron" else exact
+        return ChosenEncoder(Inexact(exact.encoder), exact.encoder) if requested != "megatron" else exact
 
     monkeypatch.setattr(driver, "choose_encoder", choose)
 
@@ -91,9 +91,9 @@ def test_the_next_run_goes_on_with_the_reference(
         assert run(*flags)[0] == 130
     assert names(tmp_path) == ["out.partial"]
 
-    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> Choice:
+    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
         exact = choose_encoder(resolved).encoder
-        return Choice(exact if requested == "megatron" else Inexact(exact), None)
+        return ChosenEncoder(exact if requested == "megatron" else Inexact(exact), None)
 
     # Nothing is compared any more, so that only what was noted can tell.
     monkeypatch.setattr(driver, "choose_encoder", choose)

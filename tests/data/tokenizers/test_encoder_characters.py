@@ -15,15 +15,13 @@ from megatron_periln.data.tokenizers.encoders.characters import (
 )
 from megatron_periln.data.tokenizers.encoders.gigatoken import GigatokenEncoder
 from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid, open_encoder
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
-from tests.data.encoder_tokenizers import (
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
+from tests.data.tokenizers.encoder_tokenizers import (
     encode,
-    flags_fixture,  # noqa: F401
     needs_gigatoken,
-    resolved_fixture,  # noqa: F401
 )
 
-ALL_CHARACTERS = characters._ASSIGNABLE
+ALL_CHARACTERS = characters.ASSIGNABLE
 
 
 class Characters:
@@ -44,7 +42,7 @@ class Characters:
 
 
 def test_differing_characters_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(characters, "_ASSIGNABLE", ALL_CHARACTERS)
+    monkeypatch.setattr(characters, "ASSIGNABLE", ALL_CHARACTERS)
     wrong = "\x80é\ud7ff\ue000漢🙂\U0003ffff\U000e0001\U0010ffff"
     assert differing_characters(Characters(wrong), Characters()) == sorted(map(ord, wrong))
     assert differing_characters(Characters(), Characters()) == []

@@ -19,18 +19,16 @@ from megatron_periln.data.tokenizers.encoders import (
     first_difference,
     gigatoken,
     open_encoder,
+    selection,
 )
-from megatron_periln.data.tokenizers.encoders import selection as choice
 from megatron_periln.data.tokenizers.encoders.base import EncoderUnavailableError
 from megatron_periln.data.tokenizers.encoders.gigatoken import template_ids
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
-from tests.data.encoder_tokenizers import (
+from tests.data.tokenizers.encoder_tokenizers import (
     FIXTURES,
     encode,
-    flags_fixture,  # noqa: F401
     needs_gigatoken,
-    resolved_fixture,  # noqa: F401
 )
 
 
@@ -81,8 +79,8 @@ def test_a_wrong_encoder_is_noticed(
     wrong: Any, said: str, name: str, resolved: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = replace(resolved(name), differing=())
-    monkeypatch.setitem(choice._ENCODERS, "gigatoken", wrong)
-    monkeypatch.setattr(choice, "available_encoders", lambda _: ["gigatoken", tokenizer.kind, "megatron"])
+    monkeypatch.setitem(selection.ENCODERS, "gigatoken", wrong)
+    monkeypatch.setattr(selection, "available_encoders", lambda _: ["gigatoken", tokenizer.kind, "megatron"])
     chosen = choose_encoder(tokenizer)
     assert chosen.encoder.name == tokenizer.kind
     (note,) = chosen.notes
@@ -109,7 +107,7 @@ def test_the_first_difference_is_named(resolved: Callable[[str], ResolvedTokeniz
 
 def test_a_wrong_library_leaves_megatron(resolved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = resolved("tiktoken")
-    monkeypatch.setitem(choice._ENCODERS, "gigatoken", Wrong)
+    monkeypatch.setitem(selection.ENCODERS, "gigatoken", Wrong)
 
     class WrongLibrary(Wrong):
         name = "tiktoken"
@@ -117,7 +115,7 @@ def test_a_wrong_library_leaves_megatron(resolved: Callable, monkeypatch: pytest
         def __init__(self, tokenizer: ResolvedTokenizer) -> None:
             self._right = open_encoder(tokenizer, "megatron")
 
-    monkeypatch.setitem(choice._ENCODERS, "tiktoken", WrongLibrary)
+    monkeypatch.setitem(selection.ENCODERS, "tiktoken", WrongLibrary)
     chosen = choose_encoder(tokenizer)
     assert chosen.encoder.name == "megatron"
     assert chosen.notes[-1].startswith("encoder tiktoken is not exact for TikTokenizer ")
@@ -158,7 +156,7 @@ def test_awkward_is_neither_needed_nor_replaced(resolved: Callable, monkeypatch:
     expected = encode(encoder, ["a b", "", "c"])
     assert "awkward" not in sys.modules
     # A release that asks more of awkward gets the real one.
-    monkeypatch.setattr(gigatoken, "_AWKWARD", SimpleNamespace(Array=type(None)))
+    monkeypatch.setattr(gigatoken, "AWKWARD", SimpleNamespace(Array=type(None)))
     assert encode(encoder, ["a b", "", "c"]) == expected
     assert sys.modules["awkward"].__name__ == "awkward"
 
@@ -167,7 +165,7 @@ def test_awkward_is_neither_needed_nor_replaced(resolved: Callable, monkeypatch:
 def test_the_pattern_is_megatrons() -> None:
     from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
 
-    assert list(gigatoken._TIKTOKEN_SCHEMES) == [tiktoken_tokenizer._PATTERN_TIKTOKEN_V2]
+    assert list(gigatoken.TIKTOKEN_SCHEMES) == [tiktoken_tokenizer._PATTERN_TIKTOKEN_V2]
 
 
 @pytest.mark.parametrize(

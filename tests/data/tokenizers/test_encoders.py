@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_periln.data.tokenizers.encoders import available_encoders, choose_encoder, open_encoder
 from megatron_periln.data.tokenizers.probes import probe_texts
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
-from tests.data.encoder_tokenizers import (
+from tests.data.tokenizers.encoder_tokenizers import (
     ALL,
     EXACT,
     HAS_GIGATOKEN,
     encode,
-    flags_fixture,  # noqa: F401
     needs_gigatoken,
-    resolved_fixture,  # noqa: F401
 )
 
 

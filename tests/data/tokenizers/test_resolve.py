@@ -23,9 +23,11 @@ from megatron_periln.data.tokenizers.megatron_tokenizer import (
     end_of_document,
 )
 from megatron_periln.data.tokenizers.probes import probe_texts
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer, resolve_tokenizer, wrap_tokenizer
+from megatron_periln.data.tokenizers.resolve import resolve_tokenizer, wrap_tokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
 
+ROOM = resolve.__name__.rpartition(".")[0]
 FLAGS = vars(add_tokenizer_args(argparse.ArgumentParser()).parse_args([]))
 
 
@@ -196,13 +198,13 @@ def test_files_that_cannot_be_known_have_no_key(tmp_path: Path, monkeypatch: pyt
     args = parse(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tmp_path])
     assert tokenizer_cache.content_key(args, FLAGS)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer_cache, "_MAX_BYTES", 1)
+        patch.setattr(tokenizer_cache, "MAX_BYTES", 1)
         assert tokenizer_cache.content_key(args, FLAGS) is None
 
     def fail(_: Path) -> bytes:
         raise PermissionError
 
-    own_code = {Path(tokenizer_cache.__file__).parent / name for name in tokenizer_cache._OWN_CODE}
+    own_code = tokenizer_cache.own_code()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) if path in own_code else fail(path))
     assert tokenizer_cache.content_key(args, FLAGS) is None
@@ -220,6 +222,23 @@ def test_versions_are_part_of_the_key(
     key = tokenizer_cache.content_key(args, FLAGS)
     monkeypatch.setattr(tokenizer_cache, "versions", lambda: {**found, "tokenizers": "0"})
     assert tokenizer_cache.content_key(args, FLAGS) != key
+
+
+def test_our_code_is_part_of_the_key(
+    tmp_path: Path, tokenizers: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_code = tokenizer_cache.own_code()
+    modules = {Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith(ROOM)}
+    assert {Path(resolve.__file__), Path(tokenizer_cache.__file__)} < modules <= set(own_code)
+    args = parse(tokenizers["huggingface"])
+    keys = {tokenizer_cache.content_key(args, FLAGS)}
+    changed = tmp_path / "changed.py"
+    for place, source in enumerate(own_code):
+        changed.write_bytes(source.read_bytes() + b"\n")
+        sources = [*own_code[:place], changed, *own_code[place + 1 :]]
+        monkeypatch.setattr(tokenizer_cache, "own_code", lambda sources=sources: sources)
+        keys.add(tokenizer_cache.content_key(args, FLAGS))
+    assert len(keys) == len(own_code) + 1
 
 
 def test_a_cache_that_cannot_be_written(

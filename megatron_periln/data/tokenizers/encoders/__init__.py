@@ -7,7 +7,7 @@ from megatron_periln.data.tokenizers.encoders.base import (
     token_dtype,
 )
 from megatron_periln.data.tokenizers.encoders.selection import (
-    Choice,
+    ChosenEncoder,
     available_encoders,
     choose_encoder,
     first_difference,
@@ -16,7 +16,7 @@ from megatron_periln.data.tokenizers.encoders.selection import (
 
 __all__ = [
     "BatchEncoder",
-    "Choice",
+    "ChosenEncoder",
     "Encoded",
     "EncoderUnavailableError",
     "available_encoders",

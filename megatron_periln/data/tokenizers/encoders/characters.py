@@ -15,12 +15,13 @@ from itertools import product
 import numpy as np
 
 from megatron_periln.data.tokenizers.encoders.base import BatchEncoder, Encoded
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 
-__all__ = ["GuardedEncoder", "differing_characters", "with_telling_vocabulary"]
+__all__ = ["ASSIGNABLE", "GuardedEncoder", "differing_characters", "with_telling_vocabulary"]
 
 _MARKS = b"\"aA1 \n'"
-_ASSIGNABLE = (range(0x80, 0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000))
+ASSIGNABLE = (range(0x80, 0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000))
+"""Code points beyond ASCII that Unicode has assigned or may assign: what is compared."""
 _UNASSIGNED = (0x50000, 0xF0000, 0x100000, 0x10FFFF)
 _BATCH = 1 << 14
 
@@ -74,7 +75,7 @@ class GuardedEncoder:
 
 def differing_characters(fast: BatchEncoder, exact: BatchEncoder) -> list[int]:
     """Return the code points that two encoders with a telling vocabulary split differently."""
-    points = [point for part in _ASSIGNABLE for point in part] + list(_UNASSIGNED)
+    points = [point for part in ASSIGNABLE for point in part] + list(_UNASSIGNED)
     differing: list[int] = []
     for start in range(0, len(points), _BATCH):
         part = points[start : start + _BATCH]

@@ -22,24 +22,34 @@ from megatron_periln.data.tokenizers.encoders.libraries import (
     TikTokenEncoder,
     TokenizersEncoder,
 )
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["Choice", "available_encoders", "choose_encoder", "first_difference", "open_encoder"]
+__all__ = [
+    "ENCODERS",
+    "ChosenEncoder",
+    "available_encoders",
+    "characters_to_avoid",
+    "choose_encoder",
+    "first_difference",
+    "open_encoder",
+]
 
-_ENCODERS: dict[str, Callable[[ResolvedTokenizer], BatchEncoder]] = {
+ENCODERS: dict[str, Callable[[ResolvedTokenizer], BatchEncoder]] = {
     "gigatoken": GigatokenEncoder,
     "tokenizers": TokenizersEncoder,
     "sentencepiece": SentencePieceEncoder,
     "tiktoken": TikTokenEncoder,
     "megatron": MegatronEncoder,
 }
+"""The encoders by name."""
+
 _differing: dict[tuple[str, bytes, str], tuple[int, ...]] = {}
 _BATCH_SIZES = (1, 2, 3, 7, 64)
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenEncoder:
     """An encoder and what its work is checked against.
 
     Parameters
@@ -76,7 +86,7 @@ def open_encoder(resolved: ResolvedTokenizer, name: str) -> BatchEncoder:
     names = available_encoders(resolved)
     try:
         if name in names:
-            encoder = _ENCODERS[name](resolved)
+            encoder = ENCODERS[name](resolved)
             return _guarded(encoder, resolved) if name == "gigatoken" else encoder
         missing = name == "gigatoken" and resolved.kind != "megatron"
         reason = (
@@ -87,7 +97,7 @@ def open_encoder(resolved: ResolvedTokenizer, name: str) -> BatchEncoder:
     raise PreprocessError(f"encoder {name} cannot serve {resolved.description}: {reason}")
 
 
-def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) -> Choice:
+def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
     """Return the fastest encoder that gives the ids which Megatron's tokenizer gave for the probes.
 
     Parameters
@@ -115,7 +125,9 @@ def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) ->
                 raise
             problem = str(error)
         if problem is None:
-            return Choice(encoder, _reference(encoder, resolved) if name == "gigatoken" else None, notes)
+            return ChosenEncoder(
+                encoder, _reference(encoder, resolved) if name == "gigatoken" else None, notes
+            )
         if requested:
             raise PreprocessError(problem)
         notes.append(problem)
@@ -142,7 +154,7 @@ def characters_to_avoid(resolved: ResolvedTokenizer) -> tuple[int, ...] | None:
             return ()
         split = (telling.kind, telling.payload, repr(telling.settings))
         if split not in _differing:
-            exact = _ENCODERS[resolved.kind](telling)
+            exact = ENCODERS[resolved.kind](telling)
             _differing[split] = tuple(differing_characters(GigatokenEncoder(telling), exact))
         return _differing[split]
     except (KeyboardInterrupt, SystemExit):
@@ -156,7 +168,7 @@ def _guarded(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder
         raise EncoderUnavailableError("it could not be found out how it splits texts")
     if not resolved.differing:
         return encoder
-    return GuardedEncoder(encoder, _ENCODERS[resolved.kind](resolved), list(resolved.differing))
+    return GuardedEncoder(encoder, ENCODERS[resolved.kind](resolved), list(resolved.differing))
 
 
 def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_periln.data.tokenizers.encoders import gigatoken
+from megatron_periln.data.tokenizers.encoders.gigatoken import TIKTOKEN_SCHEMES
 from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args, build_tokenizer
-from megatron_periln.data.tokenizers.resolve import ResolvedTokenizer, wrap_tokenizer
+from megatron_periln.data.tokenizers.resolve import wrap_tokenizer
+from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 
 TEXT = [line for line in inspect.getsource(textwrap).splitlines() if line.strip()] * 2
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -126,7 +127,7 @@ def train(tokenizer: Any, trainer: Any) -> Any:
 def ranks() -> list[dict[str, Any]]:
     from tokenizers.decoders import ByteLevel
 
-    tokenizer = byte_level(next(iter(gigatoken._TIKTOKEN_SCHEMES)))
+    tokenizer = byte_level(next(iter(TIKTOKEN_SCHEMES)))
     numbers = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number > 2)
     merged = [ByteLevel().decode([token]).encode() for _, token in numbers if len(token) > 1]
     return [
