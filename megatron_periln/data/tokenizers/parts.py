@@ -87,7 +87,7 @@ def _hugging_face(inner: Any) -> Parts | None:
         return None
     template = template_ids(described["post_processor"])
     settings = {
-        "obstacle": unsupported_reason(described),
+        "unsupported": unsupported_reason(described),
         "template": template and list(template),
         "add_special_tokens": bool(inner.include_special_tokens),
         "encode_special_tokens": bool(outer.split_special_tokens),

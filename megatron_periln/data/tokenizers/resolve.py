@@ -77,7 +77,9 @@ def wrap_tokenizer(
     parts = take_apart(tokenizer)
     kind, payload, settings = parts.kind, parts.payload, parts.settings
     name = args.tokenizer_type if args else type(tokenizer).__name__
-    identity: list[Any] = [kind, tokenizer.vocab_size, eod, settings, cache.versions()]
+    # The sidecars of datasets hold digests in which one setting has its first name.
+    first_names = {"obstacle" if name == "unsupported" else name: value for name, value in settings.items()}
+    identity: list[Any] = [kind, tokenizer.vocab_size, eod, first_names, cache.versions()]
     probes: list[tuple[str, list[int]]] = []
     if kind == "megatron":
         identity += [

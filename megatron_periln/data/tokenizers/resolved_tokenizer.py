@@ -34,9 +34,8 @@ class ResolvedTokenizer:
         model, or ranks in the format of ``.tiktoken`` files, from 0.
     settings
         What else decides token ids. tokenizers: ``add_special_tokens``, ``encode_special_tokens``,
-        ``template`` (the ids put before and after a text), ``obstacle`` (the reason why gigatoken is not
-        exact; datasets hold digests of settings with this name, so it stays); tiktoken: ``pattern``,
-        ``special_tokens`` (the first ids; ranks follow).
+        ``template`` (the ids put before and after a text), ``unsupported`` (the reason why gigatoken is not
+        exact); tiktoken: ``pattern``, ``special_tokens`` (the first ids; ranks follow).
     accelerated
         The tokenizer in the format of the fast encoder where making that takes time.
     differing

@@ -193,7 +193,7 @@ def test_an_unreadable_tokenizer_is_unavailable() -> None:
         "one",
         payload=b"{}",
         settings={
-            "obstacle": None,
+            "unsupported": None,
             "add_special_tokens": False,
             "encode_special_tokens": False,
             "template": None,

@@ -93,8 +93,8 @@ class GigatokenEncoder:
         return result, wrapped
 
     def _open_tokenizers(self, library: Any, resolved: ResolvedTokenizer) -> Any:
-        if resolved.settings["obstacle"]:
-            raise EncoderUnavailableError(resolved.settings["obstacle"])
+        if resolved.settings["unsupported"]:
+            raise EncoderUnavailableError(resolved.settings["unsupported"])
         if resolved.settings["encode_special_tokens"]:
             raise EncoderUnavailableError(
                 "it cannot take special tokens as text, as split_special_tokens asks"
