@@ -36,7 +36,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_characters() -> Iterator[None]:
-    """Compare encoders on few characters; test_encoder_characters.py does it on all."""
+    """Compare encoders on few characters; test_characters.py does it on all."""
     with pytest.MonkeyPatch.context() as patch:
         parts = (range(0x80, 0x800), range(0xA780, 0xA800))
         patch.setattr("megatron_periln.data.tokenizers.encoders.characters.ASSIGNABLE", parts)

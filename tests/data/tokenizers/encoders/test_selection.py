@@ -1,13 +1,10 @@
-"""An encoder that differs from Megatron's tokenizer is noticed; what encoders need of a process."""
+"""An encoder that differs from Megatron's tokenizer is noticed; an encoder by its name, and after a fork."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +14,9 @@ from megatron_periln.data.tokenizers.encoders import (
     available_encoders,
     choose_encoder,
     first_difference,
-    gigatoken,
     open_encoder,
     selection,
 )
-from megatron_periln.data.tokenizers.encoders.base import EncoderUnavailableError
-from megatron_periln.data.tokenizers.encoders.gigatoken import template_ids
 from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
 from tests.data.tokenizers.encoder_tokenizers import (
@@ -147,57 +141,3 @@ def test_encoders_work_after_a_fork(name: str, resolved: Callable, hangs_fail: N
         same = encode(chosen.encoder, texts) == encode(chosen.reference, texts) == expected
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-@needs_gigatoken
-def test_awkward_is_neither_needed_nor_replaced(resolved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = open_encoder(resolved("gpt2"), "gigatoken")
-    monkeypatch.delitem(sys.modules, "awkward", raising=False)
-    expected = encode(encoder, ["a b", "", "c"])
-    assert "awkward" not in sys.modules
-    # A release that asks more of awkward gets the real one.
-    monkeypatch.setattr(gigatoken, "AWKWARD", SimpleNamespace(Array=type(None)))
-    assert encode(encoder, ["a b", "", "c"]) == expected
-    assert sys.modules["awkward"].__name__ == "awkward"
-
-
-@needs_gigatoken
-def test_the_pattern_is_megatrons() -> None:
-    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
-
-    assert list(gigatoken.TIKTOKEN_SCHEMES) == [tiktoken_tokenizer._PATTERN_TIKTOKEN_V2]
-
-
-@pytest.mark.parametrize(
-    "single", ["$A", "<s> $A", "$A </s>", "<s> <s> $A </s>", "$A <s> $A"], ids=lambda single: single
-)
-def test_templates(single: str) -> None:
-    from tokenizers import processors
-
-    processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 7), ("</s>", 8)])
-    content = json.loads(processor.__getstate__())
-    before, *after = single.split("$A")
-    number = {"<s>": 7, "</s>": 8}
-    expected = [[number[token] for token in side.split()] for side in (before, *after)]
-    assert template_ids(content) == (tuple(expected) if len(after) == 1 else None)
-    assert template_ids({"type": "Else"}) is None
-    assert template_ids({"type": "Sequence", "processors": [content, {"type": "Else"}]}) is None
-
-
-def test_an_unreadable_tokenizer_is_unavailable() -> None:
-    broken = ResolvedTokenizer(
-        "tokenizers",
-        1,
-        None,
-        "",
-        "one",
-        payload=b"{}",
-        settings={
-            "unsupported": None,
-            "add_special_tokens": False,
-            "encode_special_tokens": False,
-            "template": None,
-        },
-    )
-    with pytest.raises(EncoderUnavailableError):
-        gigatoken.GigatokenEncoder(broken)
