@@ -1,7 +1,6 @@
 """Encoders on the libraries that Megatron's tokenizers stand on, and on Megatron's tokenizers themselves.
 
-A library is imported when its tokenizer is built: a run needs one of them, any other may be missing, and each
-takes 10 to 20 ms of every start.
+A library is imported when its tokenizer is built: a run needs one of them.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class TokenizersEncoder(_Encoder):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # 10 ms, and may be missing
 
         # One thread: the callers are worker processes, one to a CPU.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -67,7 +66,7 @@ class SentencePieceEncoder(_Encoder):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import SentencePieceProcessor  # 17 ms, and may be missing
 
         return SentencePieceProcessor(model_proto=self._resolved.payload)
 
@@ -92,7 +91,7 @@ class TikTokenEncoder(_Encoder):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from tiktoken import Encoding
+        from tiktoken import Encoding  # 10 ms, and may be missing
 
         special = self._resolved.settings["special_tokens"]
         words = self._resolved.payload.split()
