@@ -11,6 +11,9 @@ import sys
 
 import torch
 
+from megatron_periln.cpu import cuda_surface, device_alias
+from megatron_periln.patches import torch_on_cpu
+
 __all__ = ["activate", "is_active"]
 
 _active = False
@@ -44,15 +47,12 @@ def activate(*, hide_gpu: bool = False) -> None:
             "this machine has a GPU, and --device cpu would hide it; drop --device cpu to use the GPU, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU all the same"
         )
-    from megatron_periln.cpu import cuda_surface, device_alias
-    from megatron_periln.patches import torch_on_cpu
-
     # Megatron asks for this setting, which orders kernels on a GPU, whenever ranks communicate.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_surface.install()
     device_alias.install()
     torch_on_cpu.install()
     _active = True
-    from megatron_periln.patches import megatron_on_cpu  # which imports megatron: only now
+    from megatron_periln.patches import megatron_on_cpu  # imports megatron, to which all above must be there
 
     megatron_on_cpu.install()
