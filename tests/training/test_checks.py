@@ -69,7 +69,9 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
 
 
 def test_kernels_that_are_off_on_a_rank_are_refused(monkeypatch):
-    monkeypatch.setattr(norm_backend, "fault", lambda *_, **__: "fails here: RuntimeError: no such thing")
+    monkeypatch.setattr(
+        norm_backend, "find_failure", lambda *_, **__: "fails here: RuntimeError: no such thing"
+    )
     model = {"hidden_size": 64, "params_dtype": torch.float32, "normalization": "RMSNorm"}
     off = dict.fromkeys(
         ["fp32_residual_connection", "layernorm_zero_centered_gamma", "fuse_pre_mlp_norm"], False

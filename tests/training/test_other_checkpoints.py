@@ -155,7 +155,7 @@ def test_a_sharded_checkpoint_without_arguments_is_left_to_megatron(tmp_path):
 
 @pytest.mark.parametrize("no_optimizer", [{"iteration": "release"}, {"no_save_optim": True}], ids=str)
 def test_weights_may_be_frozen_where_there_is_no_optimizer_state(tmp_path, no_optimizer):
-    """And an older Megatron, which names the epsilon otherwise, is no obstacle."""
+    """And an older Megatron, which names the epsilon otherwise, is read too."""
     named = no_optimizer.pop("iteration", "5")
     folder = tmp_path / (named if named == "release" else "iter_0000005") / "mp_rank_00"
     folder.mkdir(parents=True)
