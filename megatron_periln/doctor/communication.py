@@ -1,7 +1,4 @@
-"""Several ranks: whether they find each other and agree on the time, and how fast they reduce.
-
-Functions import torch themselves: it takes seconds, and a single rank needs none of it.
-"""
+"""Several ranks: whether they find each other and agree on the time, and how fast they reduce."""
 
 from __future__ import annotations
 
@@ -70,7 +67,7 @@ def find_rank(all_reduce: bool) -> ThisRank:
 
 def connect(here: ThisRank, seconds: float) -> Iterator[Row]:
     """Let the ranks find each other, over gloo."""
-    import torch.distributed as distributed
+    import torch.distributed as distributed  # seconds, which a rank alone saves
 
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     distributed.barrier()
@@ -80,7 +77,7 @@ def connect(here: ThisRank, seconds: float) -> Iterator[Row]:
 
 def check_clocks(here: ThisRank, node: str) -> Iterator[Row]:
     """Compare the ranks' clocks, to within the time that a barrier takes."""
-    import torch.distributed as distributed
+    import torch.distributed as distributed  # seconds, which a rank alone saves
 
     best: list[tuple[float, str]] = []
     for _ in range(_ROUNDS):
@@ -97,6 +94,7 @@ def check_clocks(here: ThisRank, node: str) -> Iterator[Row]:
 
 def check_all_reduce(here: ThisRank, options: Namespace) -> Iterator[Row]:
     """Measure the bus bandwidth of all-reduce: 2(n-1)/n bytes over time, as nccl-tests does."""
+    # Seconds, which a rank alone saves.
     import torch
     import torch.distributed as distributed
 
@@ -136,7 +134,7 @@ def _speed_row(speed: float, value: str, options: Namespace) -> Row:
 
 def gather(rows: list[Row], here: ThisRank) -> list[Row]:
     """Return the rows of all ranks, on all ranks."""
-    import torch.distributed as distributed
+    import torch.distributed as distributed  # seconds, which a rank alone saves
 
     everyone: list[list[Row]] = [[]] * here.size
     distributed.all_gather_object(everyone, rows)
@@ -145,7 +143,7 @@ def gather(rows: list[Row], here: ThisRank) -> list[Row]:
 
 def disconnect() -> None:
     """Leave once all ranks have what they need."""
-    import torch.distributed as distributed
+    import torch.distributed as distributed  # seconds, which a rank alone saves
 
     distributed.barrier()
     distributed.destroy_process_group()

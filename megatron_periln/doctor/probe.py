@@ -19,13 +19,13 @@ __all__ = ["ON_A_GPU", "STEPS", "checkpoint_bytes_per_parameter", "count_describ
 
 
 def _torch(_: list[str]) -> dict[str, Any]:
-    import torch
+    import torch  # the step: it may crash
 
     return {"version": torch.__version__}
 
 
 def _cuda(_: list[str]) -> dict[str, Any]:
-    import torch
+    import torch  # the step: it may crash
 
     if torch.version.cuda is None:
         raise RuntimeError("this torch was built without CUDA")
@@ -34,14 +34,14 @@ def _cuda(_: list[str]) -> dict[str, Any]:
 
 
 def _nccl(_: list[str]) -> dict[str, Any]:
-    import torch
+    import torch  # the step: it may crash
 
     return {"version": ".".join(map(str, torch.cuda.nccl.version()))}
 
 
 def _gpus_compute(_: list[str]) -> dict[str, Any]:
     """Multiply on every GPU what has an exact result."""
-    import torch
+    import torch  # the step: it may crash
 
     for index in range(torch.cuda.device_count()):
         ones = torch.ones(2048, 2048, device=f"cuda:{index}", dtype=torch.bfloat16)
@@ -66,13 +66,14 @@ def _megatron(_: list[str]) -> dict[str, Any]:
 
 
 def _cpu(_: list[str]) -> dict[str, Any]:
-    from megatron_periln import cpu
+    from megatron_periln import cpu  # the step: it may crash
 
     cpu.activate(hide_gpu=True)
     return {"version": "stands in for the GPU: --device cpu"}
 
 
 def _parameters(flags: list[str]) -> dict[str, Any]:
+    # Import Megatron, which may crash.
     from megatron_periln.megatron_arguments import megatron_arguments
     from megatron_periln.training.parsing import add_arguments
 
@@ -86,6 +87,7 @@ def _parameters(flags: list[str]) -> dict[str, Any]:
 
 def _vocabulary_of(data_path: list[str]) -> int | None:
     """Return the tokenizer's vocabulary size as the datasets' sidecars have it."""
+    # Needs numpy, which may be broken.
     from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sidecar_path
 
     sidecars = (sidecar_path(word) for word in data_path)
@@ -98,6 +100,7 @@ def count_described_parameters(args: Namespace) -> int | None:
     None where they don't say enough. Counted by Megatron's ``compute_weight_and_optimizer_memory``
     (megatron/training/theoretical_memory_usage.py); norms on outputs, and biases, are too few to matter.
     """
+    # Megatron may crash.
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
     vocabulary = args.padded_vocab_size or args.vocab_size

@@ -1,8 +1,4 @@
-"""Runs of a study, each in a process of its own: forked from this one, or by torchrun.
-
-Functions import torch and Megatron themselves: it takes seconds, which a list of the runs need not wait
-for, and on the CPU `megatron_periln.cpu.activate` must come first.
-"""
+"""Runs of a study, each in a process of its own: forked from this one, or by torchrun."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
     """
     if all(_on_cpu(run.flags) for run in study.runs()):
         return [None] * jobs
-    import torch
+    import torch  # seconds, which a list of the runs need not wait for
 
     count = torch.cuda.device_count()
     if count < jobs * study.ranks:
@@ -62,13 +58,14 @@ def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
 
 def prepare(study: Study) -> None:
     """Import what runs, or the check of their flags, need."""
-    from megatron_periln import cpu
+    from megatron_periln import cpu  # imports torch: seconds, which a list of the runs need not wait for
 
     if is_forked(study):
         try:
             cpu.activate()
         except RuntimeError as error:
             raise UsageError(str(error)) from error
+    # Once, before runs are forked, and after the CPU stands in for the GPU.
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer  # noqa: F401
 
@@ -85,6 +82,7 @@ def check_run_flags(study: Study) -> None:
     UsageError
         For the first that is not, with the run's name.
     """
+    # Megatron's, after the CPU stands in for the GPU.
     from megatron_periln.megatron_arguments import megatron_arguments
     from megatron_periln.training.parsing import add_arguments
 
@@ -201,7 +199,7 @@ def be_run(study: Study, folder: RunFolder) -> NoReturn:
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         # Port 0: nobody else has to know where the only rank's store listens.
         os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        from megatron_periln import pretrain
+        from megatron_periln import pretrain  # its clock starts when it is imported
 
         sys.argv = ["pretrain", f"@{flags}"]
         pretrain.main()
