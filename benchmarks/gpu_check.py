@@ -195,17 +195,17 @@ def main() -> None:
             if check.memory > memory and options.device == "cuda":
                 result = {
                     "check": check.name,
-                    "outcome": f"left out: needs {check.memory} GB",
+                    "outcome": f"skipped: needs {check.memory} GB",
                     "seconds": 0.0,
                 }
             elif left < 10:
-                result = {"check": check.name, "outcome": "left out: no time left", "seconds": 0.0}
+                result = {"check": check.name, "outcome": "skipped: no time left", "seconds": 0.0}
             else:
                 result = run(check, output, environment, left)
             summary.append(result)
             print(f"{result['check']:<24}{result['outcome']:<28}{result['seconds']:>7} s", flush=True)
             (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if any(not str(result["outcome"]).startswith(("passed", "left out: needs")) for result in summary):
+    if any(not str(result["outcome"]).startswith(("passed", "skipped: needs")) for result in summary):
         sys.exit(f"not all checks passed; their logs are in {output}")
 
 

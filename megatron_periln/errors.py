@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message says what was wrong, where, and what to do."""
+"""Errors that a user can put right: each message says what was wrong, where, and what to do."""
 
 __all__ = ["PreprocessError", "RankError", "ReportError", "UsageError"]
 
