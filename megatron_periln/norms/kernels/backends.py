@@ -17,6 +17,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,83 +81,21 @@ _TORCH = Backend("torch", reference.norm, reference.norm_add, reference.add_norm
 _requested = "auto"
 
 
-def norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    zero_centered_gamma: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Normalize ``x``: `reference.norm`."""
-    return backend_for(x).norm(x, weight, bias, eps, zero_centered_gamma, dtype)
+def _by_backend[**P, R](specification: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of `reference` as the backend for its first argument computes it."""
+
+    @functools.wraps(specification)
+    def compute(*args: P.args, **kwargs: P.kwargs) -> R:
+        backend = backend_for(cast(Tensor, args[0]))
+        return getattr(backend, specification.__name__)(*args, **kwargs)
+
+    return compute
 
 
-def norm_add(
-    sublayer_output: Tensor,
-    sublayer_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    zero_centered_gamma: bool,
-    dropout: float,
-    training: bool,
-) -> Tensor:
-    """Normalize the sublayer output, then add it to the residual stream: `reference.norm_add`."""
-    return backend_for(sublayer_output).norm_add(
-        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
-    )
-
-
-def norm_add_norm(
-    sublayer_output: Tensor,
-    sublayer_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    zero_centered_gamma: bool,
-    dropout: float,
-    training: bool,
-    next_weight: Tensor,
-    next_bias: Tensor | None,
-    next_eps: float,
-    next_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Normalize the sublayer output, add it to the residual stream, normalize the sum by the next norm.
-
-    Returns the sum and its norm: `reference.norm_add_norm`.
-    """
-    first = (
-        sublayer_output,
-        sublayer_bias,
-        residual,
-        weight,
-        bias,
-        eps,
-        zero_centered_gamma,
-        dropout,
-        training,
-    )
-    return backend_for(sublayer_output).norm_add_norm(*first, next_weight, next_bias, next_eps, next_dtype)
-
-
-def add_norm(
-    sublayer_output: Tensor,
-    sublayer_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    zero_centered_gamma: bool,
-    dropout: float,
-    training: bool,
-) -> Tensor:
-    """Add the sublayer output to the residual stream, then normalize the sum: `reference.add_norm`."""
-    return backend_for(sublayer_output).add_norm(
-        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
-    )
+norm = _by_backend(reference.norm)
+norm_add = _by_backend(reference.norm_add)
+norm_add_norm = _by_backend(reference.norm_add_norm)
+add_norm = _by_backend(reference.add_norm)
 
 
 def use_backend(name: str) -> None:
