@@ -48,13 +48,14 @@ def checkpoint_model(load: Path, step: int | None = None) -> Iterator[LogitsMode
     Raises
     ------
     UsageError
-        If the checkpoint can't be read, or is a hybrid model's.
+        If the checkpoint can't be read, or one process would not compute it as training did.
     """
     checkpoint = Checkpoint(load, step)
-    if getattr(checkpoint.args, "hybrid_layer_pattern", None) is not None:
-        raise UsageError(f"--load {load} is a hybrid model, which is not evaluated here")
-    with single_process():
+    try:
         config = megatron_config(checkpoint.args)
+    except UsageError as error:
+        raise UsageError(f"--load {load}: {error}") from error
+    with single_process():
         model = load_model(checkpoint.path, config)
         yield LogitsModel(lambda tokens: megatron_logits(model, tokens), config.vocab_size, config.seq_length)
 

@@ -61,21 +61,17 @@ _REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
     ("softmax_type", "vanilla", "its softmax has a sink", "--softmax-type vanilla"),
     ("attention_output_gate", False, "its attention is gated", "no --attention-output-gate"),
     ("qk_l2_norm", False, "its queries and keys have L2 norms", "--qk-layernorm"),
-    (
-        "apply_residual_connection_post_layernorm",
-        False,
-        "its residual stream starts after the norm",
-        "no --apply-residual-connection-post-layernorm",
-    ),
 )
 
 
 def unsupported_by_all(args: Namespace) -> list[UnsupportedFeature]:
     """Return what no target supports of the model that Megatron's saved ``args`` describe."""
+    # Megatron's fused kernel of SwiGLU does not clamp, whatever the flag says.
+    unread = {"activation_func_clamp_value"} if getattr(args, "bias_swiglu_fusion", False) else set()
     return [
         UnsupportedFeature(reason, change)
         for name, value, reason, change in _REQUIRED
-        if getattr(args, name, value) != value
+        if name not in unread and getattr(args, name, value) != value
     ]
 
 

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
 
 from megatron_periln.checkpoints.manifest import Manifest
+from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
+from megatron_periln.models.execution import arguments_of_one_process, refuse_other_computation
 from megatron_periln.norms.arguments import placement_of
 
 __all__ = ["build_model", "load_model", "megatron_config", "megatron_logits", "save_model", "single_process"]
-
-# Megatron's arguments that say how a model is run, not what it computes, and what one process takes.
-_EXECUTION: dict[str, Any] = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "context_parallel_size": 1,
-    "hierarchical_context_parallel_sizes": None,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
-    "sequence_parallel": False,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "overlap_p2p_comm": False,
-    "tp_comm_overlap": False,
-    "transformer_impl": "local",
-    "attention_backend": AttnBackend.auto,
-    "use_transformer_engine_op_fuser": False,
-    "no_persist_layer_norm": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_gelu_fusion": False,
-    "fp16": False,
-    "bf16": False,
-    "fp8": None,
-    "fp8_param_gather": False,
-    "fp4": None,
-    "fp4_param_gather": False,
-    "te_precision_config_file": None,
-    "fp32_residual_connection": False,
-    "cpu_offloading": False,
-    "fine_grained_activation_offloading": False,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
-    "distribute_saved_activations": False,
-    "cuda_graph_impl": "none",
-    "te_rng_tracker": False,
-    "mtp_num_layers": None,
-    "perform_initialization": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "yaml_cfg": None,
-}
 
 
 def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTModelConfig:
@@ -84,13 +32,20 @@ def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTM
         Megatron's arguments, as they are saved with a checkpoint: of a GPT, in any parallel layout.
     dtype
         Of the parameters.
+
+    Raises
+    ------
+    UsageError
+        If one process would not compute the model as training did, or can't build it.
     """
-    alone = copy.copy(args)
-    for name, value in _EXECUTION.items():
-        setattr(alone, name, value)
+    refuse_other_computation(args)
+    alone = arguments_of_one_process(args)
     alone.params_dtype = dtype
     alone.bf16, alone.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    config = gpt_config_from_args(alone, model_config_cls=GPTModelConfig)
+    try:
+        config = gpt_config_from_args(alone, model_config_cls=GPTModelConfig)
+    except (AssertionError, ImportError, ValueError) as error:
+        raise UsageError(f"Megatron can't build this model in one process: {error}") from error
     config.norm_placement = placement_of(args)
     return config
 

@@ -59,10 +59,11 @@ def randomize(model):
     return model
 
 
-def save(folder, flags, step=7):
-    """Save a random model as a distributed checkpoint of one process."""
+def save(folder, flags, step=7, **changes):
+    """Save a random model as a distributed checkpoint of one process, whose arguments say ``changes``."""
     args = arguments(flags)
     model = randomize(build_model(megatron_config(args, args.params_dtype)))
+    vars(args).update(changes)
     path = folder / f"iter_{step:07d}"
     path.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text(str(step))

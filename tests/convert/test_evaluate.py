@@ -61,6 +61,31 @@ def test_a_dataset_of_another_tokenizer_is_refused(saved, exported, tool, tmp_pa
         ]
 
 
+def test_the_clamp_acts_where_it_did_in_training(single_process, saved, data, tool, tmp_path, capsys):
+    """Megatron's fused SwiGLU, its default, does not clamp; SwiGLU without the fusion does."""
+    losses = {}
+    for name, flags in {
+        "without": "",
+        "fused": "--activation-func-clamp-value 0.1",
+        "not fused": "--activation-func-clamp-value 0.1 --no-bias-swiglu-fusion",
+    }.items():
+        model = checkpoints.save(tmp_path / name, f"{checkpoints.COMMON} {flags}")
+        assert tool.main(["--load", str(model.folder), "--data-path", data[0], "--seq-length", "32"]) == 0
+        losses[name] = float(capsys.readouterr().out.splitlines()[-1].split()[0])
+    assert losses["fused"] == losses["without"]
+    assert abs(losses["not fused"] - losses["without"]) > 0.1
+
+
+def test_what_one_process_computes_otherwise_is_refused(single_process, data, tool, tmp_path, capsys):
+    flags = f"{checkpoints.COMMON} --activation-func-clamp-value 0.1"
+    model = checkpoints.save(tmp_path, flags, use_te_activation_func=True, bias_swiglu_fusion=False)
+    assert tool.main(["--load", str(model.folder), "--data-path", data[0]]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: --load {tmp_path}: one process can't compute this model as it was trained"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

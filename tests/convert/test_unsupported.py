@@ -76,6 +76,7 @@ def test_every_parameter_of_a_layer_has_a_name(name):
         ({"window_size": (128, 0)}, "its attention has a window"),
         ({"no_rope_freq": 4}, "some of its layers have no positions"),
         ({"attention_output_gate": True}, "its attention is gated"),
+        ({"activation_func_clamp_value": 0.1, "bias_swiglu_fusion": False}, "its MLP is clamped"),
     ],
 )
 def test_what_no_target_has_is_unsupported(args, reason):
@@ -83,6 +84,16 @@ def test_what_no_target_has_is_unsupported(args, reason):
     assert [feature.reason for feature in unsupported_by_all(saved)] == [reason]
     with pytest.raises(UsageError, match=f"no target can express this model: {reason}"):
         refuse_unsupported(saved)
+
+
+def test_what_megatron_does_not_read_is_not_unsupported(single_process, tmp_path):
+    """The fused SwiGLU does not clamp, and nothing starts the residual stream after the norm."""
+    unread = " --activation-func-clamp-value 0.1 --apply-residual-connection-post-layernorm"
+    saved = checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags + unread)
+    said = []
+    export(saved.folder, tmp_path / "model", ExportOptions(), say=said.append)
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
 
 
 def test_layers_of_multi_token_prediction_are_left_out_with_a_word(single_process, tmp_path):
