@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--input",
         required=True,
         nargs="+",
-        help="JSON Lines (.gz, .zst), Parquet or plain text: files, quoted globs, folders; - for stdin",
+        help="JSON Lines, Parquet, plain text, compressed or not: files, quoted globs, folders; - for stdin",
     )
     group.add_argument(
         "--input-format", choices=FORMATS, default="auto", help="format of the input; auto: by its suffix"

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         required=True,
-        help="JSON Lines (.gz, .zst), Parquet or plain text: files, quoted globs, folders; - for stdin",
+        help="JSON Lines, Parquet, plain text, compressed or not: files, quoted globs, folders; - for stdin",
     )
     group.add_argument("--json-keys", nargs="+", default=["text"], help="JSON keys of the texts")
     group.add_argument(

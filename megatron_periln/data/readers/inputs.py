@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from megatron_periln.data.readers.compression import COMPRESSIONS, uncompressed_suffix
 from megatron_periln.data.readers.opening import open_input, reading
 from megatron_periln.errors import PreprocessError
 
@@ -14,7 +16,7 @@ __all__ = ["FORMATS", "STDIN", "InputFile", "find_inputs"]
 
 FORMATS = ("auto", "jsonl", "parquet", "text")
 STDIN = "-"
-_COMPRESSED = (".gz", ".zst")
+_COMPRESSED = [suffix for compression in COMPRESSIONS for suffix in compression.suffixes]
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -44,10 +46,19 @@ class InputFile:
         """Whether it can be read again: a file, no pipe."""
         return self.path != STDIN and Path(self.path).is_file()
 
-    @property
+    @cached_property
     def seekable(self) -> bool:
-        """Whether it can be read from the middle."""
-        return self.regular and not self.path.endswith(_COMPRESSED)
+        """Whether it can be read from the middle.
+
+        Raises
+        ------
+        PreprocessError
+            If it cannot be opened, or its compression cannot be read.
+        """
+        if not self.regular:
+            return False
+        with reading(self.path), open_input(self.path) as opened:
+            return not opened.compressed
 
 
 def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
@@ -59,12 +70,14 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
         Files; globs, whose matches are taken in sorted order; folders, which stand for the files
         below them with a known suffix; ``-`` for standard input.
     format
-        One of ``FORMATS``. ``auto`` goes by the suffix; what has none that is known is JSON Lines.
+        One of ``FORMATS``. ``auto`` goes by the suffix; what has none that is known is Parquet, if it
+        begins and ends so, or else JSON Lines.
 
     Raises
     ------
     PreprocessError
-        If there is no such file, a glob or a folder has none, or standard input is not alone.
+        If there is no such file, a glob or a folder has none, standard input is not alone, or a file
+        cannot be opened or decompressed.
     """
     found: list[InputFile] = []
     for value in values:
@@ -79,7 +92,7 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
             raise PreprocessError(f"{file.path}: plain text cannot come through a pipe: give the file itself")
         if file.format == "text" and format == "auto":
             _refuse_json(file)
-        if file.format == "parquet" and not file.seekable:
+        if not file.seekable and file.format == "parquet":  # opens every file, before anything is written
             raise PreprocessError(
                 f"{file.path}: Parquet cannot be compressed or a pipe: give the file itself"
             )
@@ -89,11 +102,11 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
 def _paths(value: str) -> Iterable[Path]:
     path = Path(value)
     if path.is_dir():
-        files = sorted(file for file in _files_below(path) if _suffix(file) in _SUFFIXES)
+        files = sorted(file for file in _files_below(path) if uncompressed_suffix(file) in _SUFFIXES)
         if not files:
             raise PreprocessError(
                 f"--input {value}: no files in this folder that end with {', '.join(_SUFFIXES)}, "
-                f"or with those and {' or '.join(_COMPRESSED)}"
+                f"or with those and one of {', '.join(_COMPRESSED)}"
             )
         return files
     if path.exists():
@@ -122,13 +135,20 @@ def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator
 
 def _describe(path: Path, format: str) -> InputFile:
     if format == "auto":
-        format = _SUFFIXES.get(_suffix(path), "jsonl")
+        suffix = uncompressed_suffix(path)
+        format = _SUFFIXES.get(suffix) or ("parquet" if _is_parquet(path) else "jsonl")
     status = path.stat()
     return InputFile(str(path), format, status.st_size, status.st_mtime_ns)
 
 
-def _suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+def _is_parquet(path: Path) -> bool:
+    """Whether a file whose name does not say what it is is Parquet, by its first and last bytes."""
+    if not path.is_file() or (size := path.stat().st_size) < 12:
+        return False
+    with reading(str(path)), path.open("rb") as file:
+        first = file.read(4)
+        file.seek(size - 4)
+        return first == file.read(4) == b"PAR1"
 
 
 def _refuse_json(file: InputFile) -> None:

@@ -1,8 +1,7 @@
-"""Input files: opened and decompressed, read to the ends of their lines, their lines counted."""
+"""Input files: opened, read to the ends of their lines, their lines counted."""
 
 from __future__ import annotations
 
-import gzip
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from megatron_periln.data.readers.compression import HEAD_BYTES, compression_by_head, compression_of
 from megatron_periln.data.readers.documents import BadDocument, Oversized
 from megatron_periln.errors import PreprocessError
 
@@ -38,32 +38,65 @@ class Opened(NamedTuple):
         Its content, decompressed.
     taken
         Returns how many bytes of the file itself have been read.
+    compressed
+        Whether the file is compressed.
     """
 
     stream: BinaryIO
     taken: Callable[[], int]
+    compressed: bool
+
+
+class _WithHead:
+    """A stream of which the beginning is known before it is read.
+
+    Parameters
+    ----------
+    stream
+        The stream.
+    """
+
+    closed = False  # pyarrow asks, and closes
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.head = self._unread = read_up_to(stream, HEAD_BYTES)
+
+    def read(self, size: int) -> bytes:
+        """Return ``size`` bytes or fewer, none only at the end."""
+        if not self._unread:
+            return self._stream.read(size)
+        part, self._unread = self._unread[:size], self._unread[size:]
+        return part
+
+    def close(self) -> None:
+        """Leave the stream to who opened it."""
 
 
 @contextmanager
 def open_input(path: str) -> Iterator[Opened]:
-    """Open an input file; ``-`` is standard input."""
+    """Open an input file; ``-`` is standard input. Its first bytes say how it is compressed.
+
+    Raises
+    ------
+    PreprocessError
+        If its compression cannot be read, or it has none although its name says so.
+    """
     if path == "-":
-        yield Opened(sys.stdin.buffer, lambda: 0)
+        yield _opened(sys.stdin.buffer, path, lambda: 0)
         return
     with Path(path).open("rb") as file:
-        stream: BinaryIO = file
-        if path.endswith(".gz"):
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif path.endswith(".zst"):
-            stream = _zstandard(file)
-        yield Opened(stream, file.tell if file.seekable() else lambda: 0)
+        yield _opened(file, path, file.tell if file.seekable() else lambda: 0)
 
 
-def _zstandard(file: BinaryIO) -> BinaryIO:
-    # Not the reader of the zstandard package, which takes a file that is cut off for a whole one.
-    from pyarrow import CompressedInputStream  # not at the top: its import takes 0.2 s
-
-    return cast(BinaryIO, CompressedInputStream(file, "zstd"))
+def _opened(file: BinaryIO, path: str, taken: Callable[[], int]) -> Opened:
+    stream = _WithHead(file)
+    compression = compression_of(stream.head, path)
+    compressed = compression is not None
+    while compression is not None:
+        stream = _WithHead(compression.decompress(cast(BinaryIO, stream)))
+        compression = compression_by_head(stream.head, path)
+    return Opened(cast(BinaryIO, stream), taken, compressed)
 
 
 @contextmanager

@@ -66,16 +66,15 @@ def test_only_empty_documents(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(b'{"text": "a"}\n' * 10_000, mtime=0)[:-9], "Compressed file ended"),
-        (b'{"text": "a"}\n', "Not a gzipped file"),
+        (gzip.compress(b'{"text": "a"}\n' * 10_000, mtime=0)[:-9], " (after line 0): Compressed file ended"),
+        (b'{"text": "a"}\n', ": Not a gzipped file"),
     ],
 )
 def test_broken_gzip(refused_with: Callable[..., str], tmp_path: Path, content: bytes, expected: str) -> None:
     source = tmp_path / "broken.gz"
     source.write_bytes(content)
     message = refused_with(input=["--input", source])
-    assert f"{source}: cannot be read (after line " in message
-    assert expected in message
+    assert f"{source}: cannot be read{expected}" in message
 
 
 def test_output_exists(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_periln.data.readers.inputs import InputFile
 from megatron_periln.data.readers.sources import ByteRange, TextFiles
 from megatron_periln.data.readers.tasks import Task, cut_into_sources, take_shard, to_tasks
+from tests.data.compressions import is_plain
 
 NUMBERS = count()
 """Of examples, each with files of its own."""
@@ -23,8 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tasks")
 
 
+def plain(lines: list[bytes]) -> bool:
+    return is_plain(b"".join(line + b"\n" for line in lines))
+
+
 @given(
-    contents=st.lists(st.lists(st.binary(max_size=8).filter(lambda line: b"\n" not in line)), max_size=4),
+    contents=st.lists(
+        st.lists(st.binary(max_size=8).filter(lambda line: b"\n" not in line)).filter(plain), max_size=4
+    ),
     chunk=st.integers(1, 60),
     partitions=st.integers(2, 5),
 )
