@@ -3,8 +3,9 @@
 Upstream's local spec refuses sequence parallelism, zero-centered gamma and an fp32 residual stream
 in its norms (``WrappedTorchNorm``, megatron/core/transformer/torch_norm.py), and context
 parallelism and multi-latent attention in its attention (``DotProductAttention``,
-megatron/core/transformer/dot_product_attention.py). Where a configuration asks for one of these,
-and only there, the spec gets the modules below instead.
+megatron/core/transformer/dot_product_attention.py), which also forgets any mask it is given where
+there is a window. Where a configuration asks for one of these, and only there, the spec gets the
+modules below instead.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_periln.models.attention_masks import fold_masks
 from megatron_periln.models.specs import substitute
 from megatron_periln.norms import InputNorm
 
 __all__ = ["LocalAttention", "complete_local_spec"]
 
 
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
+
+
 class LocalAttention(DotProductAttention):
-    """Plain attention for context parallelism and for value heads of their own size.
+    """Plain attention for context parallelism, for windows, and for value heads of their own size.
+
+    The causal mask, the window and the documents of ``--reset-attention-mask`` are one mask here.
+    Upstream's softmax (``FusedScaleMaskSoftmax``) puts a square mask of the window in the place of any
+    that it is given, and its fused kernels have a causal mask in them and read no other.
 
     With context parallelism each rank holds two chunks of the sequence, ``r`` and
     ``2 * size - 1 - r`` (``get_batch_on_this_cp_rank``). Keys and values are gathered over the
@@ -47,8 +56,11 @@ class LocalAttention(DotProductAttention):
     ) -> None:
         accepted = copy.copy(config)
         accepted.context_parallel_size = 1
+        accepted.masked_softmax_fusion = False
         super().__init__(accepted, *args, pg_collection=pg_collection, **kwargs)
         self.config = config
+        # None in a layer that --window-attn-skip-freq leaves without one.
+        self.window, self.scale_mask_softmax.window_size = self.scale_mask_softmax.window_size, None
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
@@ -65,16 +77,20 @@ class LocalAttention(DotProductAttention):
         """Attend from this rank's positions to the whole sequence.
 
         ``query``, ``key`` and ``value`` are ``[sequence / cp, batch, heads, channels]``;
-        ``attention_mask``, True where masked, is ``[batch, 1, sequence / cp, sequence]``, or None
-        for the causal mask. Returns ``[sequence / cp, batch, hidden / tp]``.
+        ``attention_mask``, True where masked, is ``[batch, 1, sequence / cp, sequence]``, or None;
+        what the causal mask and the window hide is hidden in any case.
+        Returns ``[sequence / cp, batch, hidden / tp]``.
         """
-        if self.cp_group is not None:
+        if self.cp_group is None:
+            # The last ones of the keys', which include earlier tokens' where inference keeps them.
+            own = torch.arange(key.size(0), device=key.device)[-query.size(0) :]
+        else:
             positions = self._positions(key.size(0), key.device)
+            own = positions[self.cp_group.rank()]
             key, value = (self._gather(tensor, positions) for tensor in (key, value))
-            if attention_mask is None:
-                own = positions[self.cp_group.rank()]
-                attention_mask = torch.arange(positions.numel(), device=own.device) > own[:, None]
-        return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        causal = self.attn_mask_type in _CAUSAL
+        mask = fold_masks(attention_mask, own, key.size(0), causal=causal, window=self.window)
+        return super().forward(query, key, value, mask, *args, **kwargs)
 
     def _positions(self, local_length: int, device: torch.device) -> Tensor:
         """Return the positions that each rank holds, ``[cp, sequence / cp]``."""
@@ -99,7 +115,7 @@ def complete_local_spec(spec: Any, config: TransformerConfig) -> Any:
     table: dict[Any, Any] = {}
     if config.sequence_parallel or config.layernorm_zero_centered_gamma or config.fp32_residual_connection:
         table[WrappedTorchNorm] = InputNorm
-    if config.context_parallel_size > 1 or config.multi_latent_attention:
+    if config.context_parallel_size > 1 or config.multi_latent_attention or config.window_size is not None:
         table[DotProductAttention] = LocalAttention
     if config.attention_backend == AttnBackend.local:
         table[TEDotProductAttention] = table.get(DotProductAttention, DotProductAttention)

@@ -23,7 +23,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_periln.training.gpt_datasets import predicts_more_tokens_here
+from megatron_periln.training.gpt_datasets import masks_documents, predicts_more_tokens_here
 
 __all__ = ["forward_step", "loss_function"]
 
@@ -53,8 +53,8 @@ def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
     args = get_args()
     batch: Batch = dict.fromkeys(_FIELDS)
     predicts_more = predicts_more_tokens_here(args, vp_stage)
-    masks_documents = args.dataloader_inter_document_masking
-    if not (is_first_or_last_pipeline_stage(vp_stage) or predicts_more or masks_documents):
+    packs_documents = args.dataloader_inter_document_masking
+    if not (is_first_or_last_pipeline_stage(vp_stage) or predicts_more or masks_documents(args)):
         return batch
     tensor_rank = mpu.get_tensor_model_parallel_rank()
     if tensor_rank == 0:
@@ -63,7 +63,7 @@ def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
         batch = {name: loaded[name].cuda(non_blocking=True) if name in loaded else None for name in _FIELDS}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=masks_documents,
+        has_cu_seqlens=packs_documents,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -75,14 +75,15 @@ def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
         mtp_on_this_rank=predicts_more,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        # Upstream leaves the mask out on stages between the first and the last.
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage() or args.reset_attention_mask,
     )
     batch = flatten_batch_for_packed_sequences(batch)
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=masks_documents,
+        use_per_sequence_balancing=packs_documents,
     )
 
 

@@ -28,7 +28,13 @@ from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexe
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, UsageError
 
-__all__ = ["check_data", "dataset_config", "predicts_more_tokens_here", "train_valid_test_datasets"]
+__all__ = [
+    "check_data",
+    "dataset_config",
+    "masks_documents",
+    "predicts_more_tokens_here",
+    "train_valid_test_datasets",
+]
 
 
 def check_data(args: Namespace) -> None:
@@ -119,10 +125,18 @@ def predicts_more_tokens_here(args: Namespace, vp_stage: int | None) -> bool:
     )
 
 
+def masks_documents(args: Namespace) -> bool:
+    """Tell whether attention stays within documents: then every pipeline stage needs the data's masks."""
+    return bool(args.reset_attention_mask or args.dataloader_inter_document_masking)
+
+
 def _reads_data_here(vp_stage: int | None) -> bool:
+    args = get_args()
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    return is_first_or_last_pipeline_stage(vp_stage) or predicts_more_tokens_here(get_args(), vp_stage)
+    if is_first_or_last_pipeline_stage(vp_stage) or masks_documents(args):
+        return True
+    return predicts_more_tokens_here(args, vp_stage)
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:

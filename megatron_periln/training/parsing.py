@@ -23,6 +23,7 @@ from megatron_periln.monitor.settings import add_monitor_arguments, check_monito
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of
 from megatron_periln.training.checks import check_flags
+from megatron_periln.training.mask_checks import check_masks
 from megatron_periln.training.norm_backend import choose_norm_backend
 from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
 
@@ -124,6 +125,7 @@ def parse() -> Namespace:
         changes = adapt_arguments(args)
         if changes and args.rank == 0:
             print("\n  ".join(["--device cpu changes flags that need a GPU:", *changes]), flush=True)
+    check_masks(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:

@@ -57,6 +57,8 @@ VARIANTS = {
     "bf16": "--bf16",
     "zero-centered gamma": "--apply-layernorm-1p",
     "depth-scaled, epsilon": "--output-norm-init depth-scaled --output-norm-epsilon 1e-3",
+    # Its documents are short: several to a sequence.
+    "window, documents": "--mock-data --window-size 8,0 --reset-attention-mask",
 }
 
 
@@ -125,6 +127,8 @@ def _cases():
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")
     yield Case("peri", layout="TP2xPP2+SP", variant="depth-scaled, epsilon")
+    for layout in ("CP2", "PP2xVPP2"):  # the middle stages need the mask of documents too
+        yield Case("peri", layout=layout, variant="window, documents")
 
 
 def _all_cases():

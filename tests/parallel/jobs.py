@@ -100,7 +100,9 @@ class Jobs:
         """
         folder = self.folder / name
         folder.mkdir(parents=True)
-        data = f"--data-path {self.data} --data-cache-path {self.folder / 'cache'}"
+        data = f"--data-cache-path {self.folder / 'cache'}"
+        if "--mock-data" not in arguments:
+            data += f" --data-path {self.data}"
         job = {
             "folder": str(folder),
             "ranks": ranks,
