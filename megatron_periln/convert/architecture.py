@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.models import GPTModelConfig
 from megatron_periln.norms import NormPlacement
 
@@ -23,14 +24,14 @@ class Rope:
         Share of each head's channels that rotate.
     interleaved
         Channel pairs are neighbours; otherwise they are half the rotated channels apart.
-    llama3
-        Frequencies are scaled as in Llama 3.1 (``--use-rope-scaling``).
+    scaling
+        How its frequencies are scaled, if they are.
     """
 
     theta: float
     fraction: float = 1.0
     interleaved: bool = False
-    llama3: bool = False
+    scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +101,10 @@ class Architecture:
             max_positions=config.seq_length,
             rope=Rope(
                 theta=config.rotary_base,
-                fraction=config.rotary_percent,
+                # Megatron's YaRN rotates all of a head, whatever --rotary-percent says.
+                fraction=1.0 if config.position_embedding_type == "yarn" else config.rotary_percent,
                 interleaved=core.rotary_interleaved,
-                llama3=config.rope_scaling,
+                scaling=RopeScaling.of_config(config),
             ),
             qk_norm=core.qk_layernorm,
             biases=_biases(core),

@@ -121,16 +121,16 @@ class _Conversion:
         compared instead, and what was written must be that, rounded.
         """
         sample = parity_check.sample_tokens(self.architecture.vocab_size, self.architecture.max_positions)
-        expected = parity_check.checkpoint_logits(self.checkpoint.path, self.checkpoint.args, sample)
-        written = parity_check.compare_logits(parity_check.transformers_logits(folder, sample), expected)
-        if dtype is torch.float32 or written.maximum <= parity_check.TOLERANCE:
+        expected = parity_check.checkpoint_outputs(self.checkpoint.path, self.checkpoint.args, sample)
+        written = parity_check.compare(parity_check.transformers_outputs(folder, sample), expected)
+        if dtype is torch.float32 or written.excess is None:
             parity_check.require_parity(written, say)
             return
         with tempfile.TemporaryDirectory(dir=folder) as name:
             exact = Path(name)
             self.write(exact, torch.float32, 1 << 32)
-            logits = parity_check.transformers_logits(exact, sample)
-            parity_check.require_parity(parity_check.compare_logits(logits, expected), say)
+            unrounded = parity_check.transformers_outputs(exact, sample)
+            parity_check.require_parity(parity_check.compare(unrounded, expected), say)
             parity_check.require_rounded(folder, exact, dtype)
         say(f"Rounding to {_name(dtype)} changes the logits by up to {written}")
 

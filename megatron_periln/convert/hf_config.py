@@ -10,21 +10,13 @@ import torch
 
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
+from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["architecture_of", "generation_config", "model_config", "read_config"]
-
-_LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""What ``--use-rope-scaling`` does (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 
 _POSSIBLE_BIASES: tuple[frozenset[str], ...] = (
     frozenset(),
@@ -75,7 +67,7 @@ def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
 
 
 def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
-    scaling = _LLAMA3_SCALING if rope.llama3 else {"rope_type": "default"}
+    scaling = {"rope_type": "default"} if rope.scaling is None else rope.scaling.as_settings()
     fraction = {"partial_rotary_factor": rope.fraction} if target.partial_rotary else {}
     parameters: dict[str, Any] = {"rope_theta": float(rope.theta), **scaling, **fraction}
     if target.rope_label is not None:
@@ -85,7 +77,7 @@ def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
         "rope_theta": float(rope.theta),
         **fraction,
     }
-    return {**settings, "rope_scaling": _LLAMA3_SCALING} if rope.llama3 else settings
+    return settings if rope.scaling is None else {**settings, "rope_scaling": scaling}
 
 
 def read_config(model: Path) -> tuple[Any, Target]:
@@ -178,11 +170,10 @@ def _rope(config: Any, target: Target) -> Rope:
     if target.rope_label is not None:
         parameters = dict(parameters[target.rope_label])
     theta, fraction = parameters.pop("rope_theta"), parameters.pop("partial_rotary_factor", 1.0)
-    llama3 = parameters == _LLAMA3_SCALING
-    if not llama3 and parameters != {"rope_type": "default"}:
+    scaling = RopeScaling.of_settings(parameters)
+    if scaling is not None and scaling.kind == "yarn" and (target.interleaved or fraction != 1):
         raise UsageError(
-            f"the model scales its rotary frequencies by {parameters}; Megatron has no scaling, or that of "
-            f"Llama 3.1: {_LLAMA3_SCALING}"
+            "the model has YaRN and rotates neighbours, or a part of each head; Megatron's YaRN does neither"
         )
     if theta != int(theta):
         raise UsageError(f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number")
@@ -190,5 +181,5 @@ def _rope(config: Any, target: Target) -> Rope:
         theta=int(theta),
         fraction=fraction if target.partial_rotary else 1.0,
         interleaved=target.interleaved,
-        llama3=llama3,
+        scaling=scaling,
     )

@@ -120,8 +120,8 @@ def _check_parity(
 ) -> None:
     """Compare the logits of the model and of the checkpoint made of it, both in fp32."""
     sample = parity_check.sample_tokens(source.vocab_size, source.max_positions)
-    expected = parity_check.transformers_logits(model, sample)
-    difference = parity_check.compare_logits(parity_check.checkpoint_logits(path, args, sample), expected)
+    expected = parity_check.transformers_outputs(model, sample)
+    difference = parity_check.compare(parity_check.checkpoint_outputs(path, args, sample), expected)
     try:
         parity_check.require_parity(difference, say)
     except UsageError:

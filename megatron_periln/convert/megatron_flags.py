@@ -40,7 +40,6 @@ def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str
         "--group-query-attention": True,
         "--swiglu": True,
         "--rotary-interleaved": rope.interleaved,
-        "--use-rope-scaling": rope.llama3,
         "--qk-layernorm": architecture.qk_norm,
         "--disable-bias-linear": "mlp" not in biases,
         "--add-qkv-bias": biases == {"qkv"},
@@ -49,7 +48,8 @@ def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str
     return [
         *([flag, str(value)] for flag, value in numbers.items()),
         ["--normalization", "RMSNorm"],
-        ["--position-embedding-type", "rope"],
+        ["--position-embedding-type", "yarn" if rope.scaling and rope.scaling.kind == "yarn" else "rope"],
+        *(rope.scaling.as_flags() if rope.scaling else []),
         ["--attention-dropout", "0"],
         ["--hidden-dropout", "0"],
         *([flag] for flag, wanted in switches.items() if wanted),

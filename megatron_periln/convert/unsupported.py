@@ -54,9 +54,7 @@ _REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
     ("swiglu", True, "its MLP is not SwiGLU", "--swiglu"),
     ("glu_linear_offset", 0.0, "its MLP adds --glu-linear-offset", "--glu-linear-offset 0"),
     ("activation_func_clamp_value", None, "its MLP is clamped", "no --activation-func-clamp-value"),
-    ("position_embedding_type", "rope", "its positions are not rotary", "--position-embedding-type rope"),
     ("no_rope_freq", None, "some of its layers have no positions", "no --no-rope-freq"),
-    ("rotary_seq_len_interpolation_factor", None, "its positions are interpolated", "--use-rope-scaling"),
     ("window_size", None, "its attention has a window", "no --window-size"),
     ("softmax_type", "vanilla", "its softmax has a sink", "--softmax-type vanilla"),
     ("attention_output_gate", False, "its attention is gated", "no --attention-output-gate"),
@@ -72,7 +70,26 @@ def unsupported_by_all(args: Namespace) -> list[UnsupportedFeature]:
         UnsupportedFeature(reason, change)
         for name, value, reason, change in _REQUIRED
         if name not in unread and getattr(args, name, value) != value
-    ]
+    ] + _unsupported_positions(args)
+
+
+def _unsupported_positions(args: Namespace) -> list[UnsupportedFeature]:
+    kind = getattr(args, "position_embedding_type", "rope")
+    if kind not in ("rope", "yarn"):
+        return [UnsupportedFeature("its positions are not rotary", "--position-embedding-type rope")]
+    if kind == "yarn":
+        if (args.mscale, args.mscale_all_dim) != (1.0, 0.0):
+            return [UnsupportedFeature("its YaRN has --mscale or --mscale-all-dim", "neither of them")]
+        return []
+    interpolated = getattr(args, "rotary_seq_len_interpolation_factor", None) is not None
+    if interpolated and getattr(args, "use_rope_scaling", False):
+        return [
+            UnsupportedFeature(
+                "its rotary frequencies are scaled twice",
+                "either --use-rope-scaling or --rotary-seq-len-interpolation-factor",
+            )
+        ]
+    return []
 
 
 def refuse_unsupported(args: Namespace) -> None:

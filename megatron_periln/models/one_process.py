@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -20,7 +21,15 @@ from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.models.execution import arguments_of_one_process, refuse_other_computation
 from megatron_periln.norms.arguments import placement_of
 
-__all__ = ["build_model", "load_model", "megatron_config", "megatron_logits", "save_model", "single_process"]
+__all__ = [
+    "build_model",
+    "inverse_frequencies",
+    "load_model",
+    "megatron_config",
+    "megatron_logits",
+    "save_model",
+    "single_process",
+]
 
 
 def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTModelConfig:
@@ -46,6 +55,7 @@ def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTM
         config = gpt_config_from_args(alone, model_config_cls=GPTModelConfig)
     except (AssertionError, ImportError, ValueError) as error:
         raise UsageError(f"Megatron can't build this model in one process: {error}") from error
+    config.rope_scaling_factor = getattr(args, "rope_scaling_factor", config.rope_scaling_factor)
     config.norm_placement = placement_of(args)
     return config
 
@@ -124,8 +134,52 @@ def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
     return path
 
 
-def megatron_logits(model: GPTModel, tokens: Tensor) -> Tensor:
-    """Return the logits ``[batch, sequence, vocabulary]`` of ``tokens``, ``[batch, sequence]``."""
-    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+def megatron_logits(model: GPTModel, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return the logits of tokens.
+
+    Parameters
+    ----------
+    model
+        One that `build_model` has built.
+    tokens
+        ``[batch, sequence]``.
+    positions
+        ``[sequence]``, for a model with rotary embeddings; None for 0, 1, 2 and so on.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, sequence, vocabulary]``.
+    """
+    if positions is not None:
+        with _rotated_at(model, positions):
+            return megatron_logits(model, tokens)
+    counted = torch.arange(tokens.size(1)).expand_as(tokens)
     with torch.inference_mode():
-        return model(tokens, positions, None)
+        return model(tokens, counted, None)
+
+
+@contextmanager
+def _rotated_at(model: GPTModel, positions: Tensor) -> Iterator[None]:
+    """Have rotary embeddings be those of ``positions``; Megatron's know only those from 0 on."""
+    rope = model.rotary_pos_emb
+
+    def forward(*_: Any, **__: Any) -> Any:
+        embedding = rope.get_emb(int(positions.max()) + 1)
+        if isinstance(embedding, tuple):  # YaRN's comes with its scale
+            return embedding[0][positions], *embedding[1:]
+        return embedding[positions]
+
+    rope.forward = forward
+    try:
+        yield
+    finally:
+        del rope.forward
+
+
+def inverse_frequencies(model: GPTModel) -> Tensor:
+    """Return by how many radians each rotary pair turns from one position to the next."""
+    rope = model.rotary_pos_emb
+    embedding = rope.get_emb(2)
+    angles = (embedding[0] if isinstance(embedding, tuple) else embedding)[1].flatten()
+    return angles[::2] if rope.rotary_interleaved else angles[: len(angles) // 2]

@@ -47,6 +47,19 @@ CASES = {
     "pre, biases, scaled rotary": Case(
         BIASES + "--norm-placement pre --use-rope-scaling --rotary-base 500000 --embedding-norm", "llama"
     ),
+    "pre, rotary scaled by 32": Case(
+        COMMON + "--norm-placement pre --use-rope-scaling --rope-scaling-factor 32 --rotary-base 500000",
+        "llama",
+        tied=True,
+    ),
+    "pre, interpolated positions": Case(
+        COMMON + UNTIED + "--norm-placement pre --rotary-seq-len-interpolation-factor 4", "llama"
+    ),
+    "peri, YaRN": Case(
+        COMMON.replace("type rope", "type yarn")
+        + "--norm-placement peri --rotary-scaling-factor 4 --rotary-percent 0.5",
+        "glm4",
+    ),
     "pre, tied, scales": Case(COMMON + MUP + "--norm-placement pre", "llama", tied=True),
     "pre, norms of queries and keys": Case(
         COMMON + "--norm-placement pre --qk-layernorm", "qwen3", tied=True

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert import import_model as importing
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
-from megatron_periln.convert.parity_check import checkpoint_logits, compare_logits
+from megatron_periln.convert.parity_check import (
+    checkpoint_outputs,
+    compare,
+    compare_logits,
+    sample_tokens,
+    transformers_outputs,
+)
+from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.errors import UsageError
 from megatron_periln.models.one_process import build_model, megatron_config
 from tests.convert import checkpoints
@@ -30,6 +38,23 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32768,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+}
 FULL = {"layer_types": ["full_attention"] * 3}
 
 # As the published models have them: GLM-4-0414 with query biases and half of each head rotating.
@@ -39,16 +64,18 @@ MODELS = {
     "hyperclovax, tied": {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     "llama": {"rms_norm_eps": 1e-5},
     "llama, tied, biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    "llama, scaled rotary": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+    # As Llama 3.1 and 3.2 have it.
+    "llama, scaled rotary": {"rope_parameters": LLAMA3 | {"factor": 8.0}},
+    "llama, tied, scaled rotary": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    # As deepseek-coder has it.
+    "llama, linear scaling": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 4.0}
     },
+    "llama, linear scaling by what rounds": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+    },
+    # As Qwen3's page says for 131072 positions.
+    "qwen3, YaRN": {"rope_parameters": YARN},
     "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "exaone4": {"sliding_window": None, **FULL},
 }
@@ -93,6 +120,31 @@ def test_logits_and_round_trip(single_process, tmp_path, name):
     ignored = {"transformers_version", "initializer_range", "eos_token_id", "bos_token_id", "_name_or_path"}
     differ = {key for key in configs[0] if configs[0][key] != configs[1].get(key)} - ignored
     assert not differ, {key: [config.get(key) for config in configs] for key in differ}
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("llama, tied, scaled rotary", ["--use-rope-scaling", "--rope-scaling-factor 8"]),
+        ("llama, tied, scaled rotary", []),
+        ("llama, linear scaling", ["--rotary-seq-len-interpolation-factor 5"]),
+    ],
+)
+def test_a_wrong_scaling_is_refused(single_process, tmp_path, monkeypatch, name, wrong):
+    """By its frequencies, and by the logits far away, both of which the near ones may be too few to see."""
+    source = make(tmp_path / "source", name)
+    monkeypatch.setattr(RopeScaling, "as_flags", lambda _: [flag.split() for flag in wrong])
+    with pytest.raises(UsageError, match="the two models' logits differ by"):
+        import_model(source, tmp_path / "refused", ImportOptions(), say=quietly)
+    import_model(source, tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    checkpoint, tokens = Checkpoint(tmp_path / "checkpoint"), sample_tokens(160, 64)
+    expected = transformers_outputs(source, tokens)
+    found = checkpoint_outputs(checkpoint.path, checkpoint.args, tokens)
+    same_near = replace(found, logits=expected.logits)
+    assert compare(same_near, expected).excess.startswith("rotary frequencies differ by ")
+    same_frequencies = replace(same_near, frequencies=expected.frequencies)
+    assert "at far positions" in compare(same_frequencies, expected).excess
+    assert compare(expected, expected).excess is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -156,8 +208,8 @@ def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
     assert len(job.curve) == 1
     trained = Checkpoint(job.folder / "checkpoints")
     tokens = checkpoints.sample()
-    expected = checkpoint_logits(tmp_path / "checkpoint" / "release", trained.args, tokens)
-    assert compare_logits(checkpoint_logits(trained.path, trained.args, tokens), expected).maximum <= 1e-6
+    expected = checkpoint_outputs(tmp_path / "checkpoint" / "release", trained.args, tokens)
+    assert compare(checkpoint_outputs(trained.path, trained.args, tokens), expected).maximum <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -167,9 +219,17 @@ def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
         ("exaone4", {"sliding_window": 32}, "the model has sliding_window 32"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
-            "scales its rotary frequencies by",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
+            "scales its rotary frequencies by .*'factor': 2.5",
         ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+            "scales its rotary frequencies by .*'dynamic'",
+        ),
+        ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, "'low_freq_factor': 2.0"),
+        ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "'attention_factor': 1.0"),
+        ("glm4", {"rope_parameters": YARN}, "has YaRN and rotates neighbours"),
         ("llama", {"attention_bias": True}, "has biases in proj, qkv only"),
         ("gpt2", {}, "is a gpt2; those that can be imported are glm4, hyperclovax"),
     ],

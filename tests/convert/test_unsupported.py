@@ -76,6 +76,15 @@ def test_every_parameter_of_a_layer_has_a_name(name):
         ({"window_size": (128, 0)}, "its attention has a window"),
         ({"no_rope_freq": 4}, "some of its layers have no positions"),
         ({"attention_output_gate": True}, "its attention is gated"),
+        ({"position_embedding_type": "mrope"}, "its positions are not rotary"),
+        (
+            {"position_embedding_type": "yarn", "mscale": 0.7, "mscale_all_dim": 0.0},
+            "its YaRN has --mscale or --mscale-all-dim",
+        ),
+        (
+            {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 4},
+            "its rotary frequencies are scaled twice",
+        ),
         ({"activation_func_clamp_value": 0.1, "bias_swiglu_fusion": False}, "its MLP is clamped"),
     ],
 )
