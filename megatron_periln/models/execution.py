@@ -86,7 +86,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("spec", "its layers come from --spec"),
     ("heterogeneous_layers_config_path", "its layers differ (--heterogeneous-layers-config-path)"),
     ("experimental_attention_variant", "it has another attention (--experimental-attention-variant)"),
-    ("qk_l2_norm", "its queries and keys have L2 norms (--qk-l2-norm), which local layers leave out"),
     ("mla_down_proj_fusion", "its down projections are one weight (--mla-down-proj-fusion)"),
     (
         "moe_mlp_glu_interleave_size",

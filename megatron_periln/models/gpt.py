@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -22,15 +23,17 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models import gpt as upstream
+from megatron.training.models.base import ModelConfig
 
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
+from megatron_periln.models.specs import with_l2_norms
 from megatron_periln.norms import PERI, EmbeddingNorm, FusedInputNorm, NormedBiasDropoutAdd, NormPlacement
 from megatron_periln.patches.latent_attention import fix_latent_attention
 from megatron_periln.patches.model_building import changed_mtp_spec
 from megatron_periln.patches.transformer_layers import gather_before_graphs, keep_grad_mode_of_caller
 
-__all__ = ["GPTModelBuilder", "GPTModelConfig", "finish_model", "placed_layer_spec"]
+__all__ = ["GPTModelBuilder", "GPTModelConfig", "changed_config", "finish_model", "placed_layer_spec"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +58,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
 
     def __init__(self, model_config: GPTModelConfig) -> None:
         placed = functools.partial(placed_layer_spec, base=model_config.transformer_layer_spec)
-        super().__init__(replace(model_config, transformer_layer_spec=placed))  # type: ignore[call-arg]
+        super().__init__(changed_config(model_config, transformer_layer_spec=placed))
 
     def build_model(
         self,
@@ -70,6 +73,18 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         finish_model(model, config.norm_placement)
         return model
+
+
+def changed_config[Config: ModelConfig](config: Config, **changes: Any) -> Config:
+    """Return a copy of a model's configuration with fields changed; its ``transformer`` is the same.
+
+    ``dataclasses.replace`` would set fields that both have, as latent attention's have ``rotary_base``, back
+    to their defaults: the model's configuration hands them on to ``transformer`` and keeps none.
+    """
+    changed = copy.copy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def placed_layer_spec(
@@ -99,6 +114,8 @@ def placed_layer_spec(
 
 
 def _place(spec: Any, config: GPTModelConfig) -> Any:
+    if config.transformer.qk_l2_norm:
+        spec = with_l2_norms(spec)
     return place_norms(
         complete_local_spec(spec, config.transformer),
         config.norm_placement,

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
@@ -27,10 +28,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training.models import hybrid as upstream
 
-from megatron_periln.models.gpt import finish_model
+from megatron_periln.models.gpt import changed_config, finish_model
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
-from megatron_periln.models.specs import with_submodules
+from megatron_periln.models.specs import with_l2_norms, with_submodules
 from megatron_periln.norms import PERI, NoNorm, NormPlacement
 from megatron_periln.patches.model_building import final_norm_of_hybrid_stack
 
@@ -46,10 +47,14 @@ class HybridModelConfig(upstream.HybridModelConfig):
     norm_placement
         Applied to attention, MLP and mixture-of-experts layers. Mamba and gated-delta-net layers
         have no bias-dropout-add in which a norm could stand, and are refused except with ``pre``.
+    rope_scaling, rope_scaling_factor
+        Whether and by which factor RoPE is scaled as in Llama 3, which upstream has for GPT alone.
     """
 
     builder: ClassVar[str] = "megatron_periln.models.hybrid.HybridModelBuilder"
     norm_placement: NormPlacement = PERI
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
 
 
 class HybridModelBuilder(upstream.HybridModelBuilder):
@@ -59,6 +64,8 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
         config, placement = model_config.transformer, model_config.norm_placement
         local = config.transformer_impl == "local"
         spec = model_config.hybrid_stack_spec or (local_stack_spec(config) if local else hybrid_stack_spec)
+        if config.qk_l2_norm:
+            spec = with_l2_norms(spec)
         layers = {
             field.name: place_norms(layer, placement, config)
             for field in fields(spec.submodules)
@@ -66,7 +73,7 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
             and isinstance(layer.submodules, TransformerLayerSubmodules)
         }
         placed = with_submodules(spec, replace(spec.submodules, **layers))
-        super().__init__(replace(model_config, hybrid_stack_spec=placed))  # type: ignore[call-arg]
+        super().__init__(changed_config(model_config, hybrid_stack_spec=placed))
 
     def build_model(
         self,
@@ -92,6 +99,10 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
             )
         with final_norm_of_hybrid_stack(_final_norm(config)):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        if config.rope_scaling and isinstance(
+            rope := getattr(model, "rotary_pos_emb", None), RotaryEmbedding
+        ):
+            rope.inv_freq = rope._apply_scaling(rope.inv_freq, factor=config.rope_scaling_factor)
         finish_model(model, placement)
         return model
 

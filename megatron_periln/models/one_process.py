@@ -12,13 +12,13 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
 
 from megatron_periln.checkpoints.manifest import Manifest
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.models.execution import arguments_of_one_process, refuse_other_computation
+from megatron_periln.models.from_arguments import gpt_config_from_args
 from megatron_periln.norms.arguments import placement_of
 
 __all__ = [

@@ -22,12 +22,19 @@ from megatron_periln.monitor.settings import GROUP as MONITOR
 from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of
+from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import check_flags
+from megatron_periln.training.dropped_flags import make_flags_act, refuse_dropped_flags
+from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.mask_checks import check_masks
 from megatron_periln.training.norm_backend import choose_norm_backend
-from megatron_periln.training.placement_checkpoint import adopt_saved_placement, refuse_other_placement
+from megatron_periln.training.placement_checkpoint import (
+    adopt_saved_placement,
+    consumed_samples,
+    refuse_other_placement,
+)
 
-__all__ = ["add_arguments", "parse"]
+__all__ = ["add_arguments", "check", "parse"]
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
@@ -105,8 +112,36 @@ def parse() -> Namespace:
     """
     if any(argument.startswith("--yaml-cfg") for argument in sys.argv):  # parse_args would read it
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
-    args = parse_args(add_arguments)
+    parsers: list[ArgumentParser] = []
+
+    def add_and_keep(parser: ArgumentParser) -> ArgumentParser:
+        parsers.append(add_arguments(parser))
+        return parser
+
+    args = parse_args(add_and_keep)
+    check(args, parsers[0])
+    set_global_variables(args)
+    return args
+
+
+def check(args: Namespace, parser: ArgumentParser) -> None:
+    """Check parsed arguments against each other and against the checkpoint to load, and complete them.
+
+    Parameters
+    ----------
+    args
+        As parsed; changed in place.
+    parser
+        Which has parsed them.
+
+    Raises
+    ------
+    UsageError
+        As `parse` does.
+    """
     check_flags(args)
+    refuse_dropped_flags(args)
+    idle = idle_flags(args, parser)
     put_back(args)
     choose_intact_checkpoint(args)
     if args.use_checkpoint_args:
@@ -121,10 +156,12 @@ def parse() -> Namespace:
     placement = placement_of(args)
     args.embedding_norm = placement.embedding
     refuse_other_placement(args, placement)
+    _tell(args, "Flags that change nothing in this run:", idle)
+    _tell(
+        args, "Flags that act otherwise than in Megatron:", [*make_flags_act(args), *translate_rampup(args)]
+    )
     if cpu.is_active():
-        changes = adapt_arguments(args)
-        if changes and args.rank == 0:
-            print("\n  ".join(["--device cpu changes flags that need a GPU:", *changes]), flush=True)
+        _tell(args, "--device cpu changes flags that need a GPU:", adapt_arguments(args))
     check_masks(args)
     try:
         validate_args(args)
@@ -132,7 +169,11 @@ def parse() -> Namespace:
         if not str(error):
             raise
         raise UsageError(f"Megatron refuses these flags: {error}") from error
+    check_batch_sizes(args, consumed_samples(args))
     check_monitor(args)
     choose_norm_backend(args)
-    set_global_variables(args)
-    return args
+
+
+def _tell(args: Namespace, title: str, lines: list[str]) -> None:
+    if lines and args.rank == 0:
+        print("\n  ".join([title, *lines]), flush=True)

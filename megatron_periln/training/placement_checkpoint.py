@@ -10,7 +10,7 @@ from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
 
-__all__ = ["adopt_saved_placement", "refuse_other_placement"]
+__all__ = ["adopt_saved_placement", "consumed_samples", "refuse_other_placement"]
 
 
 def adopt_saved_placement(args: Namespace) -> None:
@@ -18,6 +18,13 @@ def adopt_saved_placement(args: Namespace) -> None:
     saved = saved_arguments(args, loads_from(args))
     if saved is not None:
         set_placement(args, placement_of(saved))
+
+
+def consumed_samples(args: Namespace) -> int:
+    """Return how many samples the checkpoint to continue has been trained with, 0 without one."""
+    if args.finetune or loads_from(args) != "load":
+        return 0
+    return getattr(saved_arguments(args), "consumed_train_samples", 0)
 
 
 def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import signal
 import time
+from argparse import Namespace
 
 from megatron.core.enums import ModelType
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_args, inprocess_restart, pretrain, set_startup_timestamps
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import guard
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
+from megatron_periln.models.from_arguments import gpt_config_from_args, hybrid_config_from_args
 from megatron_periln.monitor.install import install
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import fixes
@@ -27,7 +25,7 @@ from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.parsing import parse
 
-__all__ = ["embedding_ranks", "run"]
+__all__ = ["embedding_ranks", "model_config_of", "run"]
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
@@ -43,6 +41,18 @@ def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
         if args.mtp_num_layers is not None:
             ranks.update(get_mtp_ranks(pipeline_ranks, core_transformer_config_from_args(args)))
     return sorted(ranks)
+
+
+def model_config_of(args: Namespace) -> GPTModelConfig | HybridModelConfig:
+    """Return the configuration of the model that validated ``args`` describe."""
+    config: GPTModelConfig | HybridModelConfig
+    if args.hybrid_layer_pattern is None:
+        config = gpt_config_from_args(args, GPTModelConfig)
+        config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
+    else:
+        config = hybrid_config_from_args(args, HybridModelConfig)
+    config.norm_placement = placement_of(args)
+    return config
 
 
 def run(program_start: float) -> None:
@@ -66,12 +76,7 @@ def run(program_start: float) -> None:
         check_data(args)
         make_save_folder(args)
     guard.install(args)
-    if args.hybrid_layer_pattern is None:
-        model_config = gpt_config_from_args(args, model_config_cls=GPTModelConfig)
-        model_config.fuse_pre_mlp_norm = args.fuse_pre_mlp_norm
-    else:
-        model_config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    model_config.norm_placement = placement_of(args)
+    model_config = model_config_of(args)
     if args.monitor_layers:
         install(args)
     try:

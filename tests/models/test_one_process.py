@@ -172,7 +172,6 @@ def test_a_setting_of_one_process_does_not_change_the_model(single_process, name
         ({"spec": ["my", "layers"]}, "its layers come from --spec"),
         ({"heterogeneous_layers_config_path": "layers.json"}, "its layers differ"),
         ({"experimental_attention_variant": "dsa"}, "it has another attention"),
-        ({"qk_l2_norm": True}, "its queries and keys have L2 norms"),
         ({"mla_down_proj_fusion": True}, "its down projections are one weight"),
         ({"moe_mlp_glu_interleave_size": 32}, "the rows of its experts' weights are interleaved"),
         ({"moe_expert_capacity_factor": 1.0}, "its experts drop tokens"),

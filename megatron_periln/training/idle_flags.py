@@ -1,0 +1,246 @@
+"""Flags that are given and change nothing in a run: each is named, with the reason.
+
+Megatron's parser has the flags of every kind of training, and those of features that another flag turns on.
+tests/training/flags.json says of each flag what it does.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["idle_flags"]
+
+# Groups of Megatron's parser, and what their flags belong to.
+_OTHER_GROUPS = {
+    "rl": "it belongs to reinforcement learning",
+    "biencoder": "it belongs to retrievers",
+    "vision": "it belongs to vision models",
+    "inference": "it belongs to inference",
+}
+
+# What is in these groups, and acts all the same.
+_ACTING = {"cuda_graph_modules", "cuda_graph_scope_deprecated", "perform_rl_step", "refit_method"}
+
+_Condition = Callable[[Namespace], Any]
+
+
+def _needs(flag: str, attribute: str | None = None) -> tuple[_Condition, str]:
+    name = attribute or flag.removeprefix("--").replace("-", "_")
+    return lambda args: getattr(args, name, None), f"it needs {flag}"
+
+
+def _never(reason: str) -> tuple[_Condition, str]:
+    return lambda args: False, reason
+
+
+def _rotary(args: Namespace) -> bool:
+    return args.position_embedding_type in ("rope", "yarn", "mrope") or args.multi_latent_attention
+
+
+# Names of arguments, as a regular expression for the whole name; whether they act; why they don't otherwise.
+_FEATURES: tuple[tuple[str, tuple[_Condition, str]], ...] = (
+    (
+        "moe_use_upcycling|moe_(?!routing_trace|layer_freq).*|use_grouped_gemm_for_shared_expert|overlap_moe_.*|"
+        "expert_.*|overlap_dispatch_.*|ep_overlap_.*|high_priority_a2a_comm_stream",
+        _needs("--num-experts"),
+    ),
+    ("moe_routing_trace.*", _needs("--num-experts")),
+    (
+        "moe_layer_freq",
+        (
+            lambda args: args.num_experts and not args.hybrid_layer_pattern,
+            "it needs --num-experts, without --hybrid-layer-pattern",
+        ),
+    ),
+    ("num_layers", (lambda args: not args.hybrid_layer_pattern, "--hybrid-layer-pattern says how many")),
+    (
+        "q_lora_rank|kv_lora_rank|qk_head_dim|qk_pos_emb_head_dim|v_head_dim|mla_down_proj_fusion|rope_type",
+        _needs("--multi-latent-attention"),
+    ),
+    ("cache_mla_latents|flash_decode|mlp_chunks_for_prefill", _never("it belongs to inference")),
+    (
+        "inference_.*|use_legacy_.*|symmetric_ar_type|nccl_all_reduce_for_prefill",
+        _never("it belongs to inference"),
+    ),
+    (
+        "rotary_scaling_factor|mscale|mscale_all_dim",
+        (
+            lambda args: args.multi_latent_attention or args.position_embedding_type == "yarn",
+            "it needs --multi-latent-attention or --position-embedding-type yarn",
+        ),
+    ),
+    (
+        "yarn_.*",
+        (
+            lambda args: args.position_embedding_type == "yarn" and not args.multi_latent_attention,
+            "it needs --position-embedding-type yarn, without --multi-latent-attention",
+        ),
+    ),
+    (
+        "rotary_(base|percent|interleaved|seq_len_interpolation_factor)",
+        (_rotary, "it needs --position-embedding-type rope"),
+    ),
+    (
+        "mrope_section",
+        (lambda args: args.position_embedding_type == "mrope", "it needs --position-embedding-type mrope"),
+    ),
+    ("num_query_groups", _needs("--group-query-attention")),
+    ("window_attn_skip_freq", _needs("--window-size")),
+    (
+        "dsa_.*",
+        (
+            lambda args: (
+                args.experimental_attention_variant == "dsa" or "D" in (args.hybrid_layer_pattern or "")
+            ),
+            "it needs --experimental-attention-variant dsa",
+        ),
+    ),
+    (
+        "linear_.*",
+        (
+            lambda args: (
+                args.experimental_attention_variant == "gated_delta_net"
+                or "G" in (args.hybrid_layer_pattern or "")
+            ),
+            "it needs --experimental-attention-variant gated_delta_net",
+        ),
+    ),
+    (
+        "mamba_.*|use_mamba_mem_eff_path",
+        (
+            lambda args: "M" in (args.hybrid_layer_pattern or ""),
+            "it needs Mamba layers in --hybrid-layer-pattern",
+        ),
+    ),
+    ("mup_.*", _needs("--use-mup")),
+    ("qk_clip_.*", _needs("--qk-clip")),
+    (
+        "mtp_.*(?<!mtp_num_layers)",
+        (
+            lambda args: args.mtp_num_layers or "/" in (args.hybrid_layer_pattern or ""),
+            "it needs --mtp-num-layers",
+        ),
+    ),
+    ("muon_.*", (lambda args: "muon" in args.optimizer, "it needs --optimizer muon")),
+    ("lion_.*", (lambda args: args.optimizer != "adam", "it needs --optimizer lion")),
+    ("adam_.*", (lambda args: args.optimizer != "sgd", "it needs --optimizer adam")),
+    ("sgd_momentum", (lambda args: args.optimizer == "sgd", "it needs --optimizer sgd")),
+    (
+        "lr_wsd_.*",
+        (lambda args: args.lr_decay_style == "WSD", "it needs --lr-decay-style WSD"),
+    ),
+    (
+        "(start|end)_weight_decay",
+        (lambda args: args.weight_decay_incr_style != "constant", "it needs --weight-decay-incr-style"),
+    ),
+    (
+        "loss_scale|initial_loss_scale|min_loss_scale|loss_scale_window|hysteresis",
+        _needs("--fp16"),
+    ),
+    ("fp8_.*|first_last_layers_bf16|num_layers_at_.*_in_bf16", _needs("--fp8-format", "fp8")),
+    ("fp4_.*", _needs("--fp4-format", "fp4")),
+    (
+        "megatron_fsdp_.*|fsdp_.*|data_parallel_sharding_strategy|outer_dp_sharding_strategy|"
+        "suggested_communication_unit_size|keep_fp8_transpose_cache|enable_full_sharding_in_hsdp|"
+        "init_model_with_meta_device|strict_fsdp_dtensor_load",
+        _needs("--use-megatron-fsdp"),
+    ),
+    ("torch_fsdp2_.*", _needs("--use-torch-fsdp2")),
+    ("tp_comm_(?!overlap$).*", _needs("--tp-comm-overlap")),
+    ("recompute_(method|num_layers|modules)|distribute_saved_activations", _needs("--recompute-granularity")),
+    (
+        "offload_modules|.*_offloaded_.*|delay_offload_.*|delta_offload_.*|activation_offload_fraction|"
+        "fine_grained_offloading_.*",
+        _needs("--fine-grained-activation-offloading"),
+    ),
+    ("cpu_offloading_.*", _needs("--cpu-offloading-num-layers")),
+    (
+        "use_torch_optimizer_for_cpu_offload|optimizer_offload_fraction|overlap_cpu_optimizer_.*|pin_cpu_.*",
+        _needs("--optimizer-cpu-offload"),
+    ),
+    ("profile_.*|pytorch_profiler_.*|use_pytorch_profiler|record_shapes|nvtx_ranges", _needs("--profile")),
+    ("memory_snapshot_path", _needs("--record-memory-history")),
+    ("manual_gc_.*", _needs("--manual-gc")),
+    ("inprocess_.+(?<!restart)", _needs("--inprocess-restart")),
+    ("calc_ft_timeouts|ft_num_warmup_iters", _needs("--enable-ft-package")),
+    ("straggler_.*|disable_straggler_on_startup", _needs("--log-straggler")),
+    ("adlr_autoresume_interval", _needs("--adlr-autoresume")),
+    ("fim_(?!data).*", _needs("--fim-data")),
+    ("wandb_(?!project).*", _needs("--wandb-project")),
+    ("logits_save_(?!dir).*", _needs("--logits-save-dir")),
+    ("logits_load_(?!dir).*", _needs("--logits-load-dir")),
+    (
+        "fault_injector_(?!ranks|num_ranks).*",
+        (
+            lambda args: (args.fault_injector_ranks, args.fault_injector_num_ranks) != (None, None),
+            "it needs --fault-injector-ranks or --fault-injector-num-ranks",
+        ),
+    ),
+    ("sft_.*", _needs("--sft")),
+    ("non_persistent_(?!save).*", _needs("--non-persistent-save-interval")),
+    ("replication_.*", _needs("--replication")),
+    ("validation_set_names", _needs("--multiple-validation-sets")),
+    (
+        "monitor_(?!layers).*",
+        _needs("--monitor-layers"),
+    ),
+    ("kitchen_attention_backend", _needs("--use-kitchen-attention")),
+    (
+        "glu_linear_offset",
+        (lambda args: args.swiglu or args.quick_geglu, "it needs --swiglu or --quick-geglu"),
+    ),
+    ("head_lr_mult|data_sharding", _never("it belongs to vision models")),
+    ("bert_binary_head|mask_prob|short_seq_prob|sample_rate|titles_.*", _never("it belongs to BERT and T5")),
+    ("encoder_seq_length|decoder_seq_length|decoder_num_layers", _never("it belongs to BERT and T5")),
+    ("vocab_extra_ids", _never("it belongs to T5")),
+    (
+        "use_flash_attn",
+        _never(
+            "megatron-core reads it no more: Transformer Engine chooses the kernel of attention, and "
+            "--attention-backend flash insists on FlashAttention"
+        ),
+    ),
+    ("deprecated_use_mcore_models", _never("every model is one of megatron-core's")),
+    ("use_dist_ckpt_deprecated|dist_ckpt_format_deprecated", _never("--ckpt-format has taken its place")),
+    (
+        "ckpt_fully_parallel_save_deprecated",
+        _never("it is so, unless --no-ckpt-fully-parallel-save is given"),
+    ),
+    ("add_position_embedding", _never("--position-embedding-type says which there is")),
+)
+
+
+def idle_flags(args: Namespace, parser: ArgumentParser) -> list[str]:
+    """Return the flags that were given and change nothing, each with the reason.
+
+    Parameters
+    ----------
+    args
+        As parsed, before anything is derived from them.
+    parser
+        Which has parsed them.
+    """
+    groups = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
+    defaults: dict[str, list[Any]] = {}
+    for action in parser._actions:
+        defaults.setdefault(action.dest, []).append(action.default)
+    found = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value in defaults[action.dest] or (action.nargs == 0 and action.const != value):
+            continue
+        if reason := _why_idle(action.dest, groups.get(id(action)) or "", args):
+            found.append(f"{action.option_strings[0]} ({reason})")
+    return found
+
+
+def _why_idle(name: str, group: str, args: Namespace) -> str | None:
+    for pattern, (acts, reason) in _FEATURES:
+        if re.fullmatch(pattern, name):
+            return None if acts(args) else reason
+    if name not in _ACTING and not getattr(args, "perform_rl_step", False):
+        return _OTHER_GROUPS.get(group)
+    return None
