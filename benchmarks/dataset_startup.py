@@ -57,7 +57,7 @@ def launch_arguments(options: argparse.Namespace, prefixes: list[Path], cache: P
     data = [word for prefix in prefixes for word in (["1.0"] if len(prefixes) > 1 else []) + [str(prefix)]]
     flags = f"""--num-layers 1 --hidden-size 64 --num-attention-heads 1 --micro-batch-size 1
         --seq-length {options.seq_length} --max-position-embeddings {options.seq_length} --train-iters 1
-        --tokenizer-type NullTokenizer --vocab-size 1000 --split 969,30,1 --lr 1e-4
+        --tokenizer-type NullTokenizer --vocab-size 1000 --split 969,30,1 --lr 1e-4 --eval-interval 1000
         --transformer-impl local --device {options.device} --data-cache-path {cache} --data-path"""
     sys.argv = ["dataset_startup", *flags.split(), *data]
     with redirect_stdout(io.StringIO()):  # Megatron prints every argument
@@ -129,17 +129,18 @@ def forget(files: list[Path]) -> None:
 
 def measure(options: argparse.Namespace, prefixes: list[Path], cache: Path) -> list[dict[str, Any]]:
     """Let stock and ours take turns in every state; return a row for each state."""
-    launch_arguments(options, prefixes, cache)
+    arguments = launch_arguments(options, prefixes, cache)
     taken: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     sizes = [options.samples, max(1, options.samples // 100), 1]
     for turn in range(options.rounds + 1):
         for state in STATES:
             contestants = {"stock": stock, "ours": ours}
             for name in sorted(contestants, reverse=bool(turn % 2)):
+                arguments.data_cache_path = str(cache / name)  # the names of files in it differ
                 if state == "build":
-                    shutil.rmtree(cache, ignore_errors=True)
+                    shutil.rmtree(cache / name, ignore_errors=True)
                 if state == "load from disk":
-                    forget([*cache.glob("*.npy"), *(Path(f"{prefix}.idx") for prefix in prefixes)])
+                    forget([*(cache / name).glob("*.npy"), *(Path(f"{prefix}.idx") for prefix in prefixes)])
                 started = time.perf_counter()
                 with timed_parts() as parts:
                     contestants[name](sizes)
@@ -164,7 +165,13 @@ def measure(options: argparse.Namespace, prefixes: list[Path], cache: Path) -> l
 def prepare(device: str) -> None:
     """Make this process a distributed job of one."""
     logging.disable(logging.WARNING)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
     if device == "cpu":
         from megatron_periln import cpu
 

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -27,6 +27,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexed_dataset
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, UsageError
+from megatron_periln.training.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
 
 __all__ = [
     "check_data",
@@ -46,7 +47,8 @@ def check_data(args: Namespace) -> None:
     ------
     UsageError
         If none is named, one is missing or damaged, or holds ids that the model lacks; or if ``--split``
-        leaves a part of one empty, on which Megatron would loop for ever.
+        leaves a part of one empty, on which Megatron would loop for ever; or if
+        ``--per-dataset-sequences-path`` says what is not so.
     """
     if args.mock_data:
         return
@@ -57,11 +59,14 @@ def check_data(args: Namespace) -> None:
         raise UsageError(
             "no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
         )
+    lengths = _lengths(args)
     others: dict[str, str] = {}
     for prefix in sorted(prefix for prefix in prefixes if not is_object_storage_path(prefix)):
         info = check_indexed_dataset(prefix, every_sequence=False)
         if args.split is not None:
             _check_split(args.split, prefix, info.sequences)
+        if lengths is not None:
+            _check_lengths(args.per_dataset_sequences_path, lengths, prefix, info)
         if other := _other_tokenizer(args, prefix, info):
             others.setdefault(other, prefix)
     for other, prefix in others.items():
@@ -105,6 +110,35 @@ def _check_split(split: str, prefix: str, sequences: int) -> None:
             )
 
 
+def _lengths(args: Namespace) -> dict[str, list[int]] | None:
+    """Return the numbers of sequences and of document ends by prefix, if a file says them."""
+    if not (path := args.per_dataset_sequences_path):
+        return None
+    try:
+        lengths = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--per-dataset-sequences-path {path}: cannot be read: {error}") from error
+    if not isinstance(lengths, dict):
+        raise UsageError(f"--per-dataset-sequences-path {path}: not a JSON object of prefixes")
+    return lengths
+
+
+def _check_lengths(path: str, lengths: dict[str, list[int]], prefix: str, info: IndexedDatasetInfo) -> None:
+    """Check what Megatron then takes for the header of the .idx file."""
+    there, here = lengths.get(prefix), [info.sequences, info.documents + 1]
+    if there != here:
+        raise UsageError(
+            f"--per-dataset-sequences-path {path} says {there} of {prefix}, which has {here}, "
+            "sequences and document ends: write the file anew, or drop the flag"
+        )
+    needs = np.dtype(np.uint16 if get_tokenizer().vocab_size <= 1 << 16 else np.int32)  # as Megatron guesses
+    if info.dtype != needs:
+        raise UsageError(
+            f"--per-dataset-sequences-path {path}: {prefix} holds {info.dtype}, which Megatron then reads as "
+            f"{needs}, by the size of the tokenizer; drop the flag"
+        )
+
+
 def _prefixes(args: Namespace) -> Iterator[str]:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     for prefixes_and_weights in [blend, *(blend_per_split or [])]:
@@ -142,7 +176,6 @@ def _reads_data_here(vp_stage: int | None) -> bool:
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
     """Return the configuration of the datasets that the arguments name, as in Megatron's pretrain_gpt.py."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    lengths = args.per_dataset_sequences_path
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -164,7 +197,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=json.loads(Path(lengths).read_text()) if lengths else None,
+        sequences_per_dataset=_lengths(args),
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
@@ -185,8 +218,9 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    reads_here = partial(_reads_data_here, vp_stage)
-    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args)).build()
+    config = dataset_config(args)
+    config.contents = contents_of(_prefixes(args))
+    return Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
 
 
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

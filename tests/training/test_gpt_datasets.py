@@ -21,6 +21,7 @@ FLAGS = (
     "valid_data_path",
     "test_data_path",
     "per_split_data_args_path",
+    "per_dataset_sequences_path",
 )
 
 
@@ -163,6 +164,32 @@ def test_a_sidecar_of_what_was_here_before_is_none(made_with_1000_ids):
     path = sidecar_path(made_with_1000_ids)
     replace(Sidecar.read(path), sequences=10**6).write(path)
     check_data(arguments(data_path=[made_with_1000_ids], tokenizer_type="x", padded_vocab_size=896))
+
+
+def test_lengths_of_datasets_that_are_right_pass(good, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpt_datasets, "get_tokenizer", lambda: Namespace(vocab_size=257))
+    (tmp_path / "lengths").write_text(json.dumps({good: [60, 61]}))
+    check_data(arguments(data_path=[good], per_dataset_sequences_path=str(tmp_path / "lengths")))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ids", "expected"),
+    [
+        ('{"GOOD": [50, 51]}', 257, "says [50, 51] of GOOD, which has [60, 61], sequences and document ends"),
+        ('{"other": [60, 61]}', 257, "says None of GOOD, which has [60, 61], sequences and document ends"),
+        ('{"GOOD": [60, 61]}', 70_000, "GOOD holds uint16, which Megatron then reads as int32, by the size"),
+        ("[]", 257, "not a JSON object of prefixes"),
+        ("{", 257, "cannot be read: Expecting property name"),
+    ],
+)
+def test_lengths_of_datasets_that_are_wrong_are_refused(good, monkeypatch, tmp_path, lengths, ids, expected):
+    """Of a corpus that grew, Megatron would read some of the pointers as lengths."""
+    monkeypatch.setattr(gpt_datasets, "get_tokenizer", lambda: Namespace(vocab_size=ids))
+    (tmp_path / "lengths").write_text(lengths.replace("GOOD", good))
+    with pytest.raises(UsageError) as error:
+        check_data(arguments(data_path=[good], per_dataset_sequences_path=str(tmp_path / "lengths")))
+    assert str(error.value).startswith(f"--per-dataset-sequences-path {tmp_path / 'lengths'}")
+    assert expected.replace("GOOD", good) in str(error.value)
 
 
 def test_datasets_in_object_storage_are_left_to_megatron(good):

@@ -1,0 +1,197 @@
+"""Megatron's cache of dataset indices: its names tell which data it is of, and a file in it is whole.
+
+Megatron names what it caches by the path of a dataset, not by what is there: a corpus that was preprocessed
+anew under its old name would be read by the index of the old one.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets import blended_dataset, gpt_dataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+
+from megatron_periln.data.indexed.format import HEADER
+from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
+from megatron_periln.errors import PreprocessError, UsageError
+from megatron_periln.files import sync
+
+__all__ = ["BlendedDataset", "Builder", "GPTDataset", "GPTDatasetConfig", "content_of", "contents_of"]
+
+Content = dict[str, Any]
+Indices = tuple[Any, ...]
+
+
+@dataclass
+class GPTDatasetConfig(gpt_dataset.GPTDatasetConfig):
+    """Megatron's, and what the datasets hold.
+
+    Parameters
+    ----------
+    contents
+        What `contents_of` returns.
+    content
+        That of the dataset that has this configuration; a part of the name of its cache.
+    """
+
+    contents: dict[str, Content] = field(default_factory=dict, repr=False)
+    content: Content | None = None
+
+
+class GPTDataset(gpt_dataset.GPTDataset):
+    """Megatron's, whose cached index is of the data that are there."""
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str | None,
+        indexed_indices: Any,
+        num_samples: int | None,
+        index_split: Any,
+        config: GPTDatasetConfig,
+    ) -> None:
+        config = copy.copy(config)
+        config.content = config.contents.get(dataset_path or "") or _counts(indexed_dataset)
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*gpt_dataset.GPTDataset._key_config_attributes(), "content"]
+
+    def _build_document_sample_shuffle_indices(self) -> Indices:
+        folder = self.config.path_to_cache or str(
+            Path(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
+        )
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
+        build = super()._build_document_sample_shuffle_indices
+        return _cached(self, folder, [f"{stem}-{name}" for name in names], build)
+
+
+class BlendedDataset(blended_dataset.BlendedDataset):
+    """Megatron's, whose cached index is whole."""
+
+    def _build_indices(self) -> Indices:
+        folder = self.config.path_to_cache
+        if not folder:
+            return super()._build_indices()
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        names = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
+        return _cached(self, folder, [f"{stem}-{name}" for name in names], super()._build_indices)
+
+
+class Builder(BlendedMegatronDatasetBuilder):
+    """Megatron's, which blends by the class above."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, *args: Any) -> Any:
+        """Build a dataset as Megatron does."""
+        kind = BlendedDataset if cls is blended_dataset.BlendedDataset else cls
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
+
+
+def contents_of(prefixes: Iterable[str]) -> dict[str, Content]:
+    """Return `content_of` every dataset that is not in object storage; on all ranks what the first one sees.
+
+    Nodes may see other times, with copies of their own or old entries of a network file system.
+    """
+    found: list[Any] = [None]
+    if _is_first_rank():
+        local = {prefix for prefix in prefixes if not is_object_storage_path(prefix)}
+        found = [{prefix: content_of(prefix) for prefix in sorted(local)}]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def content_of(prefix: str) -> Content:
+    """Return what tells the data of an indexed dataset from others: no more work for a large one.
+
+    The checksums in its sidecar, if that is of these files: not older than they, and of their size.
+    Else their sizes and times.
+    """
+    bin_, idx = (Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx"))
+    sizes = [bin_.st_size, idx.st_size]
+    try:
+        sidecar, written = Sidecar.read(sidecar_path(prefix)), sidecar_path(prefix).stat().st_mtime_ns
+        itemsize = np.dtype(sidecar.dtype).itemsize
+    except (PreprocessError, OSError, TypeError):  # none that can be read
+        pass
+    else:
+        described = [
+            sidecar.tokens * itemsize,
+            HEADER.size + 12 * sidecar.sequences + 8 * (sidecar.documents + 1),
+        ]
+        if written >= max(bin_.st_mtime_ns, idx.st_mtime_ns) and described == sizes:
+            return {"bytes": sizes, "sha256": [sidecar.sha256["bin"], sidecar.sha256["idx"]]}
+    return {"bytes": sizes, "modified": [bin_.st_mtime_ns, idx.st_mtime_ns]}
+
+
+def _counts(dataset: IndexedDataset) -> Content:
+    """Return what a dataset in object storage, of which the .idx file is here, shows of its data."""
+    lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
+    last = [int(pointers[-1]), int(lengths[-1])] if len(lengths) else []
+    return {"sequences": len(lengths), "documents": len(dataset.document_indices) - 1, "last": last}
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Indices]) -> Indices:
+    """Return indices of a dataset, which ``build`` finds in its cache or puts there; there they appear whole.
+
+    Several jobs may build the same indices at once, in a folder that they share, and each may be killed.
+
+    Parameters
+    ----------
+    dataset
+        It has ``config``, whose ``path_to_cache`` says to ``build`` where the cache is.
+    folder
+        The cache.
+    names
+        The files in it.
+
+    Raises
+    ------
+    UsageError
+        If the cache cannot be written, or must be there and is not.
+    """
+    config = dataset.config
+    if not _is_first_rank():
+        return build()
+    there = all(Path(folder, name).is_file() for name in names)
+    if not there and (config.fast_cache_load or config.defer_npy_index_mmap):
+        raise UsageError(
+            f"--data-cache-path {folder}: no index there for these data and settings, and "
+            "--dataloader-fast-cache-load and --dataloader-defer-npy-index-mmap build none; "
+            "start once without them"
+        )
+    if there:
+        return build()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as temporary:
+            dataset.config = copy.copy(config)
+            dataset.config.path_to_cache = temporary
+            indices = build()
+            for name in names:
+                sync(Path(temporary, name))
+                Path(temporary, name).replace(Path(folder, name))
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: the index of the data cannot be cached there: {error}; "
+            "choose another --data-cache-path"
+        ) from error
+    finally:
+        dataset.config = config
+    return indices

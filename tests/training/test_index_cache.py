@@ -1,0 +1,279 @@
+"""The cache of dataset indices knows the data that it is of, and holds no half files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets import blended_dataset, gpt_dataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+
+from megatron_periln.data.indexed.format import check_indexed_dataset
+from megatron_periln.data.indexed.merge import merge_datasets
+from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path
+from megatron_periln.errors import UsageError
+from megatron_periln.training import index_cache
+from megatron_periln.training.index_cache import content_of, contents_of
+from tests.training.model import MODEL
+
+SIZES = [60, 20, 20]
+
+
+def write(prefix, seed, documents):
+    """Write documents of 1 to 60 tokens each; there is no sidecar."""
+    draw = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(documents):
+        tokens = draw.integers(0, 255, draw.integers(1, 60))
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def describe(prefix):
+    """Write the sidecar of a dataset."""
+    info = check_indexed_dataset(prefix)
+    Sidecar(
+        documents=info.documents,
+        sequences=info.sequences,
+        tokens=info.tokens,
+        dtype=str(info.dtype),
+        bytes_read=1,
+        skipped={},
+        tokenizer={"type": "NullTokenizer", "digest": None, "vocab_size": 256, "eod": 255, "encoder": "x"},
+        append_eod=False,
+        json_key="text",
+        inputs=[],
+        sha256={"bin": sha256_of(f"{prefix}.bin"), "idx": sha256_of(f"{prefix}.idx")},
+        versions={},
+        command=[],
+        created="",
+    ).write(sidecar_path(prefix))
+
+
+NAMED = {
+    "one": lambda one, two: {"blend": ([one], None), "split": "80,10,10"},
+    "weighted": lambda one, two: {"blend": ([one, two], [0.3, 0.7]), "split": "80,10,10"},
+    "by their sizes": lambda one, two: {"blend": ([one, two], None), "split": "80,10,10"},
+    "by split": lambda one, two: {
+        "blend_per_split": [([one, two], [0.3, 0.7]), ([one], None), ([two], None)]
+    },
+    "several validation sets": lambda one, two: {
+        "blend_per_split": [([two], None), ([one, two], None), None],
+        "multiple_validation_sets": True,
+    },
+}
+
+
+def config(cache, named, **more):
+    tokenizer = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=255, eod_id=255
+    )
+    flags = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+    return index_cache.GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=16,
+        path_to_cache=cache and str(cache),
+        tokenizer=tokenizer,
+        mid_level_dataset_surplus=0.5,
+        **(flags | named | more),
+    )
+
+
+def samples(cache, named, *, stock=False, **more):
+    """Build the datasets; return every sample of each."""
+    settings = config(cache, named, **more)
+    blends = named.get("blend_per_split") or [named["blend"]]
+    settings.contents = contents_of(prefix for blend in blends if blend for prefix in blend[0])
+    builder = BlendedMegatronDatasetBuilder if stock else index_cache.Builder
+    kind = gpt_dataset.GPTDataset if stock else index_cache.GPTDataset
+    found = []
+    for dataset in builder(kind, SIZES, lambda: True, settings).build():
+        for part in dataset if isinstance(dataset, list) else [dataset]:
+            found.append([part[n]["tokens"].tolist() for n in range(len(part))] if part is not None else None)
+    return found
+
+
+@pytest.fixture
+def one(tmp_path):
+    return write(tmp_path / "one", 0, 60)
+
+
+@pytest.fixture
+def two(tmp_path):
+    return write(tmp_path / "two", 1, 60)
+
+
+@pytest.mark.parametrize(
+    "cache, seed, documents",
+    [
+        pytest.param("cache", 0, 200, id="grown"),
+        pytest.param("cache", 0, 30, id="shrunk"),
+        pytest.param("cache", 2, 60, id="other"),
+        pytest.param(None, 0, 200, id="cached beside it"),
+    ],
+)
+@pytest.mark.parametrize("way", NAMED)
+def test_data_that_changed_are_read_by_an_index_of_their_own(tmp_path, one, two, way, cache, seed, documents):
+    named, cache = NAMED[way](one, two), cache and tmp_path / cache
+    before = samples(cache, named)
+    assert samples(cache, named) == before
+    write(one, seed, documents)
+    after = samples(cache, named)
+    assert after != before
+    for folder in ("cache", "one", "two"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    assert after == samples(cache, named)
+
+
+def test_stock_megatron_goes_by_the_path(tmp_path, one, two):
+    """The negative control."""
+    named = NAMED["one"](one, two)
+    before = samples(tmp_path / "cache", named, stock=True)
+    write(one, 0, 200)
+    assert samples(tmp_path / "cache", named, stock=True) == before
+    assert samples(tmp_path / "fresh", named, stock=True) != before
+    write(one, 0, 30)
+    with pytest.raises(IndexError):
+        samples(tmp_path / "cache", named, stock=True)
+
+
+@pytest.mark.parametrize("way", NAMED)
+def test_a_new_index_is_stock_megatrons(tmp_path, one, two, way):
+    named = NAMED[way](one, two)
+    assert samples(tmp_path / "ours", named) == samples(tmp_path / "stock", named, stock=True)
+
+
+@pytest.mark.parametrize("way", NAMED)
+def test_the_index_of_the_same_data_is_found(tmp_path, one, two, way, monkeypatch):
+    named = NAMED[way](one, two)
+    before = samples(tmp_path / "cache", named)
+    monkeypatch.setattr(gpt_dataset, "_build_document_index", None)
+    assert samples(tmp_path / "cache", named) == before
+
+
+class TestContent:
+    def test_a_sidecar_outlives_a_copy(self, tmp_path, one):
+        describe(one)
+        before = content_of(one)
+        assert before["sha256"] == [sha256_of(f"{one}.bin"), sha256_of(f"{one}.idx")]
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(one + suffix, tmp_path / f"copy{suffix}")
+        assert content_of(str(tmp_path / "copy")) == before
+
+    def test_without_a_sidecar_sizes_and_times_count(self, one):
+        before = content_of(one)
+        assert content_of(one) == before
+        os.utime(f"{one}.bin")
+        assert content_of(one) != before
+
+    @pytest.mark.parametrize("suffix", [".bin", ".idx"])
+    def test_a_sidecar_older_than_the_data_is_not_theirs(self, one, suffix):
+        """Even if numbers and sizes are the same: another tool wrote over our dataset."""
+        describe(one)
+        before = content_of(one)
+        written = sidecar_path(one).stat().st_mtime_ns
+        os.utime(one + suffix, ns=(written + 1, written + 1))
+        assert "sha256" not in content_of(one)
+        assert content_of(one) != before
+
+    def test_a_sidecar_of_other_data_is_not_theirs(self, one):
+        describe(one)
+        content = json.loads(sidecar_path(one).read_text())
+        for name in ("tokens", "documents", "sequences"):
+            sidecar_path(one).write_text(json.dumps({**content, name: content[name] - 1}))
+            assert "sha256" not in content_of(one)
+        sidecar_path(one).write_text(json.dumps({**content, "dtype": "no such"}))
+        assert "sha256" not in content_of(one)
+
+    def test_a_merge_is_known_by_its_sidecar(self, tmp_path, one, two):
+        describe(one)
+        describe(two)
+        out = str(tmp_path / "out")
+        merge_datasets([one, two], out)
+        before = content_of(out)
+        merge_datasets([two, one], out, overwrite=True)
+        assert content_of(out)["bytes"] == before["bytes"]
+        assert content_of(out)["sha256"] != before["sha256"]
+
+    def test_no_more_work_for_a_large_one(self, one):
+        """Of 4 TB nothing is read."""
+        for suffix in (".bin", ".idx"):
+            os.truncate(one + suffix, 1 << 42)
+        assert content_of(one)["bytes"] == [1 << 42, 1 << 42]
+
+    def test_object_storage_is_known_by_its_counts(self, tmp_path, one, two, monkeypatch):
+        monkeypatch.setattr(index_cache, "is_object_storage_path", lambda path: True)
+        assert contents_of([one]) == {}
+        named = NAMED["one"](one, two)
+        before = samples(tmp_path / "cache", named)
+        write(one, 2, 200)
+        assert samples(tmp_path / "cache", named) != before
+        assert samples(tmp_path / "cache", named) == samples(tmp_path / "fresh", named)
+
+
+def test_a_run_killed_while_it_caches_leaves_no_half_file(tmp_path, one, two, monkeypatch):
+    named, save = NAMED["weighted"](one, two), np.save
+    expected = samples(tmp_path / "fresh", named)
+    for place, module in (("shuffle_index", gpt_dataset), ("dataset_sample_index", blended_dataset)):
+
+        def killed(file, array, place=place, **options):
+            if place in str(file):
+                Path(file).write_bytes(b"half")
+                raise KeyboardInterrupt
+            save(file, array, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module.numpy, "save", killed)
+            samples(tmp_path / "cache", named)
+        assert not list((tmp_path / "cache").rglob(f"*-{place}.npy"))
+        assert not list((tmp_path / "cache").glob("unfinished-*"))
+    assert samples(tmp_path / "cache", named) == expected
+
+
+def test_jobs_that_start_at_once_share_a_cache(tmp_path, one, two, monkeypatch):
+    """A job writes the whole cache while another is about to."""
+    named, build, jobs = NAMED["weighted"](one, two), gpt_dataset._build_shuffle_index, []
+
+    def interrupted(*arguments):
+        if not jobs:
+            jobs.append(None)
+            jobs.append(samples(tmp_path / "cache", named))
+        return build(*arguments)
+
+    monkeypatch.setattr(gpt_dataset, "_build_shuffle_index", interrupted)
+    first = samples(tmp_path / "cache", named)
+    assert first == jobs[1] == samples(tmp_path / "cache", named) == samples(tmp_path / "fresh", named)
+
+
+@pytest.mark.parametrize("flag", ["fast_cache_load", "defer_npy_index_mmap"])
+def test_flags_that_need_a_cache(tmp_path, one, two, flag):
+    named = NAMED["by split"](one, two)
+    expected = samples(tmp_path / "cache", named)
+    assert samples(tmp_path / "cache", named, **{flag: True}) == expected
+    write(one, 2, 60)
+    with pytest.raises(UsageError, match=r"no index there for these data .* start once without"):
+        samples(tmp_path / "cache", named, **{flag: True})
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, one, two):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"the index of the data cannot be cached there: .*-cache-path"):
+        samples(tmp_path / "file" / "cache", NAMED["one"](one, two))
+
+
+def test_a_run_reads_a_corpus_that_grew(jobs, tmp_path):
+    """Two ranks, of which the second sees other times: the first one's count."""
+    prefix = write(tmp_path / "data", 0, 100)
+    arguments = f"{MODEL} --eval-iters 0 --data-path {prefix}"
+    before = jobs.run("index-cache-before", arguments)
+    write(prefix, 1, 300)
+    changes = ["tests.training.other_times.on_the_second_rank"]
+    after = jobs.run("index-cache-after", arguments, ranks=2, changes=changes)
+    fresh = jobs.run("index-cache-fresh", f"{arguments} --data-cache-path {tmp_path / 'cache'}", ranks=2)
+    assert after.curve == fresh.curve
+    assert after.curve[0]["lm loss"] != before.curve[0]["lm loss"]
