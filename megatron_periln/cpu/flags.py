@@ -20,6 +20,7 @@ COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
     ("cuda_graph_impl", "none", "there are no CUDA graphs"),
     ("tp_comm_overlap", False, "it needs Transformer Engine"),
     ("te_rng_tracker", False, "it needs Transformer Engine"),
+    ("deterministic_mode", False, "the CPU is deterministic, and its indexing sums bf16 gradients in bf16"),
 )
 """What has a counterpart on the CPU that computes the same: argument, value there, reason."""
 

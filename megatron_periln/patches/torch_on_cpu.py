@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["compile_nothing", "install", "keep_data_loaders_off_the_device_generator"]
+__all__ = [
+    "compile_nothing",
+    "install",
+    "keep_data_loaders_off_the_device_generator",
+    "sum_embedding_gradients_in_fp32",
+    "sum_layer_norm_gradients_in_fp32",
+]
+
+_ROUGH = (torch.bfloat16, torch.float16)
 
 
 def install() -> None:
     """Install it, before megatron is imported."""
     compile_nothing()
     keep_data_loaders_off_the_device_generator()
+    sum_layer_norm_gradients_in_fp32()
+    sum_embedding_gradients_in_fp32()
 
 
 @changes(
@@ -50,3 +63,56 @@ def keep_data_loaders_off_the_device_generator() -> None:
         init(self, *args, **kwargs)
 
     torch.utils.data.DataLoader.__init__ = with_own_generator  # type: ignore[method-assign]
+
+
+@changes(
+    "torch.nn.functional.layer_norm",
+    why="on the CPU it sums the gradients of its weight and bias over the rows in the dtype of the inputs: "
+    "in bf16 they are 16 % off at 16k rows, and more at more. `rms_norm` sums in fp32, as both do on a GPU",
+    until="patches/test_torch_on_cpu.py::test_upstream_still_sums_gradients_of_layer_norm_in_bf16",
+)
+def sum_layer_norm_gradients_in_fp32() -> None:
+    """Let LayerNorm of bf16 and fp16 compute in fp32, and round its results once."""
+    layer_norm = F.layer_norm
+
+    def in_fp32(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        shape = list(normalized_shape)
+        if input.dtype not in _ROUGH:
+            return layer_norm(input, shape, weight, bias, eps)
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+        return layer_norm(input.float(), shape, weight, bias, eps).to(input.dtype)
+
+    F.layer_norm = in_fp32
+
+
+@changes(
+    "torch.nn.functional.embedding",
+    why="on the CPU it sums the gradient of a row over the tokens that read it in the dtype of the weights: "
+    "in bf16 it is 4 % off for a row that 1024 tokens read. `index_select` sums in fp32, as both do on a GPU",
+    until="patches/test_torch_on_cpu.py::test_upstream_still_sums_gradients_of_embeddings_in_bf16",
+)
+def sum_embedding_gradients_in_fp32() -> None:
+    """Let embeddings in bf16 and fp16 be read by ``index_select``."""
+    embedding = F.embedding
+
+    def by_index_select(
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        plain = padding_idx is None and max_norm is None and not (scale_grad_by_freq or sparse)
+        if weight.dtype in _ROUGH and plain:
+            return weight.index_select(0, input.flatten()).view(*input.shape, weight.size(1))
+        return embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+    F.embedding = by_index_select

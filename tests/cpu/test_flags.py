@@ -22,6 +22,7 @@ ASKED = {
     "cuda_graph_impl": "local",
     "tp_comm_overlap": True,
     "te_rng_tracker": True,
+    "deterministic_mode": True,
 }
 
 

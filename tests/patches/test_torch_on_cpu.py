@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from tests.cpu.unpatched import copy_of
@@ -74,3 +75,106 @@ def test_upstream_still_draws_from_the_cpu_generator_in_data_loaders(monkeypatch
     unpatched = inspect.getclosurevars(DataLoader.__init__).nonlocals["init"]
     monkeypatch.setattr(DataLoader, "__init__", unpatched)
     assert not order_and_state(DataLoader(range(20)))[1]
+
+
+ROWS, HIDDEN, ROUGH, EXACT = 16384, 64, torch.bfloat16, torch.float64
+GENERATOR = torch.Generator()
+BOUND = 5e-3  # of sums that are rounded once to bf16, 2^-9 at most
+
+
+def random(*shape, scale=1.0, offset=0.0):
+    return (scale * torch.randn(*shape, generator=GENERATOR.manual_seed(sum(shape))) + offset).to(ROUGH)
+
+
+def layer_norm(x, weight, bias):
+    return F.layer_norm(x, (HIDDEN,), weight, bias)
+
+
+NORMED = (random(ROWS, HIDDEN, offset=0.5), random(HIDDEN, scale=0.1, offset=1.0), random(HIDDEN, scale=0.1))
+READ = torch.arange(ROWS).view(-1, 4) % 16  # each row of a table 1024 times
+SUMS = {
+    "layer_norm": (layer_norm, NORMED),
+    "layer_norm without bias": (lambda x, weight: F.layer_norm(x, (HIDDEN,), weight), NORMED[:2]),
+    "LayerNorm": (lambda x: torch.nn.LayerNorm(HIDDEN, dtype=x.dtype)(x), NORMED[:1]),
+    "rms_norm": (lambda x, weight: F.rms_norm(x, (HIDDEN,), weight), NORMED[:2]),
+    "embedding": (lambda table: F.embedding(READ, table), (random(16, HIDDEN),)),
+    "linear": (F.linear, (NORMED[0], random(HIDDEN, HIDDEN, scale=0.1), NORMED[2])),
+    "positions": (lambda x, table: x.view(64, -1, HIDDEN) + table[:, None], (NORMED[0], random(64, HIDDEN))),
+    "bias": (torch.add, (NORMED[0], NORMED[2])),
+    "product": (torch.mul, (NORMED[0], NORMED[1])),
+    "experts' tokens": (lambda x: x.index_select(0, READ.flatten()), (random(16, HIDDEN),)),
+    "experts' sums": (
+        lambda x: x.new_zeros(16, HIDDEN).scatter_add(0, READ.view(-1, 1).expand(-1, HIDDEN), x),
+        NORMED[:1],
+    ),
+    "repeated groups": (lambda x: x.repeat_interleave(1024, 0), (random(16, HIDDEN),)),
+    "softmax": (lambda x: x.softmax(-1), (random(64, 2048),)),
+}
+"""What sums over tokens in a training step in bf16, forward or backward."""
+
+
+def worst_error(function, inputs):
+    """Return the largest error of the result and of any gradient, each relative to its own norm."""
+    results = []
+    for dtype in (ROUGH, EXACT):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        out = function(*leaves)
+        factor = random(*out.shape).to(dtype)
+        results.append((out, *torch.autograd.grad(out, leaves, factor)))
+    pairs = zip(*results, strict=True)
+    assert all(mine.dtype == ROUGH for mine in results[0])
+    return max(((mine.double() - exact).norm() / exact.norm()).item() for mine, exact in pairs)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_tokens_are_those_of_fp64_rounded(name):
+    assert worst_error(*SUMS[name]) < BOUND
+
+
+def without(monkeypatch, name, kept_as):
+    """Put torch's own function back."""
+    monkeypatch.setattr(F, name, inspect.getclosurevars(getattr(F, name)).nonlocals[kept_as])
+
+
+def test_upstream_still_sums_gradients_of_layer_norm_in_bf16(monkeypatch):
+    without(monkeypatch, "layer_norm", "layer_norm")
+    assert worst_error(*SUMS["layer_norm"]) > 0.1
+
+
+def test_upstream_still_sums_gradients_of_embeddings_in_bf16(monkeypatch):
+    without(monkeypatch, "embedding", "embedding")
+    assert worst_error(*SUMS["embedding"]) > 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_dtypes_are_left_to_torch(monkeypatch, dtype):
+    def results():
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in NORMED]
+        table = random(16, HIDDEN).to(dtype).requires_grad_()
+        outputs = layer_norm(*inputs), F.embedding(READ, table)
+        return [*outputs, *torch.autograd.grad([out.sin().sum() for out in outputs], [*inputs, table])]
+
+    ours = results()
+    without(monkeypatch, "layer_norm", "layer_norm")
+    without(monkeypatch, "embedding", "embedding")
+    assert all(torch.equal(*pair) for pair in zip(ours, results(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding_idx": 0}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
+)
+def test_embeddings_with_options_are_left_to_torch(monkeypatch, options):
+    def results():
+        table = torch.nn.Embedding.from_pretrained(random(16, 4), freeze=False, **options)
+        out = table(READ)
+        out.float().sin().sum().backward()
+        return out, table.weight.grad.to_dense()
+
+    ours = results()
+    without(monkeypatch, "embedding", "embedding")
+    assert all(torch.equal(*pair) for pair in zip(ours, results(), strict=True))
+
+
+def test_an_embedding_still_refuses_what_it_has_no_row_for():
+    with pytest.raises(IndexError, match="out of range"):
+        F.embedding(torch.tensor([16]), random(16, HIDDEN))
