@@ -18,11 +18,51 @@ say() {
     echo "$(date '+%F %T') job $job, restart $restart: $*"
 }
 
+given() { # the value of a flag of pretraining, "" without it: given FLAG
+    local i value=''
+    local -a words
+    eval "words=($(<"$job_folder/flags"))" # quoted by shlex
+    for i in "${!words[@]}"; do
+        case ${words[i]} in
+            "$1") value=${words[i + 1]:-} ;;
+            "$1="*) value=${words[i]#*=} ;;
+        esac
+    done
+    echo "$value"
+}
+
+newest() { # the iteration of the last checkpoint, persistent or not, as Megatron looks; "" without one
+    local named file newest='' places=("$run/checkpoints") local_folder
+    case $(given --non-persistent-ckpt-type) in
+        global)
+            named=$(given --non-persistent-global-ckpt-dir)
+            places+=("${named:-$run/checkpoints/non_persistent}")
+            ;;
+        local) # what this node has: if it is new to the job, others may have more
+            local_folder=$(given --non-persistent-local-ckpt-dir)
+            for file in "$local_folder"/*/iter_*_local.pt; do
+                file=${file##*/iter_}
+                [[ $file =~ ^([0-9]+)_[0-9]+_local\.pt$ ]] && places+=("iteration ${BASH_REMATCH[1]}")
+            done
+            ;;
+    esac
+    for file in "${places[@]}"; do
+        named=''
+        if [[ $file == "iteration "* ]]; then
+            named=${file#iteration }
+        elif [ -e "$file/$tracker" ]; then
+            read -r named <"$file/$tracker"
+            [[ $named =~ ^[0-9]+$ ]] || named=0
+        fi
+        [[ -z $named || (-n $newest && 10#$named -le $newest) ]] || newest=$((10#$named))
+    done
+    echo "$newest"
+}
+
 iteration() { # of the last checkpoint; 0 without one
-    local saved=0
-    [ ! -e "$tracker" ] || read -r saved <"$tracker"
-    [[ $saved =~ ^[0-9]+$ ]] || saved=0
-    echo "$saved"
+    local saved
+    saved=$(newest)
+    echo "${saved:-0}"
 }
 
 stalls() { # how many starts in a row, up to the last, were from this iteration
@@ -130,7 +170,7 @@ check_nodes() { # one step for each, so that a dead node spoils no other's
 run=$(realpath -m "$1")
 shift
 restart=${SLURM_RESTART_COUNT:-0}
-tracker=$run/checkpoints/latest_checkpointed_iteration.txt
+tracker=latest_checkpointed_iteration.txt
 job_folder=$run/jobs/$job
 folder=$job_folder/restart_$restart
 SITE=${SITE:-$REPO/examples/slurm/site.sh}
@@ -158,7 +198,10 @@ if [ "$(stalls "$began")" -ge "$MAX_STALLS" ]; then
 fi
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 flags=(--tensorboard-dir "$run/tensorboard" "@$job_folder/flags" --save "$run/checkpoints" --exit-signal-handler)
-[ ! -e "$tracker" ] || flags+=(--load "$run/checkpoints")
+# Other nodes may have local checkpoints where this one has none.
+if [ -n "$(newest)" ] || { [ "$restart" -gt 0 ] && [ "$(given --non-persistent-ckpt-type)" = local ]; }; then
+    flags+=(--load "$run/checkpoints")
+fi
 [ "$DOCTOR" = 0 ] || check_nodes
 status=1
 if [ -z "$stop" ]; then

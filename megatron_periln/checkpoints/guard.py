@@ -13,10 +13,10 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints.fence import Fence
-from megatron_periln.checkpoints.intact import iteration_of
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
 from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.checkpoints.restart_attempt import RestartAttempt
+from megatron_periln.checkpoints.sources import iteration_of, non_persistent_folder
 from megatron_periln.checkpoints.sums import open_summed
 from megatron_periln.checkpoints.watch import SaveWatch
 from megatron_periln.errors import RankError, UsageError
@@ -48,7 +48,7 @@ def install(args: Namespace) -> None:
         return
     fence = None
     if args.rank == 0:
-        fence = _take(Path(args.save))
+        fence = _take(args)
     if args.checkpoint_verify == "full":
         checkpoint_writer.open_with(open_summed)
     checkpoint_saving.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
@@ -73,15 +73,19 @@ def put_back(args: Namespace) -> None:
     if folder.resolve() != Path(args.load).resolve():
         return
     ranks = Rendezvous(args)
-    if ranks.rank == 0 and any(folder.glob(f"{_REPLACED}iter_*")):
-        _take(folder)
+    folders = [folder, *filter(None, [non_persistent_folder(args, "save")])]
+    if ranks.rank == 0 and any(any(one.glob(f"{_REPLACED}iter_*")) for one in folders):
+        _take(args)
     ranks.broadcast(None)
 
 
-def _take(folder: Path) -> Fence:
+def _take(args: Namespace) -> Fence:
+    folder, non_persistent = Path(args.save), non_persistent_folder(args, "save")
     fence = Fence.take(folder, _restart_attempt())
     try:
         tidy(folder)
+        if non_persistent is not None:
+            tidy(non_persistent)
     except OSError as error:
         raise UsageError(
             f"--save {folder}: what a save that was cut off left can't be cleared away: {error}; repair the "
@@ -151,8 +155,12 @@ class SaveGuard:
         self.fence, self.verify, self.minutes = fence, verify, minutes
         self.watch = SaveWatch(minutes)
 
-    def before_save(self, folder: Path) -> None:
-        """Check that this run may and can write; move a checkpoint that is saved anew out of the way."""
+    def before_save(self, folder: Path, *, persistent: bool = True) -> None:
+        """Check that this run may and can write; move a checkpoint that is saved anew out of the way.
+
+        The folder of a non-persistent checkpoint is not made yet: Megatron would take it for the newest,
+        and delete the one before, which is the only one.
+        """
         assert self.fence is not None
         self.watch.begin(folder)
         self.fence.check()
@@ -161,7 +169,7 @@ class SaveGuard:
                 replaced = _replaced(folder)
                 _discard(replaced)
                 folder.replace(replaced)
-            folder.mkdir(exist_ok=True)
+            (folder if persistent else folder.parent).mkdir(parents=not persistent, exist_ok=True)
         except OSError as error:
             raise UsageError(_unwritable(folder, error)) from error
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
-from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename
-
+from megatron_periln.checkpoints import local
 from megatron_periln.checkpoints.manifest import MANIFEST, BrokenCheckpointError, Manifest
 from megatron_periln.checkpoints.rendezvous import Rendezvous
+from megatron_periln.checkpoints.sources import (
+    Candidate,
+    candidates,
+    is_complete,
+    loads_from,
+    named_non_persistent,
+    non_persistent_folder,
+    take,
+)
 from megatron_periln.errors import UsageError
+from megatron_periln.patches import checkpoint_choice
 
-__all__ = ["FLAG_GROUP", "add_checkpoint_arguments", "choose_intact_checkpoint", "iteration_of", "loads_from"]
+__all__ = ["FLAG_GROUP", "add_checkpoint_arguments", "choose_intact_checkpoint"]
 
 FLAG_GROUP = "checkpoints"
 
@@ -31,50 +38,84 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def loads_from(args: Namespace) -> str:
-    """Return which Megatron reads, ``load`` or, at a run's start only, ``pretrained_checkpoint``."""
-    started = args.pretrained_checkpoint is None or checkpoint_exists(args.load)
-    return "load" if started else "pretrained_checkpoint"
-
-
 def choose_intact_checkpoint(args: Namespace) -> None:
-    """Check the checkpoint that ``args`` would load; set ``args.ckpt_step`` to an older one if it is broken.
+    """Check the checkpoint that ``args`` would load; have an older one loaded if it is broken.
 
     All ranks share the reading, and rank 0 tells in a line which is broken, which file, and which is
-    used. A checkpoint that ``--ckpt-step`` asks for, and a pretrained one, have no substitute.
+    used. A checkpoint that ``--ckpt-step`` asks for, and a pretrained one, have no substitute. Local
+    checkpoints are no substitutes either: where the newest intact one is newer than what ``--load`` names, it
+    is what Megatron takes, and nothing else is read.
 
     Parameters
     ----------
     args
-        Megatron's and ours, parsed.
+        Megatron's and ours, parsed. ``ckpt_step`` and ``pretrained_checkpoint`` may change.
 
     Raises
     ------
     UsageError
         On every rank, if there is a checkpoint and none is intact.
     """
-    if args.checkpoint_verify == "off" or args.enable_msc:
+    if args.enable_msc:
         return
+    ranks = Rendezvous(args)
+    newest_local = local.newest_intact(args, ranks)
+    _go_on_rather_than_start_anew(args, ranks, newest_local)
     flag = loads_from(args)
-    folder = getattr(args, flag)
-    if folder is not None:
-        _choose(args, Path(folder), f"--{flag.replace('_', '-')}", Rendezvous(args))
+    if getattr(args, flag) is not None:
+        _choose(args, flag, ranks, newest_local)
 
 
-def _choose(args: Namespace, folder: Path, flag: str, ranks: Rendezvous) -> None:
-    substitutes = flag == "--load" and not args.ckpt_step
-    candidates = [] if ranks.rank else list(_candidates(args, folder, substitutes))
+def _go_on_rather_than_start_anew(args: Namespace, ranks: Rendezvous, newest_local: int) -> None:
+    """Leave the pretrained checkpoint alone where the run has a non-persistent checkpoint of its own.
+
+    Megatron looks for persistent ones only, and would start anew, or even from that non-persistent one's
+    weights.
+    """
+    if loads_from(args) == "load":
+        return
+    own: str | None = None
+    if ranks.rank == 0:
+        named = named_non_persistent(args)
+        own = f"{non_persistent_folder(args)}, iteration {named}" if named is not None else None
+        if newest_local >= 0:
+            own = f"{args.non_persistent_local_ckpt_dir}, iteration {newest_local}"
+    own = ranks.broadcast(own)
+    if own is None:
+        return
+    if args.load is None:
+        raise UsageError(
+            f"there is a non-persistent checkpoint in {own}, which Megatron would take for the weights of "
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}; give --load to go on from it, or another "
+            "folder for non-persistent checkpoints"
+        )
+    if ranks.rank == 0:
+        print(f"--load {args.load}: goes on from {own}, not from --pretrained-checkpoint", flush=True)
+    args.pretrained_checkpoint = None
+
+
+def _choose(args: Namespace, load_arg: str, ranks: Rendezvous, newest_local: int) -> None:
+    folder, flag = Path(getattr(args, load_arg)), f"--{load_arg.replace('_', '-')}"
+    error, listed = ranks.broadcast(_listed(args, load_arg) if ranks.rank == 0 else None)
+    if error is not None:
+        raise UsageError(error)
+    found = [Candidate(Path(path), persistent) for path, persistent in listed]
+    if args.ckpt_step and newest_local > args.ckpt_step:
+        checkpoint_choice.replace_non_persistent({newest_local: -1})
+    elif newest_local >= max((one.iteration for one in found), default=0):
+        return
     broken: list[str] = []
-    for number in range(ranks.broadcast(len(candidates))):
-        path = Path(ranks.broadcast(str(candidates[number]) if candidates else None))
-        reason = _verify(path, args.checkpoint_verify == "full", ranks)
+    for candidate in found:
+        name = candidate.path.name if candidate.path.parent == folder else str(candidate.path)
+        reason = None
+        if args.checkpoint_verify != "off":
+            reason = _verify(candidate.path, args.checkpoint_verify == "full", ranks)
         if reason is None:
-            if broken:
-                args.ckpt_step = iteration_of(path)
-                if ranks.rank == 0:
-                    print(f"{flag} {folder}: {'; '.join(broken)}; using {path.name}", flush=True)
+            if broken and ranks.rank == 0:
+                print(f"{flag} {folder}: {'; '.join(broken)}; using {name}", flush=True)
+            take(args, load_arg, candidate)
             return
-        broken.append(f"{path.name} is broken: {reason}")
+        broken.append(f"{name} is broken: {reason}")
     if broken:
         raise UsageError(
             f"{flag} {folder}: {'; '.join(broken)}; restore a file that is named, give another {flag}, "
@@ -82,43 +123,12 @@ def _choose(args: Namespace, folder: Path, flag: str, ranks: Rendezvous) -> None
         )
 
 
-def _candidates(args: Namespace, folder: Path, substitutes: bool) -> Iterator[Path]:
-    """Yield the checkpoint that Megatron would load, and those that are older, the newest first.
-
-    What Megatron, or a later check, refuses by itself is none: no folder, no tracker, no number in it.
-    """
-    tracker = Path(get_checkpoint_tracker_filename(str(folder)))
-    named = tracker.read_text().strip() if tracker.is_file() else ""
-    if named == "release":
-        yield folder / "release"
-        return
-    step = args.ckpt_step or (int(named) if named.isdecimal() else None)
-    if step is None:
-        return
-    newest = folder / f"iter_{step:07d}"
-    numbered = {iteration_of(path) or step: path for path in folder.glob("iter_*")} if substitutes else {}
-    older = [
-        numbered[number] for number in sorted(numbered) if number < step and _is_complete(numbered[number])
-    ]
-    if newest.is_dir() or older:
-        yield newest
-        yield from reversed(older)
-
-
-def iteration_of(path: Path) -> int | None:
-    """Return the iteration that a checkpoint's folder is named after, None if it is named otherwise."""
-    number = path.name.removeprefix("iter_")
-    return int(number) if number != path.name and number.isdecimal() else None
-
-
-def _is_complete(path: Path) -> bool:
-    """Tell whether a checkpoint was saved to its end, if not whether it still is what was saved."""
-    if (path / MANIFEST).exists() or (path / ".metadata").exists():
-        return True
+def _listed(args: Namespace, load_arg: str) -> tuple[str | None, list[tuple[str, bool]]]:
+    """Return what is wrong with the trackers, and the candidates, in what JSON can hold."""
     try:
-        return dist_checkpointing.check_is_distributed_checkpoint(str(path)) or any(path.glob("mp_rank_*"))
-    except (OSError, ValueError, TypeError):
-        return False
+        return None, [(str(one.path), one.persistent) for one in candidates(args, load_arg)]
+    except UsageError as error:
+        return str(error), []
 
 
 def _verify(path: Path, full: bool, ranks: Rendezvous) -> str | None:
@@ -146,7 +156,7 @@ def _look(path: Path) -> tuple[Manifest | None, str | None]:
         if not path.is_dir():
             raise BrokenCheckpointError("the folder is missing")
         manifest = Manifest.read(path)
-        if manifest is None and not _is_complete(path):
+        if manifest is None and not is_complete(path):
             raise BrokenCheckpointError("its saving did not end")
         if manifest is not None:
             manifest.check_sizes(path)

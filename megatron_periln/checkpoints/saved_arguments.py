@@ -17,7 +17,12 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_periln.checkpoints.intact import iteration_of
+from megatron_periln.checkpoints.sources import (
+    iteration_of,
+    named_non_persistent,
+    non_persistent_folder,
+    tracker_of,
+)
 from megatron_periln.errors import UsageError
 from megatron_periln.patches import checkpoint_loading
 
@@ -44,22 +49,36 @@ def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
         return None
     if dist_checkpointing.check_is_distributed_checkpoint(folder):
         raise UsageError(f"{flag} {folder} is one checkpoint; give the folder above it, and --ckpt-step")
-    tracker = Path(checkpointing.get_checkpoint_tracker_filename(folder))
-    if tracker.is_file():
-        named = tracker.read_text().strip()
-        if not named.isdecimal() and named != "release":
-            raise UsageError(f"{tracker} names no iteration but {named!r}; write the number of one into it")
-    elif not args.ckpt_step:
-        return None
-    path = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
-    if not path.is_dir():
-        numbers = sorted(number for inner in Path(folder).glob("iter_*") if (number := iteration_of(inner)))
+    named, tracker = tracker_of(Path(folder)), checkpointing.get_checkpoint_tracker_filename(folder)
+    if named is not None and not named.isdecimal() and named != "release":
+        raise UsageError(f"{tracker} names no iteration but {named!r}; write the number of one into it")
+    persistent = None
+    if named is not None or args.ckpt_step:
+        persistent = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+    path = _non_persistent_path(args, load_arg, persistent) or persistent
+    if path is not None and not path.is_dir():
+        numbers = sorted(number for inner in path.parent.glob("iter_*") if (number := iteration_of(inner)))
         found = ", ".join(map(str, numbers)) or "none"
+        place = f"{flag} {folder}" if path is persistent else str(path.parent)
         advice = (
-            "give another --ckpt-step" if args.ckpt_step else f"correct {tracker.name}, or give --ckpt-step"
+            "give another --ckpt-step"
+            if args.ckpt_step
+            else f"correct {Path(tracker).name}, or give --ckpt-step"
         )
-        raise UsageError(f"{flag} {folder}: there is no {path.name}, but {found}; {advice}")
+        raise UsageError(f"{place}: there is no {path.name}, but {found}; {advice}")
     return path
+
+
+def _non_persistent_path(args: Namespace, load_arg: str, persistent: Path | None) -> Path | None:
+    """Return the folder of the global non-persistent checkpoint if it is the one to load."""
+    folder = non_persistent_folder(args, load_arg)
+    if folder is None or named_non_persistent(args, load_arg) is None:
+        return None
+    # Megatron's, as `patches.checkpoint_choice` may have changed it.
+    newest = checkpointing._get_non_persistent_iteration(str(folder), args)
+    if newest == -1 or newest < (-1 if persistent is None else iteration_of(persistent) or 0):
+        return None
+    return None if args.ckpt_step and newest != args.ckpt_step else folder / f"iter_{newest:07d}"
 
 
 def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None:

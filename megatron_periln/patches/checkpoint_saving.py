@@ -9,6 +9,7 @@ with which a checkpoint counts, after a synchronous save and an asynchronous one
 from __future__ import annotations
 
 import io
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ _TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
 class Guard(Protocol):
     """Watches over the saving of checkpoints; called on rank 0, where it may raise `UsageError`."""
 
-    def before_save(self, folder: Path) -> None:
+    def before_save(self, folder: Path, *, persistent: bool) -> None:
         """See a save to ``folder`` begin, before anything is written."""
 
     def explain(self, folder: Path, error: Exception) -> Exception:
@@ -59,14 +60,13 @@ def guard(guard: Guard) -> None:
         call = partial(
             save, iteration, *args, non_persistent_ckpt=non_persistent_ckpt, release=release, **kwargs
         )
-        if non_persistent_ckpt:
+        place = _non_persistent_folder(get_args()) if non_persistent_ckpt else get_args().save
+        if place is None:
             return call()
         folder = Path(
-            checkpointing.get_checkpoint_name(
-                get_args().save, iteration, release=release, return_base_dir=True
-            )
+            checkpointing.get_checkpoint_name(place, iteration, release=release, return_base_dir=True)
         )
-        _first(lambda: guard.before_save(folder))
+        _first(lambda: guard.before_save(folder, persistent=not non_persistent_ckpt))
         try:
             return call()
         except Exception as error:
@@ -77,6 +77,14 @@ def guard(guard: Guard) -> None:
 
     training.save_checkpoint = guarded_save
     checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)
+
+
+def _non_persistent_folder(args: Namespace) -> str | None:
+    """Return where global non-persistent checkpoints go, None for local ones: see `local_checkpoints`."""
+    if args.non_persistent_ckpt_type != "global":
+        return None
+    folder: str | None = args.non_persistent_global_ckpt_dir
+    return folder or str(Path(args.save) / checkpointing._NON_PERSISTENT_CKPT_SUBDIR)
 
 
 def _first(call: Callable[[], None]) -> None:

@@ -50,6 +50,7 @@ def check_flags(args: Namespace) -> None:
     if args.fuse_pre_mlp_norm:
         _check_fusion(args)
     _check_intervals(args)
+    _check_non_persistent(args)
     _check_divisions(args)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -78,6 +79,20 @@ def _check_intervals(args: Namespace) -> None:
         raise UsageError(
             "give --eval-interval, the iterations between evaluations; with --eval-iters 0 there are none"
         )
+
+
+def _check_non_persistent(args: Namespace) -> None:
+    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
+        raise UsageError("--non-persistent-save-interval needs --non-persistent-ckpt-type global or local")
+    if args.non_persistent_ckpt_type != "global" or not args.non_persistent_global_ckpt_dir:
+        return
+    folder = Path(args.non_persistent_global_ckpt_dir).resolve()
+    for flag, other in (("--save", args.save), ("--load", args.load)):
+        if other and folder in (Path(other).resolve(), *Path(other).resolve().parents):
+            raise UsageError(
+                f"--non-persistent-global-ckpt-dir {folder} holds {flag} {other}: Megatron would delete "
+                "every checkpoint in it but the newest; give a folder of its own"
+            )
 
 
 def _check_divisions(args: Namespace) -> None:

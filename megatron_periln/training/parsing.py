@@ -14,7 +14,8 @@ from megatron.training.global_vars import set_global_variables
 from megatron_periln import cpu
 from megatron_periln.checkpoints.guard import put_back
 from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
-from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint, loads_from
+from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint
+from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
 from megatron_periln.errors import UsageError
@@ -148,6 +149,11 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError(
                 "--use-checkpoint-args needs a checkpoint: give --load or --pretrained-checkpoint"
+            )
+        if args.non_persistent_ckpt_type == "local":
+            raise UsageError(
+                "--use-checkpoint-args can't read local checkpoints (--non-persistent-ckpt-type local); give "
+                "the model's flags instead"
             )
         load_args_from_checkpoint(args, load_arg=loads_from(args))
         adopt_saved_placement(args)

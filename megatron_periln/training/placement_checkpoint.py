@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
-from megatron_periln.checkpoints.intact import loads_from
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
+from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
 
-__all__ = ["adopt_saved_placement", "consumed_samples", "refuse_other_placement"]
+__all__ = [
+    "adopt_saved_placement",
+    "consumed_samples",
+    "refuse_other_local_placement",
+    "refuse_other_placement",
+]
 
 
 def adopt_saved_placement(args: Namespace) -> None:
@@ -38,44 +44,54 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
         a part of the optimizer's state.
     """
     load_arg = loads_from(args)
-    saved = saved_arguments(args, load_arg)
-    if saved is None:
-        return
+    path, saved = checkpoint_path(args, load_arg), saved_arguments(args, load_arg)
+    if path is not None and saved is not None:
+        _refuse_another(args, load_arg, path, saved, placement)
+
+
+def refuse_other_local_placement(args: Namespace, placement: NormPlacement, saved: Namespace) -> None:
+    """Refuse to load a local checkpoint with the arguments ``saved``, as `refuse_other_placement` does."""
+    _refuse_another(args, "load", Path(args.non_persistent_local_ckpt_dir) / "local", saved, placement)
+
+
+def _refuse_another(
+    args: Namespace, load_arg: str, path: Path, saved: Namespace, placement: NormPlacement
+) -> None:
     theirs = placement_of(saved)
-    _refuse_other_structure(args, load_arg, placement, theirs, by_stock=not hasattr(saved, "norm_placement"))
-    _refuse_other_gamma(args, load_arg, saved)
+    origin = "" if hasattr(saved, "norm_placement") else ", written by stock Megatron,"
+    _refuse_other_structure(load_arg, path, placement, theirs, origin)
+    _refuse_other_gamma(args, path, saved)
     if load_arg == "load" and not args.finetune:
-        _refuse_other_epsilon(args, saved, placement, theirs)
-        _refuse_other_frozen_weights(args, saved, placement, theirs)
+        _refuse_other_epsilon(args, path, saved, placement, theirs)
+        _refuse_other_frozen_weights(args, path, saved, placement, theirs)
 
 
 def _refuse_other_structure(
-    args: Namespace, load_arg: str, placement: NormPlacement, theirs: NormPlacement, *, by_stock: bool
+    load_arg: str, path: Path, placement: NormPlacement, theirs: NormPlacement, origin: str
 ) -> None:
     if theirs.structure() == placement.structure():
         return
-    origin = ", written by stock Megatron," if by_stock else ""
     warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
     flags = " ".join(word for flag in placement_flags(theirs) for word in flag)
     raise UsageError(
-        f"the checkpoint in {getattr(args, load_arg)}{origin} has norm placement {theirs.structure()}, "
+        f"the checkpoint in {path.parent}{origin} has norm placement {theirs.structure()}, "
         f"and this run asks for {placement.structure()}; give {flags} to continue it, or another "
         f"--{load_arg.replace('_', '-')} (and --save) to start anew{warm}"
     )
 
 
-def _refuse_other_gamma(args: Namespace, load_arg: str, saved: Namespace) -> None:
+def _refuse_other_gamma(args: Namespace, path: Path, saved: Namespace) -> None:
     centered = args.layernorm_zero_centered_gamma
     if getattr(saved, "layernorm_zero_centered_gamma", centered) != centered:
         was, other = ("without", "drop") if centered else ("with", "give")
         raise UsageError(
-            f"the checkpoint in {getattr(args, load_arg)} was trained {was} --apply-layernorm-1p, which "
+            f"the checkpoint in {path.parent} was trained {was} --apply-layernorm-1p, which "
             f"stores each norm weight less 1; {other} that flag"
         )
 
 
 def _refuse_other_epsilon(
-    args: Namespace, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
+    args: Namespace, path: Path, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
 ) -> None:
     if theirs.output_norm_epsilon == placement.output_norm_epsilon:
         return
@@ -83,22 +99,21 @@ def _refuse_other_epsilon(
     now = placement.output_norm_epsilon or args.layernorm_epsilon
     if before != now:
         raise UsageError(
-            f"the checkpoint in {args.load} was trained with an output norm epsilon of {before:g}, and "
+            f"the checkpoint in {path.parent} was trained with an output norm epsilon of {before:g}, and "
             f"this run asks for {now:g}; give --output-norm-epsilon {before:g} to continue it, or "
             "--finetune to start from its weights"
         )
 
 
 def _refuse_other_frozen_weights(
-    args: Namespace, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
+    args: Namespace, path: Path, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
 ) -> None:
-    path = checkpoint_path(args)
-    weights_only = path is None or path.name == "release" or getattr(saved, "no_save_optim", False)
+    weights_only = path.name == "release" or getattr(saved, "no_save_optim", False)
     loads_optimizer = not (weights_only or args.no_load_optim)
     if theirs.freeze_output_norm != placement.freeze_output_norm and loads_optimizer:
         was, other = ("with", "give") if theirs.freeze_output_norm else ("without", "drop")
         raise UsageError(
-            f"the checkpoint in {args.load} was trained {was} --freeze-output-norm, and its optimizer state "
-            f"is that of these parameters; {other} that flag to continue it, or give --finetune or "
+            f"the checkpoint in {path.parent} was trained {was} --freeze-output-norm, and its optimizer "
+            f"state is that of these parameters; {other} that flag to continue it, or give --finetune or "
             "--no-load-optim to start from its weights"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 from argparse import Namespace
@@ -13,7 +14,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_periln.checkpoints import guard
+from megatron_periln.checkpoints import guard, local
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.models.from_arguments import gpt_config_from_args, hybrid_config_from_args
@@ -24,6 +25,7 @@ from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.parsing import parse
+from megatron_periln.training.placement_checkpoint import refuse_other_local_placement
 
 __all__ = ["embedding_ranks", "model_config_of", "run"]
 
@@ -76,6 +78,7 @@ def run(program_start: float) -> None:
         check_data(args)
         make_save_folder(args)
     guard.install(args)
+    local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))
     model_config = model_config_of(args)
     if args.monitor_layers:
         install(args)

@@ -120,6 +120,45 @@ def test_restart_takes_the_snapshot(node):
     assert f"--load {node.run}/checkpoints" in calls.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("place", "flags"),
+    [
+        ("checkpoints/non_persistent", "--non-persistent-ckpt-type global"),
+        ("of its own", "--non-persistent-ckpt-type=global --non-persistent-global-ckpt-dir"),
+    ],
+)
+def test_goes_on_from_non_persistent_checkpoints(node, place, flags):
+    """Killed before its first persistent one, as after one that is older."""
+    words = flags.split()
+    if place == "of its own":
+        words.append(f"{node.run}/{place}")
+    save = f"mkdir -p '{node.run}/{place}'; echo 17 >'{node.run}/{place}/latest_checkpointed_iteration.txt'; "
+    finished, calls = node.start(node.run, "--lr", "1", *words, training=f"{save}exit 3")
+    assert "goes on from iteration 17" in finished.stdout
+    finished, calls = node.start(training=SAVE.format(5) + "exit 3", restart=1)
+    assert f"--load {node.run}/checkpoints" in calls.splitlines()[-2]
+    assert "starts from iteration 17 " in finished.stdout
+    finished, calls = node.start(training=SAVE.format(18), restart=2)
+    assert "done at iteration 18" in finished.stdout
+    assert [line.split()[:2] for line in (node.run / "jobs/7/history").read_text().splitlines()] == [
+        ["0", "0"],
+        ["1", "17"],
+        ["2", "17"],
+    ]
+
+
+def test_goes_on_from_local_checkpoints(node):
+    """Which may be on other nodes only."""
+    folder = node.folder / "local"
+    words = ["--non-persistent-ckpt-type", "local", "--non-persistent-local-ckpt-dir", str(folder)]
+    save = f"mkdir -p {folder}/1; touch {folder}/1/iter_0000008_1_local.pt {folder}/1/iter_0000009_1_x.pt; "
+    _, calls = node.start(node.run, *words, training="exit 3")
+    assert "--load" not in calls
+    finished, calls = node.start(training=f"{save}exit 3", restart=1)
+    assert f"--load {node.run}/checkpoints" in calls
+    assert "goes on from iteration 8" in finished.stdout
+
+
 def test_goes_on_after_faults_that_follow_progress(node):
     finished, calls = node.start(training=SAVE.format(5) + "exit 3")
     assert finished.returncode == 3

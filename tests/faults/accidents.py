@@ -32,10 +32,10 @@ def superseded_before_saving():
     """SLURM requeues the job after its second save; its ranks live on."""
     before_save = guard.SaveGuard.before_save
 
-    def late(self, folder):
+    def late(self, folder, **kind):
         if folder.name == "iter_0000006":
             Fence.take(self.fence.folder, SUCCESSOR)
-        before_save(self, folder)
+        before_save(self, folder, **kind)
 
     guard.SaveGuard.before_save = late
 
@@ -73,8 +73,8 @@ def disk_full():
     """Let no file grow past what its second checkpoint needs, whichever process writes it."""
     before_save = guard.SaveGuard.before_save
 
-    def late(self, folder):
-        before_save(self, folder)
+    def late(self, folder, **kind):
+        before_save(self, folder, **kind)
         if folder.name == "iter_0000004":
             rank = psutil.Process()
             for process in (rank, *rank.children(recursive=True)):
@@ -88,10 +88,10 @@ def read_only():
     """Its disk, ``DISK``, becomes read-only before its second save, as ext4 does after an error."""
     before_save = guard.SaveGuard.before_save
 
-    def late(self, folder):
+    def late(self, folder, **kind):
         if folder.name == "iter_0000004":
             subprocess.run(["mount", "-o", "remount,ro", os.environ["DISK"]], check=True)
-        before_save(self, folder)
+        before_save(self, folder, **kind)
 
     guard.SaveGuard.before_save = late
 

@@ -18,8 +18,8 @@ class Guard:
     def __init__(self, *, refuses=False):
         self.seen, self.refuses = [], refuses
 
-    def before_save(self, folder):
-        self.seen.append(("before", folder.name))
+    def before_save(self, folder, *, persistent):
+        self.seen.append(("before" if persistent else "before non-persistent", folder.name))
         if self.refuses:
             raise UsageError("not here")
 
@@ -34,8 +34,9 @@ class Guard:
 def guarded(monkeypatch, tmp_path, single_process):
     """Guard a function that stands in for Megatron's ``save_checkpoint``, and return what calls it."""
 
-    def guarded(guard, save):
-        monkeypatch.setattr(checkpoint_saving, "get_args", lambda: SimpleNamespace(save=str(tmp_path)))
+    def guarded(guard, save, **settings):
+        args = SimpleNamespace(save=str(tmp_path), **settings)
+        monkeypatch.setattr(checkpoint_saving, "get_args", lambda: args)
         monkeypatch.setattr(training, "save_checkpoint", save)
         monkeypatch.setattr(checkpointing, "maybe_msc", checkpointing.maybe_msc)
         checkpoint_saving.guard(guard)
@@ -75,10 +76,26 @@ def test_a_refusal_comes_before_the_save(guarded):
         guarded(Guard(refuses=True), lambda *_, **__: pytest.fail("saved"))(4)
 
 
-def test_local_checkpoints_are_not_guarded(guarded):
+def test_local_checkpoints_are_not_guarded_here(guarded):
     guard = Guard()
-    assert guarded(guard, lambda *_, **__: "saved")(4, non_persistent_ckpt=True) == "saved"
+    save = guarded(guard, lambda *_, **__: "saved", non_persistent_ckpt_type="local")
+    assert save(4, non_persistent_ckpt=True) == "saved"
     assert guard.seen == []
+
+
+@pytest.mark.parametrize("elsewhere", [None, "elsewhere"])
+def test_global_non_persistent_checkpoints_are_guarded(guarded, tmp_path, elsewhere):
+    folder = tmp_path / (elsewhere or "non_persistent")
+    settings = {"non_persistent_ckpt_type": "global"}
+    settings["non_persistent_global_ckpt_dir"] = elsewhere and str(folder)
+
+    def save(iteration, **_):
+        with checkpointing.maybe_msc.open(str(folder / TRACKER), "w") as stream:
+            stream.write(str(iteration))
+
+    guard = Guard()
+    guarded(guard, save, **settings)(4, non_persistent_ckpt=True)
+    assert guard.seen == [("before non-persistent", "iter_0000004"), (TRACKER, "4")]
 
 
 def test_upstream_still_truncates_the_tracker():

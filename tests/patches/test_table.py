@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def test_it_says_why_and_until_when(patch):
 def test_what_is_changed_exists(symbol):
     """An attribute that only objects have is named in the source of their class or module."""
     names = symbol.split(".")
+    if importlib.util.find_spec(names[0]) is None:
+        pytest.skip(f"{names[0]} is not installed")
     for length in range(len(names), 0, -1):
         try:
             found = importlib.import_module(".".join(names[:length]))
