@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import UsageError, tell
 
 __all__ = ["exit_code", "parse_flags", "parse_size", "quiet_megatron", "run_command"]
 
@@ -31,7 +31,7 @@ def exit_code(action: Callable[[], object]) -> int:
     except BrokenPipeError:  # the reader of stdout, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)

@@ -1,6 +1,15 @@
 """Errors that a user can put right: each message says what was wrong, where, and what to do."""
 
-__all__ = ["PreprocessError", "RankError", "ReportError", "UsageError"]
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+__all__ = ["TRACEBACK", "PreprocessError", "RankError", "ReportError", "UsageError", "tell"]
+
+TRACEBACK = "MEGATRON_PERILN_TRACEBACK"
+"""The environment variable that has the traceback printed before the one line of an error."""
 
 
 class UsageError(Exception):
@@ -17,3 +26,10 @@ class PreprocessError(UsageError):
 
 class ReportError(UsageError):
     """A run that cannot be read, or a page that cannot be written."""
+
+
+def tell(error: BaseException) -> None:
+    """Print the one line of an error, after its traceback if `TRACEBACK` asks for it."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_periln import flag_files
-from megatron_periln.errors import RankError, UsageError
+from megatron_periln.errors import RankError, UsageError, tell
 
 PROGRAM_START = time.time()
 
@@ -64,7 +64,7 @@ def main() -> None:
         run(PROGRAM_START)
     except UsageError as error:
         if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(error)
         _tell_torchrun(str(error))
         sys.exit(1)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 __all__ = ["Rendezvous"]
 
 _PATIENCE = timedelta(hours=2)
+_TRIES, _SECONDS_BETWEEN_TRIES = 60, 0.05
 
 _store: Any = None
 _keys = itertools.count(1)  # of this process: every rank says the same things in the same order
@@ -51,6 +54,36 @@ class Rendezvous:
             self._store.set(f"{key}/{self.rank}", json.dumps(value))
             return []
         return [value, *(self._wait(f"{key}/{rank}") for rank in range(1, self.size))]
+
+    def speaks_for_the_first(self) -> bool:
+        """Tell whether this rank, which has met an error, is to tell of it because rank 0 does not.
+
+        Rank 0 may have met the same error, or none: the others give it a few seconds to ask this as well,
+        after which the first of them speaks.
+        """
+        if self.size == 1:
+            return False
+        if self.rank == 0:
+            self._store.set("error/first", "")
+            # The store may end with this process: the others are to have read it before.
+            self._poll(lambda: self._store.add("error/heard", 0) == self.size - 1)
+            return False
+        try:
+            if self._poll(lambda: self._store.check(["error/first"])):
+                self._store.add("error/heard", 1)
+                return False
+            return bool(self._store.add("error/others", 1) == 1)
+        except torch.distributed.DistError:  # the store has gone with rank 0, which does not end silently
+            return False
+
+    @staticmethod
+    def _poll(condition: Callable[[], bool]) -> bool:
+        """Return whether a condition becomes true within a few seconds."""
+        for _ in range(_TRIES):
+            if condition():
+                return True
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        return False
 
     def _wait(self, key: str) -> Any:
         self._store.wait([key], _PATIENCE)

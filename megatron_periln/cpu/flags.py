@@ -34,6 +34,12 @@ GPU_ONLY: tuple[tuple[str, str, str], ...] = (
         "--dataloader-inter-document-masking",
         "use --reset-attention-mask",
     ),
+    ("moe_latent_size", "--moe-latent-size", "drop it: its projections are Transformer Engine's"),
+    (
+        "experimental_attention_variant",
+        "--experimental-attention-variant",
+        "drop it: its layers are Transformer Engine's",
+    ),
 )
 """What has none: argument, flag, what to do."""
 

@@ -11,12 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import argument_utils
 from torch import nn
 
-__all__ = ["freeze_all_layers", "gpt_config_from_args", "hybrid_config_from_args"]
+__all__ = ["freeze_all_layers", "gpt_config_from_args", "hybrid_config_from_args", "transformer_config"]
 
 
 def gpt_config_from_args(args: Namespace, model_config_cls: type) -> Any:
     """Return Megatron's ``gpt_config_from_args``; with ``--rope-scaling-factor``, ``--freeze-all-layers``."""
-    transformer = _transformer_config(args)
+    transformer = transformer_config(args)
     config = argument_utils.gpt_config_from_args(args, transformer, model_config_cls=model_config_cls)
     config.rope_scaling_factor = getattr(args, "rope_scaling_factor", config.rope_scaling_factor)
     _freeze(args, config)
@@ -25,7 +25,7 @@ def gpt_config_from_args(args: Namespace, model_config_cls: type) -> Any:
 
 def hybrid_config_from_args(args: Namespace, model_config_cls: type) -> Any:
     """Return Megatron's ``hybrid_config_from_args``, with the scaling of RoPE and ``--freeze-all-layers``."""
-    transformer = _transformer_config(args)
+    transformer = transformer_config(args)
     config = argument_utils.hybrid_config_from_args(args, transformer, model_config_cls=model_config_cls)
     config.rope_scaling = args.use_rope_scaling
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -33,7 +33,7 @@ def hybrid_config_from_args(args: Namespace, model_config_cls: type) -> Any:
     return config
 
 
-def _transformer_config(args: Namespace) -> TransformerConfig:
+def transformer_config(args: Namespace) -> TransformerConfig:
     """Return Megatron's configuration; ``--init-method-xavier-uniform`` ends there in a TypeError."""
     if not args.init_method_xavier_uniform:
         return argument_utils.core_transformer_config_from_args(args)

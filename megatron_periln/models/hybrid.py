@@ -14,6 +14,7 @@ from typing import ClassVar
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -35,7 +36,7 @@ from megatron_periln.models.specs import with_l2_norms, with_submodules
 from megatron_periln.norms import PERI, NoNorm, NormPlacement
 from megatron_periln.patches.model_building import final_norm_of_hybrid_stack
 
-__all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec"]
+__all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec", "why_no_place"]
 
 
 @dataclass(kw_only=True)
@@ -91,12 +92,8 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
         """
         config: HybridModelConfig = self._model_config
         placement = config.norm_placement
-        unsupported = set(config.hybrid_layer_pattern or "") & set("MG")
-        if unsupported and placement.name != "pre":
-            raise ValueError(
-                f"hybrid_layer_pattern {config.hybrid_layer_pattern!r}: norm placement {placement.name!r} "
-                f"has no place in layers {', '.join(sorted(unsupported))}; use layers *, - and E, or pre"
-            )
+        if reason := why_no_place(config.hybrid_layer_pattern or "", placement):
+            raise ValueError(reason)
         with final_norm_of_hybrid_stack(_final_norm(config)):
             model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         if config.rope_scaling and isinstance(
@@ -105,6 +102,17 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
             rope.inv_freq = rope._apply_scaling(rope.inv_freq, factor=config.rope_scaling_factor)
         finish_model(model, placement)
         return model
+
+
+def why_no_place(pattern: str, placement: NormPlacement) -> str | None:
+    """Return why a placement's norms have no place in the layers of a pattern, None if they have one."""
+    unsupported = set(pattern) & {Symbols.MAMBA, Symbols.GDN}
+    if not unsupported or placement.name == "pre":
+        return None
+    return (
+        f"--hybrid-layer-pattern {pattern!r}: norm placement {placement.name!r} has no place in layers "
+        f"{', '.join(sorted(unsupported))}; use layers *, +, - and E, or pre"
+    )
 
 
 def local_stack_spec(config: TransformerConfig) -> ModuleSpec:

@@ -6,11 +6,17 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
+from megatron.core.transformer.enums import AttnBackend
+
 from megatron_periln.errors import UsageError
+from megatron_periln.models.hybrid import why_no_place
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import why_norms_stay_apart
 
-__all__ = ["check_flags", "make_save_folder"]
+__all__ = ["check_flags", "check_model", "make_save_folder"]
 
 # Megatron's flags that belong to another kind of training than GPT pretraining.
 _OTHER_TRAINING = {
@@ -37,8 +43,8 @@ def check_flags(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        For another kind of training, a count that is not positive, norms that can't be one kernel, an
-        interval that is missing, sizes that don't divide; or if this is no rank of a launcher's.
+        For another kind of training, a count that is not positive, an interval that is missing; or if this
+        is no rank of a launcher's.
     """
     for name, flag in _OTHER_TRAINING.items():
         if getattr(args, name, None):
@@ -47,11 +53,8 @@ def check_flags(args: Namespace) -> None:
         count = getattr(args, name)
         if count is not None and count < 1:
             raise UsageError(f"{flag} must be positive, not {count}")
-    if args.fuse_pre_mlp_norm:
-        _check_fusion(args)
     _check_intervals(args)
     _check_non_persistent(args)
-    _check_divisions(args)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(
@@ -60,9 +63,70 @@ def check_flags(args: Namespace) -> None:
         )
 
 
-def _check_fusion(args: Namespace) -> None:
+def check_model(args: Namespace, placement: NormPlacement) -> None:
+    """Check the model that the flags describe, or the checkpoint where ``--use-checkpoint-args`` asks it.
+
+    Raises
+    ------
+    UsageError
+        For sizes that don't divide, norms that can't be one kernel, layers in which no norm can stand, and
+        what can't be built with what is installed here.
+    """
+    _check_divisions(args)
+    if args.fuse_pre_mlp_norm:
+        _check_fusion(args, placement)
+    if args.hybrid_layer_pattern:
+        _check_hybrid(args, placement)
+    if args.num_experts and args.moe_router_topk > args.num_experts:
+        raise UsageError(
+            f"--moe-router-topk ({args.moe_router_topk}) must be at most --num-experts ({args.num_experts})"
+        )
+    if args.attention_backend is AttnBackend.local and not args.spec:
+        raise UsageError(
+            "--attention-backend local needs --spec local; drop it, or give --transformer-impl local"
+        )
+    if args.multiple_validation_sets and not args.full_validation:
+        raise UsageError("--multiple-validation-sets needs --full-validation; give it too, or drop both")
+    if args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
+        raise UsageError(
+            f"--optimizer {args.optimizer} needs the package emerging-optimizers, which is not installed; "
+            "install it, or choose adam or sgd"
+        )
+    if args.async_save and args.use_persistent_ckpt_worker and args.save is not None:
+        _check_asynchronous_saves(args)
+
+
+def _check_asynchronous_saves(args: Namespace) -> None:
+    try:
+        get_async_strategy(args.async_strategy)
+    except ImportError as error:
+        raise UsageError(
+            f"--async-save with --async-strategy {args.async_strategy} needs the package "
+            "nvidia-resiliency-ext, which is not installed, or not in a version that Megatron can use; "
+            "install it, or give --async-strategy mcore"
+        ) from error
+
+
+def _check_hybrid(args: Namespace, placement: NormPlacement) -> None:
+    reason = why_no_place(args.hybrid_layer_pattern, placement)
+    if reason is not None:
+        raise UsageError(reason)
+    if Symbols.MTP_SEPARATOR in args.hybrid_layer_pattern and args.transformer_impl == "local":
+        raise UsageError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern!r}: multi-token prediction, after the "
+            f"{Symbols.MTP_SEPARATOR}, needs Transformer Engine in a hybrid model; drop that part, or train "
+            "without --hybrid-layer-pattern and with --mtp-num-layers"
+        )
+
+
+def _check_fusion(args: Namespace, placement: NormPlacement) -> None:
+    if args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json:
+        raise UsageError(
+            "--fuse-pre-mlp-norm: the layers of --heterogeneous-layers-config-path need not have both "
+            "sublayers; drop one of them"
+        )
     reason = why_norms_stay_apart(
-        NormPlacement.named(args.norm_placement),
+        placement,
         whole_layers=not args.hybrid_layer_pattern,
         recomputed=args.recompute_modules or (),
         offloaded=args.offload_modules or (),
@@ -98,9 +162,11 @@ def _check_non_persistent(args: Namespace) -> None:
 def _check_divisions(args: Namespace) -> None:
     hidden, heads = args.hidden_size, args.num_attention_heads
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else None
     divisions = [
         ("--hidden-size", None if args.kv_channels else hidden, "--num-attention-heads", heads),
         ("--num-attention-heads", heads, "--tensor-model-parallel-size", tensor),
+        ("--num-attention-heads", heads, "--num-query-groups", groups),
         ("--ffn-hidden-size", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor),
         (
             "WORLD_SIZE",

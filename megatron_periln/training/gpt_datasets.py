@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from megatron.core import mpu
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -21,12 +22,12 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training import get_args, get_tokenizer
-from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexed_dataset
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, UsageError
+from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.training.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
 
 __all__ = [
@@ -150,7 +151,7 @@ def predicts_more_tokens_here(args: Namespace, vp_stage: int | None) -> bool:
     """Tell whether this pipeline stage holds multi-token prediction layers."""
     if args.mtp_num_layers is None:
         return False
-    config = core_transformer_config_from_args(args)
+    config = transformer_config(args)
     return mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
         mtp_num_layers=config.mtp_num_layers,
@@ -220,7 +221,13 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     kind = MockGPTDataset if args.mock_data else GPTDataset
     config = dataset_config(args)
     config.contents = contents_of(_prefixes(args))
-    return Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
+    datasets = Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
+    return [_unless_empty(dataset) for dataset in datasets]
+
+
+def _unless_empty(dataset: Any) -> Any:
+    """Return None for a blend without a sample, as of ``--eval-iters 0``: Megatron's loaders refuse it."""
+    return None if isinstance(dataset, BlendedDataset) and not len(dataset) else dataset
 
 
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]

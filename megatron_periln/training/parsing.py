@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import NoReturn
 
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
@@ -17,14 +18,14 @@ from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint
 from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.cpu.flags import adapt_arguments
-from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files
+from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files, explained_tokenizer
 from megatron_periln.errors import UsageError
 from megatron_periln.monitor.settings import GROUP as MONITOR
 from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
-from megatron_periln.training.checks import check_flags
+from megatron_periln.training.checks import check_flags, check_model
 from megatron_periln.training.dropped_flags import make_flags_act, refuse_dropped_flags
 from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.mask_checks import check_masks
@@ -34,6 +35,7 @@ from megatron_periln.training.placement_checkpoint import (
     consumed_samples,
     refuse_other_placement,
 )
+from megatron_periln.training.refusals import refusals_in_one_line
 
 __all__ = ["add_arguments", "check", "parse"]
 
@@ -119,9 +121,11 @@ def parse() -> Namespace:
         parsers.append(add_arguments(parser))
         return parser
 
-    args = parse_args(add_and_keep)
+    with refusals_in_one_line():
+        args = parse_args(add_and_keep)
     check(args, parsers[0])
-    set_global_variables(args)
+    with refusals_in_one_line(args), explained_tokenizer(args):
+        set_global_variables(args)
     return args
 
 
@@ -168,13 +172,12 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
     )
     if cpu.is_active():
         _tell(args, "--device cpu changes flags that need a GPU:", adapt_arguments(args))
+    check_model(args, placement)
     check_masks(args)
-    try:
+    if args.rerun_mode == "report_stats":
+        args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
+    with refusals_in_one_line(args):
         validate_args(args)
-    except (AssertionError, ValueError) as error:
-        if not str(error):
-            raise
-        raise UsageError(f"Megatron refuses these flags: {error}") from error
     check_batch_sizes(args, consumed_samples(args))
     check_monitor(args)
     choose_norm_backend(args)

@@ -6,18 +6,23 @@ import functools
 import signal
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron.core.enums import ModelType
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_args, inprocess_restart, pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import core_transformer_config_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import guard, local
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
-from megatron_periln.models.from_arguments import gpt_config_from_args, hybrid_config_from_args
+from megatron_periln.models.from_arguments import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    transformer_config,
+)
 from megatron_periln.monitor.install import install
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import fixes
@@ -26,6 +31,7 @@ from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.parsing import parse
 from megatron_periln.training.placement_checkpoint import refuse_other_local_placement
+from megatron_periln.training.refusals import refusals_in_one_line
 
 __all__ = ["embedding_ranks", "model_config_of", "run"]
 
@@ -41,7 +47,7 @@ def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
         if not args.untie_embeddings_and_output_weights:
             ranks.add(pipeline_ranks[-1])
         if args.mtp_num_layers is not None:
-            ranks.update(get_mtp_ranks(pipeline_ranks, core_transformer_config_from_args(args)))
+            ranks.update(get_mtp_ranks(pipeline_ranks, transformer_config(args)))
     return sorted(ranks)
 
 
@@ -73,26 +79,38 @@ def run(program_start: float) -> None:
     fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = parse()
+    with refusals_in_one_line(args):
+        configuration = pretrain_cfg_container_from_args(args, model_config_of(args))
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     if args.rank == 0:
         check_data(args)
         make_save_folder(args)
     guard.install(args)
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))
-    model_config = model_config_of(args)
     if args.monitor_layers:
         install(args)
     try:
-        wrapped_pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            store=store,
-            get_embedding_ranks=embedding_ranks,
-        )
+        with refusals_in_one_line(args), _explained_schedule():
+            wrapped_pretrain(
+                configuration,
+                train_valid_test_datasets,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                store=store,
+                get_embedding_ranks=embedding_ranks,
+            )
     except CheckpointException as error:
         raise guard.failure(args, error) from error
+    finally:
+        if args.exit_signal_handler:
+            # Python would restore the default while it ends, and a late signal make a saved run fail.
+            signal.signal(args.exit_signal, signal.SIG_IGN)
+
+
+@contextmanager
+def _explained_schedule() -> Iterator[None]:
+    try:
+        yield
     except AssertionError as error:
         if not str(error).startswith("OptimizerParamScheduler"):
             raise
@@ -101,7 +119,3 @@ def run(program_start: float) -> None:
             "give --override-opt-param-scheduler to follow the flags, "
             "or --use-checkpoint-opt-param-scheduler to follow the checkpoint"
         ) from error
-    finally:
-        if args.exit_signal_handler:
-            # Python would restore the default while it ends, and a late signal make a saved run fail.
-            signal.signal(args.exit_signal, signal.SIG_IGN)

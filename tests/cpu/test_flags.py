@@ -75,7 +75,13 @@ def test_megatron_has_the_argument(defaults, name):
 def test_flag_sets_its_argument_in_the_parser_of_megatron(monkeypatch, defaults, name, flag, _):
     from megatron.training.arguments import parse_args
 
-    value = {"--fp8-format": ["hybrid"], "--fp4-format": ["e2m1"]}.get(flag, [])
+    values = {
+        "--fp8-format": ["hybrid"],
+        "--fp4-format": ["e2m1"],
+        "--moe-latent-size": ["32"],
+        "--experimental-attention-variant": ["gated_delta_net"],
+    }
+    value = values.get(flag, [])
     monkeypatch.setattr(sys, "argv", ["pretrain", flag, *value])
     assert getattr(parse_args(), name)
     assert not getattr(defaults, name)

@@ -1,5 +1,6 @@
 """Bad command lines end with status 1 and one line that says what was wrong, where, and what to do."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_periln.norms import PLACEMENTS
+from tests.training.model import MODEL
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +85,48 @@ BAD_FLAGS = {
         "--monitor-layers all --monitor-file /proc",
         ["--monitor-file /proc is a folder", "give a file in it"],
     ),
+    "hybrid layers without a place": (
+        "--hybrid-layer-pattern M-M-",
+        ["'M-M-': norm placement 'peri' has no place in layers M", "use layers *, +, - and E, or pre"],
+    ),
+    "tokens to predict in a hybrid model": (
+        "--hybrid-layer-pattern *-*-/*-",
+        ["multi-token prediction", "needs Transformer Engine in a hybrid model", "--mtp-num-layers"],
+    ),
+    "fused norms in heterogeneous layers": (
+        "--fuse-pre-mlp-norm --heterogeneous-layers-config-path layers.json",
+        ["--fuse-pre-mlp-norm", "--heterogeneous-layers-config-path", "drop one of them"],
+    ),
+    "heterogeneous layers of another kind": (
+        """--heterogeneous-layers-config-encoded-json '{"block_configs": []}'""",
+        ["--heterogeneous-layers-config-path: not such a file as Megatron reads", "hidden_act"],
+    ),
+    "latent experts on the CPU": (
+        "--num-experts 4 --moe-latent-size 32",
+        ["--moe-latent-size needs a GPU", "Transformer Engine"],
+    ),
+    "linear attention on the CPU": (
+        "--experimental-attention-variant gated_delta_net --linear-attention-freq 2",
+        ["--experimental-attention-variant needs a GPU", "Transformer Engine"],
+    ),
+    "too many experts for a token": (
+        "--num-experts 4 --moe-router-topk 5",
+        ["--moe-router-topk (5) must be at most --num-experts (4)"],
+    ),
+    "query groups": (
+        "--group-query-attention --num-query-groups 3",
+        ["--num-attention-heads (4) must be divisible by --num-query-groups (3)"],
+    ),
+    "validation sets": ("--multiple-validation-sets", ["--multiple-validation-sets needs --full-validation"]),
+    "local attention backend": ("--attention-backend local", ["needs --spec local", "drop it"]),
+    "refused with the configuration": (
+        "--recompute-granularity full",
+        ["Megatron refuses these flags", "recompute_method must be", "transformer_config.py"],
+    ),
+    "refused without words": (
+        "--quick-geglu",
+        ["Megatron refuses these flags: it needs not args.swiglu", "MEGATRON_PERILN_TRACEBACK=1"],
+    ),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
 }
 
@@ -128,6 +172,53 @@ def test_only_the_first_rank_speaks(refused):
     error = refused("world-size", "--pipeline-model-parallel-size 3", ranks=2)
     assert "WORLD_SIZE (2) must be divisible by tensor x pipeline x context parallel size (3)" in error
     assert "change one of them" in error
+
+
+MISSING_PACKAGES = {
+    "optimizer": ("--optimizer muon", "emerging_optimizers", ["emerging-optimizers", "choose adam or sgd"]),
+    "asynchronous saves": (
+        "--async-save --use-persistent-ckpt-worker",
+        "nvidia_resiliency_ext",
+        ["--async-strategy nvrx needs", "nvidia-resiliency-ext", "--async-strategy mcore"],
+    ),
+    "tracking": ("--wandb-project x --wandb-exp-name y", "wandb", ["Python package wandb is not installed"]),
+}
+
+
+@pytest.mark.parametrize("name", MISSING_PACKAGES)
+def test_packages_that_are_missing_are_named(refused, name):
+    flags, package, words = MISSING_PACKAGES[name]
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    error = refused(f"missing-{package}", flags)
+    for word in words:
+        assert word in error
+
+
+def test_a_tokenizer_that_is_none_is_named(refused, tmp_path):
+    model = tmp_path / "tokenizer.model"
+    model.write_text("no model")
+    error = refused("no-model", f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {model}")
+    assert "SentencePieceTokenizer cannot be built" in error
+    assert str(model) in error
+    assert "check --tokenizer-model" in error
+
+
+def test_what_the_model_builder_refuses_is_told_once(jobs):
+    """When every rank has the save folder, and the process groups, already."""
+    job = jobs.run("builder", f"{MODEL} --num-experts 4 --moe-layer-freq [1,1,1]", ranks=2, succeeds=False)
+    assert job.exit_codes == [1, 1]
+    assert "Traceback" not in job.log
+    (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]
+    assert "Megatron refuses these flags: Invalid length of moe_layer_pattern: 3, expected 2" in error
+    assert "gpt_layer_specs.py:" in error
+
+
+def test_the_traceback_is_shown_if_asked_for(jobs):
+    environment = {"MEGATRON_PERILN_TRACEBACK": "1"}
+    job = jobs.run("traceback", f"{MODEL} --seq-length 128", environment=environment, succeeds=False)
+    assert "Traceback" in job.log
+    assert job.log.splitlines()[-1].startswith("error: Megatron refuses these flags: max_position")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_periln.norms import PLACEMENTS
 from tests.parallel.jobs import load_tensors
+from tests.training.model import MODEL
 
 each_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
@@ -88,3 +89,12 @@ def test_stock_checkpoint_knows_nothing_of_placements(stock):
     saved = dist_checkpointing.load_common_state_dict(str(last_checkpoint(stock)))["args"]
     assert saved.num_layers == 2
     assert not hasattr(saved, "norm_placement")
+
+
+def test_a_blend_trains_without_evaluation_and_reports_determinism(jobs, indexed_bytes):
+    """Megatron refuses a blend's validation data of no sample, and doesn't know its own flag's value."""
+    blend = f"--data-path 1 {indexed_bytes} 1 {indexed_bytes} --split 90,5,5 --eval-iters 0"
+    flags = f"{MODEL} --norm-placement peri --train-iters 2 {blend} --rerun-mode report_stats"
+    job = jobs.run("blend", flags)
+    assert [point["iteration"] for point in job.curve] == [1, 2]
+    assert "initialized in mode RerunMode.REPORT_DETERMINISM_STATS" in job.log

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,6 +23,7 @@ __all__ = [
     "build_tokenizer",
     "check_tokenizer_files",
     "end_of_document",
+    "explained_tokenizer",
 ]
 
 _TYPES = (
@@ -87,6 +90,7 @@ TOKENIZER_FLAGS: dict[str, dict[str, Any]] = {
 _NEEDS_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 _TAKES_HUB_NAME = ("HuggingFaceTokenizer", "SFTTokenizer")
 _HUB_SECONDS = 10
+_BUILDING = "megatron/core/tokenizers/utils/build_tokenizer.py"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -144,9 +148,25 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
 
     # Padding of the vocabulary concerns the model and would need its flags.
     args = Namespace(**{**vars(args), "pad_vocab_size": False})
-    try:
+    with explained_tokenizer(args):
         return cast(Tokenizer, megatron_tokenizers.build_tokenizer(args))
+
+
+@contextmanager
+def explained_tokenizer(args: Namespace) -> Iterator[None]:
+    """Explain what goes wrong meanwhile while Megatron builds the tokenizer of these flags.
+
+    Raises
+    ------
+    PreprocessError
+        For whatever Megatron or a tokenizer library raises there.
+    """
+    try:
+        yield
     except Exception as error:
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if not any(code.co_filename.endswith(_BUILDING) for code in frames):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "check --tokenizer-model and the other tokenizer flags"
         if args.tokenizer_type == "TikTokenizer":
