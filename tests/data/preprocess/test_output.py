@@ -24,6 +24,7 @@ from pyarrow import parquet
 from megatron_periln.data.preprocess.progress import Progress
 from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args
 from megatron_periln.data.tokenizers.resolve import resolve_tokenizer
+from tests.data.compressions import COMPRESS
 from tests.data.preprocessing import FILES, TEXTS, by_megatron, names, read, to_lines
 
 zstd = zstandard.ZstdCompressor().compress
@@ -55,6 +56,7 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "in.jsonl.zst": lambda folder: (folder / "in.jsonl.zst").write_bytes(
         zstd(to_lines(TEXTS[:4])) + zstd(to_lines(TEXTS[4:]))
     ),
+    "misnamed.gz": lambda folder: (folder / "misnamed.gz").write_bytes(COMPRESS[".xz"](to_lines(TEXTS))),
     "in.parquet": lambda folder: write_table(folder / "in.parquet", TEXTS),
     "**/*.txt*": lambda folder: write_texts(folder, TEXTS),
     ".": lambda folder: write_texts(folder, TEXTS),
@@ -86,6 +88,8 @@ def test_forms(
     assert code == 0, stderr
     assert read(tmp_path / "out_text_document") == by_megatron(tmp_path / "reference", TEXTS, eod=True)
     assert names(tmp_path) == FILES
+    written = {path.suffix: path.stat().st_mtime_ns for path in tmp_path.glob("out_text_document.*")}
+    assert written[".json"] == max(written.values())  # or the cache of indices does not take it for theirs
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 4])

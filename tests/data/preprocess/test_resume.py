@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_periln.data.preprocess.journal import Record
 from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
+from tests.data.compressions import COMPRESS
 from tests.data.preprocessing import FILES, TEXTS, by_megatron, names, read, to_lines
 
 Interrupted = Callable[..., list[object]]
@@ -151,10 +151,13 @@ def test_a_pipe_is_not_resumed(
     assert code == 0, stderr
 
 
-def test_compressed_and_dealt_out(tmp_path: Path, interrupted: Interrupted, run: Callable) -> None:
+@pytest.mark.parametrize("suffix", [".gz", ".zstd", ".xz"])
+def test_compressed_and_dealt_out(
+    tmp_path: Path, interrupted: Interrupted, run: Callable, suffix: str
+) -> None:
     """The chunks of a stream, and those of several partitions, are counted anew."""
-    source = tmp_path / "more.jsonl.gz"
-    source.write_bytes(gzip.compress(to_lines(TEXTS)))
+    source = tmp_path / f"more.jsonl{suffix}"
+    source.write_bytes(COMPRESS[suffix](to_lines(TEXTS)))
     more = ["--input", source, tmp_path / "in.jsonl", "--partitions", 2]
     flags = interrupted(*more, chunks=30)
     code, stderr = run(*flags, "--resume")
