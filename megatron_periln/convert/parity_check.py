@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_periln.convert.logits import load_transformers
@@ -33,6 +34,7 @@ __all__ = [
     "checkpoint_outputs",
     "compare",
     "compare_logits",
+    "megatron_outputs",
     "require_parity",
     "require_rounded",
     "sample_tokens",
@@ -165,14 +167,19 @@ def checkpoint_outputs(path: Path, args: Namespace, tokens: Tensor) -> Outputs:
     """
     with single_process():
         model = load_model(path, megatron_config(args))
-        outputs = Outputs(
-            logits=megatron_logits(model, tokens),
-            far_logits=megatron_logits(model, tokens, _far_positions(tokens)),
-            frequencies=inverse_frequencies(model),
-        )
+        outputs = megatron_outputs(model, tokens)
     del model
     gc.collect()  # its modules refer to each other; the other model needs the memory now
     return outputs
+
+
+def megatron_outputs(model: GPTModel, tokens: Tensor) -> Outputs:
+    """Return the outputs of a model of Megatron's, built by `build_model` in fp32."""
+    return Outputs(
+        logits=megatron_logits(model, tokens),
+        far_logits=megatron_logits(model, tokens, _far_positions(tokens)),
+        frequencies=inverse_frequencies(model),
+    )
 
 
 def transformers_outputs(folder: Path, tokens: Tensor) -> Outputs:

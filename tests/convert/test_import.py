@@ -242,7 +242,35 @@ def test_what_megatron_has_nothing_for_is_refused(single_process, tmp_path, name
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_fp32_is_rounded(single_process, tmp_path, dtype):
+    """Which moves the logits further than rounding in fp32 does."""
+    source, said = make(tmp_path / "source", "llama"), []
+    import_model(source, tmp_path / "checkpoint", ImportOptions(dtype=dtype), say=said.append)
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
+    (rounded,) = [line for line in said if line.startswith("Rounding to")]
+    assert 1e-4 < float(rounded.split("up to ")[1].split()[0]) < 0.2
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(), say=quietly)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
+    assert all(torch.equal(before[key].to(dtype), after[key]) for key in before)
+
+
+def test_a_wrong_rounding_is_refused(single_process, tmp_path, monkeypatch):
+    source, save = make(tmp_path / "source", "llama"), importing.save_model
+
+    def save_another(folder, args, model):
+        model.decoder.layers[1].mlp.linear_fc1.weight.data[3, 5] *= 1.01
+        return save(folder, args, model)
+
+    monkeypatch.setattr(importing, "save_model", save_another)
+    with pytest.raises(UsageError, match=r"layers.1.mlp.linear_fc1.weight was not saved as it was computed"):
+        import_model(source, tmp_path / "checkpoint", ImportOptions(dtype=torch.bfloat16), say=quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch, dtype):
     make(tmp_path / "source", "llama")
     right = importing.imported_tensor
 
@@ -252,7 +280,7 @@ def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch):
 
     monkeypatch.setattr(importing, "imported_tensor", swapped)
     with pytest.raises(UsageError, match="logits differ by"):
-        import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(), say=quietly)
+        import_model(tmp_path / "source", tmp_path / "checkpoint", ImportOptions(dtype=dtype), say=quietly)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
