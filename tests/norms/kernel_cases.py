@@ -14,13 +14,12 @@ from tests.norms import formulas
 
 DEVICE = TEST_DEVICE if torch.cuda.is_available() else "cpu"
 
-# Half the distance of neighbours, and what fp32 arithmetic adds. Triton's interpreter, which
-# stands in for the GPU on the CPU, cuts bf16 off instead of rounding it.
+# Half the distance of neighbours, and what fp32 arithmetic adds.
 ROUNDING = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
     torch.float16: 2.0**-11 * 1.1,
-    torch.bfloat16: (2.0**-7 if DEVICE == "cpu" else 2.0**-8) * 1.1,
+    torch.bfloat16: 2.0**-8 * 1.1,
 }
 NAMES = ("sublayer_output", "sublayer_bias", "residual", "weight", "bias")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_periln.norms.kernels import reference
 from tests.norms import formulas
@@ -184,3 +185,30 @@ def test_dropout_keeps_the_right_share_and_scales_it_up():
     deviation = (p * (1 - p) / added.numel()) ** 0.5
     assert abs(kept - (1 - p)) < 5 * deviation
     torch.testing.assert_close(added[added != 0], (whole / (1 - p))[added != 0].float(), rtol=1e-4, atol=1e-5)
+
+
+class RandomNumbers(TorchDispatchMode):
+    """Collects the dtypes of what random numbers are drawn in, or for."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            self.dtypes.add(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["norm_add", "add_norm", "norm_add_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dropout_draws_in_fp32(name, dtype):
+    """Compiled, ``rand`` of bf16 is 1 for one element in 512; as it is rounded, so is the probability."""
+    tensors = formulas.inputs(layer_norm=True, dtype=dtype)
+    following = (*tensors[3:], EPS, dtype) if name == "norm_add_norm" else ()
+    with RandomNumbers() as drawn:
+        getattr(reference, name)(*tensors, EPS, False, 0.3, True, *following)
+    assert drawn.dtypes == {torch.float32}
+    with RandomNumbers() as drawn:
+        F.dropout(tensors[0], 0.3)
+    assert drawn.dtypes == {dtype}

@@ -1,0 +1,12 @@
+import pytest
+
+from tests.conftest import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bf16(monkeypatch):
+    """Where Triton's kernels are interpreted, let them have a GPU's bf16, or fail."""
+    if DEVICE == "cpu":
+        from tests.norms import interpreter  # imports Triton, which a GPU's tests import when they need it
+
+        interpreter.compute_as_a_gpu_does(monkeypatch)
