@@ -55,7 +55,6 @@ def megatron_config(args: Namespace, dtype: torch.dtype = torch.float32) -> GPTM
         config = gpt_config_from_args(alone, model_config_cls=GPTModelConfig)
     except (AssertionError, ImportError, ValueError) as error:
         raise UsageError(f"Megatron can't build this model in one process: {error}") from error
-    config.rope_scaling_factor = getattr(args, "rope_scaling_factor", config.rope_scaling_factor)
     config.norm_placement = placement_of(args)
     return config
 

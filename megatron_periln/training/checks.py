@@ -34,6 +34,10 @@ _COUNTS = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
     "context_parallel_size": "--context-parallel-size",
+    "micro_batch_size": "--micro-batch-size",
+    "global_batch_size": "--global-batch-size",
+    "eval_micro_batch_size": "--eval-micro-batch-size",
+    "eval_global_batch_size": "--eval-global-batch-size",
 }
 
 

@@ -48,7 +48,7 @@ _SPIKE_FACTOR = 10
 _straggler_detector = StragglerDetector()
 
 
-def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
+def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None, *, training: bool) -> Batch:
     """Return this rank's part of the next batch; every field is None on stages that need none."""
     args = get_args()
     batch: Batch = dict.fromkeys(_FIELDS)
@@ -70,7 +70,7 @@ def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tensor_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=predicts_more,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -182,7 +182,7 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with _straggler_detector(bdata=True):
-        batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), training=model.training)
         packed = _packed_sequences(batch)
     timers("batch-generator").stop()
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])

@@ -27,6 +27,7 @@ from megatron_periln.norms.arguments import add_norm_arguments, placement_of
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import check_flags, check_model
 from megatron_periln.training.dropped_flags import make_flags_act, refuse_dropped_flags
+from megatron_periln.training.evaluation_checks import check_evaluation
 from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.mask_checks import check_masks
 from megatron_periln.training.norm_backend import choose_norm_backend
@@ -179,6 +180,7 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
     with refusals_in_one_line(args):
         validate_args(args)
     check_batch_sizes(args, consumed_samples(args))
+    check_evaluation(args)
     check_monitor(args)
     choose_norm_backend(args)
 

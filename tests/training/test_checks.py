@@ -46,6 +46,12 @@ def test_an_interval_is_missing(check, flags, error):
         check(flags)
 
 
+@pytest.mark.parametrize("flag", ["--micro-batch-size", "--global-batch-size", "--eval-micro-batch-size"])
+def test_a_batch_size_is_positive(check, flag):
+    with pytest.raises(UsageError, match=f"{flag} must be positive, not 0"):
+        check(f"{ENOUGH} {flag} 0")
+
+
 def test_a_launcher_is_missing(check, monkeypatch):
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(UsageError, match="MASTER_PORT not set: start with torchrun"):
