@@ -36,6 +36,12 @@ def exit_code(action: Callable[[], object]) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
+    except BaseException as error:
+        # torch's, which is no Exception; torch is imported by whoever reads a checkpoint.
+        if type(error).__name__ != "CheckpointException":
+            raise
+        print(f"error: a checkpoint can't be read: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_periln.command_line import exit_code
 from tests.data.companions import refusal
 
 TOOLS = ["preprocess_data", "inspect_dataset", "merge_datasets", "train_tokenizer"]
@@ -38,3 +40,20 @@ def test_wrong_value(tmp_path: Path) -> None:
     # A value may look like a flag, and a flag may be cut short.
     flags = ["--input", "- -none", "--output-p", tmp_path / "b"]
     assert "error: --input - -none: no such file" in refusal("preprocess_data", tmp_path, *flags)
+
+
+def test_a_checkpoint_that_torch_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its error is no Exception."""
+    assert not issubclass(CheckpointException, Exception)
+
+    def read() -> None:
+        raise CheckpointException("no good", {})
+
+    assert exit_code(read) == 1
+    assert capsys.readouterr().err.startswith("error: a checkpoint can't be read: CheckpointException")
+
+    def end() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        exit_code(end)

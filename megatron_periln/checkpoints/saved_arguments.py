@@ -101,7 +101,7 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
         elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
             state = torch.load(ranks[0], map_location="cpu", mmap=True)
     except CheckpointException as error:
-        reason = next(iter(error.failures.values()), (error,))[0]
+        reason = checkpoint_loading.why_unreadable(path) or next(iter(error.failures.values()), (error,))[0]
         raise UsageError(f"{path} can't be read: {reason}") from error
     except (pickle.UnpicklingError, OSError, RuntimeError) as error:
         raise UsageError(f"{path} can't be read: {error}") from error

@@ -66,6 +66,9 @@ def adapt_arguments(args: Namespace) -> list[str]:
         if getattr(args, name, None):
             raise UsageError(f"{flag} needs a GPU and has no counterpart under --device cpu; {advice}")
     changes = []
+    if getattr(args, "async_save", False) and args.async_strategy == "nvrx":
+        args.async_strategy = "mcore"
+        changes.append("async_strategy nvrx -> mcore (nvidia-resiliency-ext's writer hangs without a GPU)")
     for name, value, reason in COUNTERPARTS:
         asked = getattr(args, name, value)
         if asked != value:

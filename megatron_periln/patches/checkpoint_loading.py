@@ -7,17 +7,21 @@ then runs.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["restrict"]
+__all__ = ["describe_tensors_without_strides", "restrict", "why_unreadable"]
 
 _ALLOWED = {
     "builtins": {"dict", "list", "set", "tuple"},
@@ -60,7 +64,49 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _load(file: IO[bytes], **options: Any) -> Any:
-    return _Unpickler(file, **options).load()
+    try:
+        return _Unpickler(file, **options).load()
+    except ValueError as error:
+        if "too many values to unpack" not in str(error):  # of TensorProperties.__setstate__
+            raise
+        raise pickle.UnpicklingError(
+            f"a newer torch than this {torch.__version__} wrote it, whose .metadata has more values to a "
+            "tensor (torch 2.15 added the sixth); it is not damaged: install the torch that wrote it"
+        ) from error
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Return what is wrong with the .metadata of a distributed checkpoint, None if nothing is.
+
+    Where torch reads it for all ranks, it tells no more than that there is none.
+    """
+    try:
+        with (path / ".metadata").open("rb") as stream:
+            _load(stream)
+    except (pickle.UnpicklingError, OSError, EOFError) as error:
+        return str(error)
+    return None
+
+
+@changes(
+    "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load_tensors_metadata",
+    why="it gives all properties of a tensor to `torch.empty`, and torch 2.15 added one that is no "
+    "argument of it: every `--dist-ckpt-strictness` but the default ends in a TypeError",
+    until="patches/test_checkpoint_loading.py::test_upstream_still_gives_strides_to_empty",
+)
+def describe_tensors_without_strides() -> None:
+    """Have Megatron read the properties of saved tensors that it knows."""
+    load = TorchDistLoadShardedStrategy.load_tensors_metadata
+
+    @functools.wraps(load)
+    def without_strides(self: Any, checkpoint_dir: Path, metadata: Any = None) -> Any:
+        metadata = metadata or FileSystemReader(checkpoint_dir).read_metadata()
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                vars(entry.properties).pop("strides", None)
+        return load(self, checkpoint_dir, metadata)
+
+    TorchDistLoadShardedStrategy.load_tensors_metadata = without_strides
 
 
 @changes(

@@ -118,4 +118,5 @@ FIXES = (
     optimizer_state.save_every_bucket_of_adam_state,
     optimizer_state.reshard_over_expert_parallelism,
     checkpoint_loading.restrict,
+    checkpoint_loading.describe_tensors_without_strides,
 )

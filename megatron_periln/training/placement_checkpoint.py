@@ -64,6 +64,7 @@ def _refuse_another(
     if load_arg == "load" and not args.finetune:
         _refuse_other_epsilon(args, path, saved, placement, theirs)
         _refuse_other_frozen_weights(args, path, saved, placement, theirs)
+        _refuse_other_optimizer(args, path, saved)
 
 
 def _refuse_other_structure(
@@ -108,12 +109,30 @@ def _refuse_other_epsilon(
 def _refuse_other_frozen_weights(
     args: Namespace, path: Path, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
 ) -> None:
-    weights_only = path.name == "release" or getattr(saved, "no_save_optim", False)
-    loads_optimizer = not (weights_only or args.no_load_optim)
-    if theirs.freeze_output_norm != placement.freeze_output_norm and loads_optimizer:
+    if theirs.freeze_output_norm != placement.freeze_output_norm and _loads_optimizer(args, path, saved):
         was, other = ("with", "give") if theirs.freeze_output_norm else ("without", "drop")
         raise UsageError(
             f"the checkpoint in {path.parent} was trained {was} --freeze-output-norm, and its optimizer "
             f"state is that of these parameters; {other} that flag to continue it, or give --finetune or "
             "--no-load-optim to start from its weights"
         )
+
+
+def _refuse_other_optimizer(args: Namespace, path: Path, saved: Namespace) -> None:
+    distributed = getattr(args, "use_distributed_optimizer", False)
+    if getattr(saved, "use_distributed_optimizer", distributed) == distributed:
+        return
+    if args.optimizer not in ("adam", "sgd") or args.use_megatron_fsdp or args.freeze_all_layers:
+        return  # Megatron's validation changes the flag
+    if _loads_optimizer(args, path, saved):
+        was, other = ("without", "drop") if distributed else ("with", "give")
+        raise UsageError(
+            f"the checkpoint in {path.parent} was trained {was} --use-distributed-optimizer, and its "
+            f"optimizer state is laid out so; {other} that flag to continue it, or give --finetune or "
+            "--no-load-optim to start from its weights"
+        )
+
+
+def _loads_optimizer(args: Namespace, path: Path, saved: Namespace) -> bool:
+    weights_only = path.name == "release" or getattr(saved, "no_save_optim", False)
+    return not (weights_only or args.no_load_optim)

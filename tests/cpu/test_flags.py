@@ -101,3 +101,13 @@ def test_the_defaults_of_megatron_become_right(defaults):
     changed = {line.split()[0] for line in adapt_arguments(defaults)}
     assert {"distributed_backend", "transformer_impl", "gradient_accumulation_fusion"} <= changed
     assert adapt_arguments(defaults) == []
+
+
+def test_asynchronous_saves_end():
+    """Under nvidia-resiliency-ext's writer, Megatron's default, they never do here."""
+    args = Namespace(async_save=True, async_strategy="nvrx")
+    (change,) = adapt_arguments(args)
+    assert change.startswith("async_strategy nvrx -> mcore")
+    assert args.async_strategy == "mcore"
+    assert adapt_arguments(args) == []
+    assert adapt_arguments(Namespace(async_save=False, async_strategy="nvrx")) == []

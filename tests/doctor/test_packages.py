@@ -14,6 +14,7 @@ import pytest
 
 from megatron_periln.doctor import software
 from megatron_periln.doctor.options import parse
+from megatron_periln.package_versions import find_misfit
 from tests.doctor.conftest import FOUND
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,58 @@ def test_a_broken_megatron(tmp_path, monkeypatch):
     assert code == 1
     assert rows["torch"][0] == "ok"
     assert rows["CPU"] == rows["megatron-core"] == ("failed", "ImportError: of another torch")
+
+
+@pytest.fixture
+def old_resiliency(tmp_path):
+    """A folder with nvidia-resiliency-ext 0.4.1 as far as megatron-core asks for it, which fails."""
+    folder = tmp_path / "site"
+    for inner in ("", "checkpointing", "checkpointing/async_ckpt"):
+        (folder / "nvidia_resiliency_ext" / inner).mkdir(parents=True)
+        (folder / "nvidia_resiliency_ext" / inner / "__init__.py").touch()
+    names = ("core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver")
+    files = [f"nvidia_resiliency_ext/checkpointing/async_ckpt/{name}.py" for name in names]
+    for file in files:
+        (folder / file).touch()
+    metadata = folder / "nvidia_resiliency_ext-0.4.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: 0.4.1\n")
+    (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    return folder
+
+
+MISFIT = "nvidia-resiliency-ext 0.4.1 does not fit megatron-core 0.19.2"
+
+
+def test_packages_that_do_not_fit(old_resiliency):
+    """The doctor's remedy was to install megatron-core anew."""
+    code, rows, stderr = run(sys.executable, path=[old_resiliency])
+    assert code == 1
+    assert rows["megatron-core"][0] == "failed"
+    assert rows["megatron-core"][1].startswith(MISFIT)
+    assert "pip install 'nvidia-resiliency-ext>=0.6'" in stderr
+
+
+def test_packages_that_do_not_fit_are_one_line_of_pretraining(old_resiliency):
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_periln.pretrain", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{old_resiliency}{os.pathsep}{ROOT}"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {MISFIT}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.10.1"])
+def test_packages_that_fit(old_resiliency, monkeypatch, version):
+    (metadata,) = old_resiliency.glob("*.dist-info/METADATA")
+    metadata.write_text(metadata.read_text().replace("0.4.1", version))
+    monkeypatch.syspath_prepend(str(old_resiliency))
+    assert find_misfit() is None
+    metadata.write_text(metadata.read_text().replace(version, "0.5.2"))
+    assert "nvidia-resiliency-ext 0.5.2 does not fit" in find_misfit().what
 
 
 @pytest.mark.parametrize("name", ["torch", "CPU", "megatron-core"])

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.checkpoints.saved_arguments import saved_arguments
 from megatron_periln.errors import UsageError
-from megatron_periln.patches import checkpoint_loading
+from megatron_periln.patches import checkpoint_loading, fixes
+from tests.cpu.unpatched import copy_of
 
 
 class Bomb:
@@ -123,6 +126,52 @@ def test_upstream_still_loads_any_object_that_is_no_tensor(distributed, tmp_path
     value.seek(0)
     original(planner, SimpleNamespace(dest_index=SimpleNamespace(fqn="x")), value)
     assert (tmp_path / "exploded").exists()
+
+
+@pytest.fixture
+def of_a_newer_torch(step, single_process, monkeypatch):
+    """A checkpoint whose .metadata has one value more to a tensor than this torch knows."""
+    weight = dist_checkpointing.ShardedTensor.from_rank_offsets("weight", torch.ones(3))
+    state = {"args": Namespace(norm_placement="peri"), "iteration": 3, "weight": weight}
+    dist_checkpointing.save(state, str(step), async_strategy="mcore")
+    get_state = TensorProperties.__getstate__
+    with monkeypatch.context() as newer:
+        newer.setattr(TensorProperties, "__getstate__", lambda self: (*get_state(self), "new"))
+        metadata = pickle.dumps(FileSystemReader(step).read_metadata())
+    (step / ".metadata").write_bytes(metadata)
+    return step
+
+
+def test_a_newer_torch_is_named(of_a_newer_torch):
+    """Torch itself says "too many values to unpack", or that there is no metadata."""
+    for read in (load, lambda step: Checkpoint(step.parent)):
+        with pytest.raises(UsageError) as caught:
+            read(of_a_newer_torch)
+        assert f"a newer torch than this {torch.__version__} wrote it" in str(caught.value)
+        assert "it is not damaged: install the torch that wrote it" in str(caught.value)
+
+
+def test_strict_loading_knows_the_tensors(step, single_process):
+    """Every ``--dist-ckpt-strictness`` but the default reads them before it loads."""
+    weight = torch.arange(3.0)
+    sharded = {"weight": dist_checkpointing.ShardedTensor.from_rank_offsets("weight", weight)}
+    dist_checkpointing.save(sharded, str(step), async_strategy="mcore")
+    fixes.apply()
+    sharded["weight"].data = torch.zeros(3)
+    for strict in ("raise_all", "log_all", "return_all"):
+        loaded = dist_checkpointing.load(sharded, str(step), strict=strict)
+        loaded = loaded[0] if strict == "return_all" else loaded
+        assert torch.equal(loaded["weight"], weight)
+    other = {"other": dist_checkpointing.ShardedTensor.from_rank_offsets("other", torch.zeros(3))}
+    with pytest.raises(dist_checkpointing.core.CheckpointingException, match="other"):
+        dist_checkpointing.load(other, str(step), strict="raise_all")
+
+
+def test_upstream_still_gives_strides_to_empty():
+    upstream = copy_of(TorchDistLoadShardedStrategy.__module__).TorchDistLoadShardedStrategy
+    assert "**tp.properties.__dict__" in inspect.getsource(upstream.load_tensors_metadata)
+    with pytest.raises(TypeError, match="strides"):
+        torch.empty(3, **vars(TensorProperties()))
 
 
 def test_common_pt(step, bomb):

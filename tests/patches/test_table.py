@@ -28,6 +28,7 @@ NO_PATCHES = {
     "activate",
     "on_cpu",
     "surface",
+    "why_unreadable",
     "adapt_arguments",
 }
 

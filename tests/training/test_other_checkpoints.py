@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_periln.checkpoints.saved_arguments import saved_arguments
+from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.errors import UsageError
+from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms import PERI, PLACEMENTS
-from megatron_periln.training.placement_checkpoint import refuse_other_placement
+from megatron_periln.training.parsing import add_arguments
+from megatron_periln.training.placement_checkpoint import _refuse_another, refuse_other_placement
 from tests.training.model import MODEL
 
 OTHER = {"pre": "peri", "post": "pre", "peri": "output", "output": "post"}
@@ -175,6 +177,23 @@ def test_weights_may_be_frozen_where_there_is_no_optimizer_state(tmp_path, no_op
     torch.save({"args": saved}, folder / "model_optim_rng.pt")
     with pytest.raises(UsageError, match="written by stock Megatron"):
         refuse_other_placement(args, PERI)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_another_layout_of_the_optimizer_is_refused(trained, distributed):
+    """Megatron ends in a traceback, or in a list of all tensors."""
+    words = f"{MODEL} --norm-placement peri --load {checkpoints(trained('peri'))}"
+    args = megatron_arguments(words.split(), add_arguments)
+    path = checkpoint_path(args)
+    saved = saved_arguments(args)
+    args.use_distributed_optimizer, saved.use_distributed_optimizer = distributed, not distributed
+    was, other = ("without", "drop") if distributed else ("with", "give")
+    message = f"was trained {was} --use-distributed-optimizer, .*; {other} that flag"
+    with pytest.raises(UsageError, match=message):
+        _refuse_another(args, "load", path, saved, PERI)
+    for changed in ({"no_load_optim": True}, {"finetune": True}, {"optimizer": "muon"}):
+        same = Namespace(**vars(args) | changed)
+        _refuse_another(same, "load", path, saved, PERI)
 
 
 def test_nothing_to_load_is_nothing_to_refuse(jobs):

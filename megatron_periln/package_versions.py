@@ -1,0 +1,52 @@
+"""Installed packages that don't fit each other, known by their versions alone: importing them may fail."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from dataclasses import dataclass
+
+__all__ = ["Misfit", "find_misfit"]
+
+_LEAST_NVRX = (0, 6)
+"""NVRX_MIN_VERSION of megatron/core/dist_checkpointing/strategies/nvrx.py."""
+
+_ASKED_BY = "checkpointing/async_ckpt/cached_metadata_filesystem_reader.py"
+"""With this file, megatron-core takes nvidia-resiliency-ext for one that it can use, and asks its version."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Packages that don't fit each other.
+
+    Attributes
+    ----------
+    what
+        Both, with their versions, and what does not work.
+    remedy
+        What to install.
+    """
+
+    what: str
+    remedy: str
+
+
+def find_misfit() -> Misfit | None:
+    """Return what keeps megatron-core from being imported, None if nothing is known to."""
+    try:
+        megatron = importlib.metadata.version("megatron-core")
+        nvrx = importlib.metadata.distribution("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if tuple(map(int, re.findall(r"\d+", nvrx.version)[:2])) >= _LEAST_NVRX:
+        return None
+    if not any(str(file).endswith(_ASKED_BY) for file in nvrx.files or ()):
+        return None
+    least, libc = ".".join(map(str, _LEAST_NVRX)), " ".join(platform.libc_ver())
+    return Misfit(
+        f"nvidia-resiliency-ext {nvrx.version} does not fit megatron-core {megatron}, which can't be "
+        f"imported beside one older than {least}",
+        f"pip uninstall nvidia-resiliency-ext, or pip install 'nvidia-resiliency-ext>={least}' (its wheels "
+        f"need glibc 2.39; here is {libc or 'another C library'})",
+    )
