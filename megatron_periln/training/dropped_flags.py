@@ -87,6 +87,10 @@ _DROPPED: tuple[_Dropped, ...] = (
         "--rope-type yarn for YaRN",
     ),
     (
+        lambda args: args.rotary_percent != 1.0 and _latent(args) and args.rope_type != "rope",
+        "--rotary-percent does not reach --multi-latent-attention but with --rope-type rope; give it too",
+    ),
+    (
         lambda args: args.position_embedding_type == "mrope",
         "--position-embedding-type mrope wants the positions of images; give rope",
     ),

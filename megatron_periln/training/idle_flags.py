@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["idle_flags"]
+__all__ = ["idle_flags", "is_idle"]
 
 # Groups of Megatron's parser, and what their flags belong to.
 _OTHER_GROUPS = {
@@ -22,7 +22,7 @@ _OTHER_GROUPS = {
 }
 
 # What is in these groups, and acts all the same.
-_ACTING = {"cuda_graph_modules", "cuda_graph_scope_deprecated", "perform_rl_step", "refit_method"}
+_ACTING = {"cuda_graph_modules", "cuda_graph_scope_deprecated", "perform_rl_step"}
 
 _Condition = Callable[[Namespace], Any]
 
@@ -88,6 +88,20 @@ _FEATURES: tuple[tuple[str, tuple[_Condition, str]], ...] = (
         (lambda args: args.position_embedding_type == "mrope", "it needs --position-embedding-type mrope"),
     ),
     ("num_query_groups", _needs("--group-query-attention")),
+    (
+        "kv_channels",
+        (
+            lambda args: not args.multi_latent_attention,
+            "--multi-latent-attention has --qk-head-dim and --v-head-dim",
+        ),
+    ),
+    (
+        "position_embedding_type",
+        (
+            lambda args: args.position_embedding_type != "none" or not args.multi_latent_attention,
+            "--multi-latent-attention has rotary positions of its own",
+        ),
+    ),
     ("window_attn_skip_freq", _needs("--window-size")),
     (
         "dsa_.*",
@@ -230,11 +244,16 @@ def idle_flags(args: Namespace, parser: ArgumentParser) -> list[str]:
     found = []
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
-        if value in defaults[action.dest] or (action.nargs == 0 and action.const != value):
+        if value in defaults[action.dest] or (action.const is not None and action.const != value):
             continue
         if reason := _why_idle(action.dest, groups.get(id(action)) or "", args):
             found.append(f"{action.option_strings[0]} ({reason})")
     return found
+
+
+def is_idle(name: str, args: Namespace) -> bool:
+    """Tell whether an argument changes nothing in a run, whatever its value."""
+    return _why_idle(name, "", args) is not None
 
 
 def _why_idle(name: str, group: str, args: Namespace) -> str | None:

@@ -16,6 +16,7 @@ from megatron_periln import cpu
 from megatron_periln.checkpoints.guard import put_back
 from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint
+from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.cpu.flags import adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files, explained_tokenizer
@@ -30,6 +31,12 @@ from megatron_periln.training.dropped_flags import make_flags_act, refuse_droppe
 from megatron_periln.training.evaluation_checks import check_evaluation
 from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.mask_checks import check_masks
+from megatron_periln.training.model_settings import (
+    add_model_arguments,
+    adopt_model,
+    given_settings,
+    refuse_other_model,
+)
 from megatron_periln.training.norm_backend import choose_norm_backend
 from megatron_periln.training.placement_checkpoint import (
     adopt_saved_placement,
@@ -61,6 +68,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add_norm_arguments(parser)
     add_monitor_arguments(parser)
     add_checkpoint_arguments(parser)
+    add_model_arguments(parser)
     group = parser.add_argument_group(title="device")
     group.add_argument(
         "--device",
@@ -160,8 +168,11 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
                 "--use-checkpoint-args can't read local checkpoints (--non-persistent-ckpt-type local); give "
                 "the model's flags instead"
             )
+        given = given_settings(args, parser)
         load_args_from_checkpoint(args, load_arg=loads_from(args))
         adopt_saved_placement(args)
+        if (saved := saved_arguments(args, loads_from(args))) is not None:
+            adopt_model(args, saved, given)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
     check_tokenizer_files(args)
     placement = placement_of(args)
@@ -179,6 +190,9 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
     with refusals_in_one_line(args):
         validate_args(args)
+    load_arg = loads_from(args)
+    path = checkpoint_path(args, load_arg)
+    refuse_other_model(args, saved_arguments(args, load_arg), str(path.parent if path else args.load))
     check_batch_sizes(args, consumed_samples(args))
     check_evaluation(args)
     check_monitor(args)
