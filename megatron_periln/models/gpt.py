@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,9 +23,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training import global_vars
 from megatron.training.models import gpt as upstream
 from megatron.training.models.base import ModelConfig
 
+from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_l2_norms
@@ -57,6 +60,7 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
     """Megatron's ``GPTModelBuilder`` for a `GPTModelConfig`."""
 
     def __init__(self, model_config: GPTModelConfig) -> None:
+        model_config = _dense_while_upcycling(model_config)
         placed = functools.partial(placed_layer_spec, base=model_config.transformer_layer_spec)
         super().__init__(changed_config(model_config, transformer_layer_spec=placed))
 
@@ -85,6 +89,18 @@ def changed_config[Config: ModelConfig](config: Config, **changes: Any) -> Confi
     for name, value in changes.items():
         setattr(changed, name, value)
     return changed
+
+
+def _dense_while_upcycling(config: GPTModelConfig) -> GPTModelConfig:
+    """Return the configuration of the dense model, while Megatron upcycles and asks for that one.
+
+    It says so by its global arguments alone, to which its own builder does not look.
+    """
+    args = global_vars._GLOBAL_ARGS
+    if args is None or not args.moe_use_upcycling or args.num_experts is not None:
+        return config
+    dense = Namespace(**{**vars(args), "moe_ffn_hidden_size": None})  # which refuses one
+    return changed_config(config, transformer=transformer_config(dense))
 
 
 def placed_layer_spec(

@@ -16,7 +16,7 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-from megatron_periln.patches import checkpoint_loading, optimizer_state
+from megatron_periln.patches import checkpoint_loading, optimizer_state, upcycling
 from megatron_periln.patches.registry import changes
 
 __all__ = [
@@ -119,4 +119,5 @@ FIXES = (
     optimizer_state.reshard_over_expert_parallelism,
     checkpoint_loading.restrict,
     checkpoint_loading.describe_tensors_without_strides,
+    upcycling.load_the_dense_model,
 )

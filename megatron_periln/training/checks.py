@@ -89,6 +89,12 @@ def check_model(args: Namespace, placement: NormPlacement) -> None:
         raise UsageError(
             "--attention-backend local needs --spec local; drop it, or give --transformer-impl local"
         )
+    stages = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    if args.moe_use_upcycling and stages:
+        raise UsageError(
+            "--moe-use-upcycling: megatron-core takes the dense model for the mixture with virtual pipeline "
+            "stages; upcycle in a run without them, and go on with them from its checkpoint"
+        )
     if args.multiple_validation_sets and not args.full_validation:
         raise UsageError("--multiple-validation-sets needs --full-validation; give it too, or drop both")
     if args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:

@@ -89,7 +89,7 @@ def test_every_public_function_is_described():
 
 
 def test_every_fix_is_applied():
-    of_fixes = {"fixes", "optimizer_state", "checkpoint_loading"}
+    of_fixes = {"fixes", "optimizer_state", "checkpoint_loading", "upcycling"}
     described = {patch.function for patch in PATCHES if Path(patch.file).stem in of_fixes}
     assert set(fixes.FIXES) == described
 

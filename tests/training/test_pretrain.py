@@ -98,3 +98,21 @@ def test_a_blend_trains_without_evaluation_and_reports_determinism(jobs, indexed
     job = jobs.run("blend", flags)
     assert [point["iteration"] for point in job.curve] == [1, 2]
     assert "initialized in mode RerunMode.REPORT_DETERMINISM_STATS" in job.log
+
+
+def test_a_mixture_of_experts_starts_from_a_dense_checkpoint(jobs, trained):
+    """Every expert is the dense MLP, and all else is the dense model's."""
+    flags = "--norm-placement peri --num-experts 4 --moe-router-topk 2 --moe-use-upcycling --finetune"
+    load = trained("peri").folder / "checkpoints"
+    job = jobs.run("upcycled", f"{MODEL} {flags} --train-iters 2 --load {load}")
+    dense = trained("peri").weights(6)
+    sparse = {key.replace("mlp.experts.experts.", "mlp."): value for key, value in job.weights(1).items()}
+    models = [key for key in dense if not key.startswith(("optimizer", "chained"))]
+    assert any("mlp_bda.norm" in key for key in models) and any("linear_fc1" in key for key in models)
+    for key in models:
+        if key.endswith(("linear_fc1.weight", "linear_fc2.weight")):
+            assert sparse[key].shape[1] == 4
+            assert all(torch.equal(sparse[key][:, expert], dense[key]) for expert in range(4)), key
+        else:
+            assert torch.equal(sparse[key], dense[key]), key
+    assert job.curve[-1]["lm loss"] < 5.3
