@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -20,6 +19,7 @@ from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.models.execution import arguments_of_one_process, refuse_other_computation
 from megatron_periln.models.from_arguments import gpt_config_from_args
 from megatron_periln.norms.arguments import placement_of
+from megatron_periln.patches.rotary import rotated_at
 
 __all__ = [
     "build_model",
@@ -151,29 +151,11 @@ def megatron_logits(model: GPTModel, tokens: Tensor, positions: Tensor | None = 
         ``[batch, sequence, vocabulary]``.
     """
     if positions is not None:
-        with _rotated_at(model, positions):
+        with rotated_at(model.rotary_pos_emb, positions):
             return megatron_logits(model, tokens)
     counted = torch.arange(tokens.size(1)).expand_as(tokens)
     with torch.inference_mode():
         return model(tokens, counted, None)
-
-
-@contextmanager
-def _rotated_at(model: GPTModel, positions: Tensor) -> Iterator[None]:
-    """Have rotary embeddings be those of ``positions``; Megatron's know only those from 0 on."""
-    rope = model.rotary_pos_emb
-
-    def forward(*_: Any, **__: Any) -> Any:
-        embedding = rope.get_emb(int(positions.max()) + 1)
-        if isinstance(embedding, tuple):  # YaRN's comes with its scale
-            return embedding[0][positions], *embedding[1:]
-        return embedding[positions]
-
-    rope.forward = forward
-    try:
-        yield
-    finally:
-        del rope.forward
 
 
 def inverse_frequencies(model: GPTModel) -> Tensor:

@@ -9,8 +9,9 @@ import ast
 from typing import NamedTuple
 
 UPSTREAM = {"megatron", "torch", "transformer_engine"}
-# Objects that hold command-line arguments: their attributes may be set by computed names.
-ARGUMENTS = {"args", "alone"}
+# Objects that hold command-line arguments, or a copy of a configuration: their attributes may be set by
+# computed names.
+ARGUMENTS = {"args", "alone", "changed"}
 
 
 class Change(NamedTuple):
