@@ -204,6 +204,8 @@ def _comparable(args: Namespace, saved: Namespace) -> set[str]:
     }
     names -= {"heterogeneous_layers_config_path"}  # its content is compared
     names -= {name for name in _DERIVED if _setting(saved, name) is None}
+    if args.moe_use_upcycling:  # a mixture, from a dense checkpoint
+        names -= {name for name in names if name.startswith("moe_")} | {"num_experts", "ffn_hidden_size"}
     if args.position_embedding_type != "learned_absolute":
         names.discard("max_position_embeddings")
     if args.swiglu or args.squared_relu or args.quick_geglu or not args.add_bias_linear:
