@@ -23,7 +23,6 @@ from megatron_periln.models.from_arguments import (
     hybrid_config_from_args,
     transformer_config,
 )
-from megatron_periln.monitor.install import install
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import fixes
 from megatron_periln.training.checks import make_save_folder
@@ -88,6 +87,9 @@ def run(program_start: float) -> None:
     guard.install(args)
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))
     if args.monitor_layers:
+        # Not at the top: a run that is not monitored has nothing of the monitor in it.
+        from megatron_periln.monitor.install import install
+
         install(args)
     try:
         with refusals_in_one_line(args), _explained_schedule():
