@@ -7,7 +7,7 @@ import platform
 import re
 from dataclasses import dataclass
 
-__all__ = ["Misfit", "find_misfit"]
+__all__ = ["VersionMismatch", "find_version_mismatch"]
 
 _LEAST_NVRX = (0, 6)
 """NVRX_MIN_VERSION of megatron/core/dist_checkpointing/strategies/nvrx.py."""
@@ -17,7 +17,7 @@ _ASKED_BY = "checkpointing/async_ckpt/cached_metadata_filesystem_reader.py"
 
 
 @dataclass(frozen=True)
-class Misfit:
+class VersionMismatch:
     """Packages that don't fit each other.
 
     Attributes
@@ -32,7 +32,7 @@ class Misfit:
     remedy: str
 
 
-def find_misfit() -> Misfit | None:
+def find_version_mismatch() -> VersionMismatch | None:
     """Return what keeps megatron-core from being imported, None if nothing is known to."""
     try:
         megatron = importlib.metadata.version("megatron-core")
@@ -44,7 +44,7 @@ def find_misfit() -> Misfit | None:
     if not any(str(file).endswith(_ASKED_BY) for file in nvrx.files or ()):
         return None
     least, libc = ".".join(map(str, _LEAST_NVRX)), " ".join(platform.libc_ver())
-    return Misfit(
+    return VersionMismatch(
         f"nvidia-resiliency-ext {nvrx.version} does not fit megatron-core {megatron}, which can't be "
         f"imported beside one older than {least}",
         f"pip uninstall nvidia-resiliency-ext, or pip install 'nvidia-resiliency-ext>={least}' (its wheels "

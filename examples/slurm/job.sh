@@ -54,7 +54,9 @@ newest() { # the iteration of the last checkpoint, persistent or not, as Megatro
             read -r named <"$file/$tracker"
             [[ $named =~ ^[0-9]+$ ]] || named=0
         fi
-        [[ -z $named || (-n $newest && 10#$named -le $newest) ]] || newest=$((10#$named))
+        [ -n "$named" ] || continue
+        named=$((10#$named)) # a number with leading zeros is no octal one
+        ((named <= ${newest:--1})) || newest=$named
     done
     echo "$newest"
 }

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_periln.doctor.probe import ON_A_GPU
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.timeouts import run_within
-from megatron_periln.package_versions import find_misfit
+from megatron_periln.package_versions import find_version_mismatch
 
 __all__ = ["Answers", "check_python", "check_requirements", "checkpoint_bytes", "package_rows", "probe"]
 
@@ -79,8 +79,8 @@ def package_rows(options: Namespace, answers: Answers) -> Iterator[Row]:
             yield Row(name, "ok", answer["version"])
         elif answer["missing"] and name in _OPTIONAL:
             yield Row(name, _OPTIONAL[name], "not installed", advice)  # type: ignore[arg-type]
-        elif name in ("CPU", "megatron-core") and (misfit := find_misfit()):
-            yield Row(name, "failed", misfit.what, misfit.remedy)
+        elif name in ("CPU", "megatron-core") and (mismatch := find_version_mismatch()):
+            yield Row(name, "failed", mismatch.what, mismatch.remedy)
         else:
             yield Row(name, "failed", answer["error"], advice)
 

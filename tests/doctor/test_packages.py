@@ -14,7 +14,7 @@ import pytest
 
 from megatron_periln.doctor import software
 from megatron_periln.doctor.options import parse
-from megatron_periln.package_versions import find_misfit
+from megatron_periln.package_versions import find_version_mismatch
 from tests.doctor.conftest import FOUND
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ def old_resiliency(tmp_path):
     return folder
 
 
-MISFIT = "nvidia-resiliency-ext 0.4.1 does not fit megatron-core 0.19.2"
+MISMATCH = "nvidia-resiliency-ext 0.4.1 does not fit megatron-core 0.19.2"
 
 
 def test_packages_that_do_not_fit(old_resiliency):
@@ -137,7 +137,7 @@ def test_packages_that_do_not_fit(old_resiliency):
     code, rows, stderr = run(sys.executable, path=[old_resiliency])
     assert code == 1
     assert rows["megatron-core"][0] == "failed"
-    assert rows["megatron-core"][1].startswith(MISFIT)
+    assert rows["megatron-core"][1].startswith(MISMATCH)
     assert "pip install 'nvidia-resiliency-ext>=0.6'" in stderr
 
 
@@ -149,7 +149,7 @@ def test_packages_that_do_not_fit_are_one_line_of_pretraining(old_resiliency):
         env={**os.environ, "PYTHONPATH": f"{old_resiliency}{os.pathsep}{ROOT}"},
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {MISFIT}"), done.stderr
+    assert done.stderr.startswith(f"error: {MISMATCH}"), done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -158,9 +158,9 @@ def test_packages_that_fit(old_resiliency, monkeypatch, version):
     (metadata,) = old_resiliency.glob("*.dist-info/METADATA")
     metadata.write_text(metadata.read_text().replace("0.4.1", version))
     monkeypatch.syspath_prepend(str(old_resiliency))
-    assert find_misfit() is None
+    assert find_version_mismatch() is None
     metadata.write_text(metadata.read_text().replace(version, "0.5.2"))
-    assert "nvidia-resiliency-ext 0.5.2 does not fit" in find_misfit().what
+    assert "nvidia-resiliency-ext 0.5.2 does not fit" in find_version_mismatch().what
 
 
 @pytest.mark.parametrize("name", ["torch", "CPU", "megatron-core"])

@@ -97,7 +97,7 @@ def test_placement_is_adopted_from_the_checkpoint(trained, continued, saved, ask
 
 def test_a_placement_that_is_adopted_must_fit_the_flags(trained, refused):
     flags = "--norm-placement peri --fuse-pre-mlp-norm --use-checkpoint-args"
-    error = refused("adopted-misfit", f"{flags} --load {checkpoints(trained('pre'))}")
+    error = refused("adopted-mismatch", f"{flags} --load {checkpoints(trained('pre'))}")
     assert "--fuse-pre-mlp-norm: --norm-placement pre has not both norms; drop one of them" in error
 
 
