@@ -47,8 +47,8 @@ def check_flags(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        For another kind of training, a count that is not positive, an interval that is missing; or if this
-        is no rank of a launcher's.
+        For another kind of training, a count that is not positive, an interval that is missing, sizes that
+        don't divide; or if this is no rank of a launcher's.
     """
     for name, flag in _OTHER_TRAINING.items():
         if getattr(args, name, None):
@@ -59,6 +59,7 @@ def check_flags(args: Namespace) -> None:
             raise UsageError(f"{flag} must be positive, not {count}")
     _check_intervals(args)
     _check_non_persistent(args)
+    _check_divisions(args)  # once more with a checkpoint's sizes: before that, ranks wait for each other
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(

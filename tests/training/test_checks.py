@@ -9,9 +9,9 @@ from megatron.training.arguments import parse_args
 from torch.distributed.run import get_args_parser
 
 from megatron_periln.errors import RankError, UsageError
-from megatron_periln.norms import kernels
+from megatron_periln.norms import PRE, kernels
 from megatron_periln.training import norm_backend
-from megatron_periln.training.checks import check_flags
+from megatron_periln.training.checks import check_flags, check_model
 from megatron_periln.training.parsing import add_arguments
 
 ENOUGH = "--eval-interval 100 --save checkpoints --save-interval 10"
@@ -50,6 +50,20 @@ def test_an_interval_is_missing(check, flags, error):
 def test_a_batch_size_is_positive(check, flag):
     with pytest.raises(UsageError, match=f"{flag} must be positive, not 0"):
         check(f"{ENOUGH} {flag} 0")
+
+
+def test_asynchronous_saves_need_their_package(monkeypatch):
+    """As on a GPU: on the CPU the other writer takes their place."""
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
+    flags = f"{ENOUGH} --async-save --use-persistent-ckpt-worker --num-layers 2 --norm-placement pre"
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
+    args = parse_args(add_arguments)
+    with pytest.raises(
+        UsageError, match=r"nvidia-resiliency-ext, which is not installed.* --async-strategy mcore"
+    ):
+        check_model(args, PRE)
+    args.async_strategy = "mcore"
+    check_model(args, PRE)
 
 
 def test_a_launcher_is_missing(check, monkeypatch):

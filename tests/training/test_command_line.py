@@ -176,11 +176,6 @@ def test_only_the_first_rank_speaks(refused):
 
 MISSING_PACKAGES = {
     "optimizer": ("--optimizer muon", "emerging_optimizers", ["emerging-optimizers", "choose adam or sgd"]),
-    "asynchronous saves": (
-        "--async-save --use-persistent-ckpt-worker",
-        "nvidia_resiliency_ext",
-        ["--async-strategy nvrx needs", "nvidia-resiliency-ext", "--async-strategy mcore"],
-    ),
     "tracking": ("--wandb-project x --wandb-exp-name y", "wandb", ["Python package wandb is not installed"]),
 }
 
