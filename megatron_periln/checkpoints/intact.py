@@ -33,8 +33,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
         "--checkpoint-verify",
         choices=("full", "size", "off"),
         default="full",
-        help="check a checkpoint's checksums before loading it, or its files' sizes alone, and pass over a "
-        "broken one for the one before; default: full",
+        help="check checksums, or sizes, and pass over broken checkpoints; default: full",
     )
 
 

@@ -63,8 +63,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--norm-backend",
         choices=BACKENDS,
         default="auto",
-        help="what computes these norms: fused Triton kernels, torch.compile or plain torch; default: auto, "
-        "the fastest that the device can run",
+        help="Triton kernels, torch.compile or plain torch; default: auto, the fastest that can run here",
     )
     group.add_argument(
         "--fuse-pre-mlp-norm",

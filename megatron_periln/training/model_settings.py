@@ -138,7 +138,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     groups[FLAG_GROUP].add_argument(
         "--allow-model-changes",
         action="store_true",
-        help="load a checkpoint whose model computed otherwise, as before a longer context",
+        help="load one whose model computed otherwise",
     )
 
 
