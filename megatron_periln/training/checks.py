@@ -103,6 +103,11 @@ def check_model(args: Namespace, placement: NormPlacement) -> None:
             f"--optimizer {args.optimizer} needs the package emerging-optimizers, which is not installed; "
             "install it, or choose adam or sgd"
         )
+    if args.dist_ckpt_strictness.startswith("return_"):
+        raise UsageError(
+            f"--dist-ckpt-strictness {args.dist_ckpt_strictness}: megatron-core's training can't take the "
+            "keys that it returns; give log_unexpected or log_all, which print them"
+        )
     if args.async_save and args.use_persistent_ckpt_worker and args.save is not None:
         _check_asynchronous_saves(args)
 

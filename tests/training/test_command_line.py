@@ -117,6 +117,7 @@ BAD_FLAGS = {
         "--group-query-attention --num-query-groups 3",
         ["--num-attention-heads (4) must be divisible by --num-query-groups (3)"],
     ),
+    "returned keys": ("--dist-ckpt-strictness return_all", ["give log_unexpected or log_all"]),
     "validation sets": ("--multiple-validation-sets", ["--multiple-validation-sets needs --full-validation"]),
     "local attention backend": ("--attention-backend local", ["needs --spec local", "drop it"]),
     "refused with the configuration": (
