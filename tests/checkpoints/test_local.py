@@ -78,6 +78,10 @@ def manager(tmp_path, monkeypatch):
 def settings(folder, **others):
     args = Namespace(non_persistent_ckpt_type="local", non_persistent_local_ckpt_dir=str(folder))
     vars(args).update(replication=None, checkpoint_verify="full", finetune=False, no_load_optim=None)
+    # What the comparison with a saved model asks of any.
+    vars(args).update(allow_model_changes=False, moe_use_upcycling=False, hybrid_layer_pattern=None)
+    vars(args).update(position_embedding_type="rope", add_bias_linear=False)
+    vars(args).update(swiglu=True, quick_geglu=False, squared_relu=False)
     vars(args).update(layernorm_zero_centered_gamma=False, layernorm_epsilon=1e-5, **others)
     return args
 

@@ -151,8 +151,8 @@ def test_model_that_is_not_on_the_hub(
     """Asked once, and not where there is a local copy."""
     asked = []
 
-    def fail(name: object, **_: object) -> None:
-        asked.append(name)
+    def fail(*names: object, **_: object) -> None:
+        asked.extend(names)
         raise ValueError("no\nconnection")
 
     def refusal() -> str:
@@ -164,7 +164,7 @@ def test_model_that_is_not_on_the_hub(
     monkeypatch.setattr("huggingface_hub.model_info", fail)
     assert "--tokenizer-model some/model: no such folder, and the Hugging Face hub does not" in refusal()
     assert asked == ["some/model"]
-    monkeypatch.setattr("megatron.core.tokenizers.utils.build_tokenizer.build_tokenizer", fail)
+    monkeypatch.setattr("megatron.core.tokenizers.MegatronTokenizer.from_pretrained", fail)
     repository = tmp_path / "models--some--model"
     (repository / "snapshots" / "0123").mkdir(parents=True)
     (repository / "refs").mkdir()
