@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +20,13 @@ from tests.data.companions import (
     SMALL,
     TOOLS,
     WITHOUT_MEGATRON,
-    Result,
     build,
     content,
     megatron_merge,
     random_documents,
-    refusal,
-    run_tool,
 )
 
 TOOL = TOOLS / "merge_datasets.py"
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> list[str]:
-    return [build(tmp_path / "a", SMALL), build(tmp_path / "b", [[[7]], [[8, 9], [10]]])]
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    return partial(run_tool, "merge_datasets")
-
-
-@pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
-    return partial(refusal, "merge_datasets", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +34,12 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     [(np.uint16, False, True), (np.int32, True, True), (np.int64, False, False), (np.uint16, True, False)],
 )
 def test_bytes_are_megatrons(
-    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, dtype: type, modes: bool, kernel: bool
+    tmp_path: Path,
+    run_merge: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: type,
+    modes: bool,
+    kernel: bool,
 ) -> None:
     """Also in small blocks, and where the kernel cannot copy."""
     monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", 7)
@@ -62,7 +48,7 @@ def test_bytes_are_megatrons(
         monkeypatch.setattr("os.copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "")))
     prefixes = [build(tmp_path / f"in{n}", random_documents(n), dtype, modes) for n in range(3)]
     megatron_merge(prefixes, tmp_path / "expected", dtype, modes)
-    code, stdout, stderr = run("--inputs", *prefixes, "--output-prefix", tmp_path / "out")
+    code, stdout, stderr = run_merge("--inputs", *prefixes, "--output-prefix", tmp_path / "out")
     assert code == 0, stderr
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     merged = IndexedDataset(str(tmp_path / "out"), multimodal=modes)
@@ -113,19 +99,19 @@ def test_gpt_dataset_samples(tmp_path: Path) -> None:
     assert len(np.unique(samples[0])) > 100
 
 
-def test_no_folder(tmp_path: Path, refused: Callable, pair: list[str]) -> None:
+def test_no_folder(tmp_path: Path, merge_refused: Callable, pair: list[str]) -> None:
     for absent in (tmp_path / "absent", pair[0]):
-        message = refused("--input", absent, "--output-prefix", tmp_path / "out")
+        message = merge_refused("--input", absent, "--output-prefix", tmp_path / "out")
         assert f"--input {absent}: no such folder; --inputs takes prefixes" in message
 
 
-def test_a_folder_in_natural_order(tmp_path: Path, run: Callable) -> None:
+def test_a_folder_in_natural_order(tmp_path: Path, run_merge: Callable) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     for n in (10, 9, 1, 2):
         build(folder / f"part_{n}", [[[n]]])
     (folder / "notes.txt").write_text("not a dataset")
-    code, _, stderr = run("--input", folder, "--output-prefix", tmp_path / "new" / "out")
+    code, _, stderr = run_merge("--input", folder, "--output-prefix", tmp_path / "new" / "out")
     assert code == 0, stderr
     merged = IndexedDataset(str(tmp_path / "new" / "out"))
     assert np.concatenate(merged[:]).tolist() == [1, 2, 9, 10]
@@ -141,9 +127,9 @@ def test_globs_and_suffixes(tmp_path: Path) -> None:
     assert find_datasets([f"{name}.idx" for name in reversed(parts)]) == parts[::-1]
 
 
-def test_unfit_names(tmp_path: Path, pair: list[str], refused: Callable) -> None:
+def test_unfit_names(tmp_path: Path, pair: list[str], merge_refused: Callable) -> None:
     def refusal(*inputs: object) -> str:
-        return refused("--inputs", *inputs, "--output-prefix", tmp_path / "out")
+        return merge_refused("--inputs", *inputs, "--output-prefix", tmp_path / "out")
 
     assert f"{pair[0]}: given twice" in refusal(pair[0], f"{pair[0]}.bin")
     assert "no dataset matches this glob" in refusal(f"{tmp_path}/c*")
@@ -154,18 +140,18 @@ def test_unfit_names(tmp_path: Path, pair: list[str], refused: Callable) -> None
     assert "b.idx: no such file, though b.bin is there" in refusal(tmp_path)
 
 
-def test_mixed_dtypes(tmp_path: Path, refused: Callable, pair: list[str]) -> None:
+def test_mixed_dtypes(tmp_path: Path, merge_refused: Callable, pair: list[str]) -> None:
     other = build(tmp_path / "c", SMALL, np.int32)
-    error = refused("--inputs", *pair, other, "--output-prefix", tmp_path / "out")
+    error = merge_refused("--inputs", *pair, other, "--output-prefix", tmp_path / "out")
     assert f"(uint16: {pair[0]}, {pair[1]}; int32: {other})" in error
     assert "same tokenizer" in error
 
 
-def test_mixed_modes(tmp_path: Path, refused: Callable, pair: list[str]) -> None:
+def test_mixed_modes(tmp_path: Path, merge_refused: Callable, pair: list[str]) -> None:
     other = build(tmp_path / "c", SMALL, modes=True)
     arguments = ("--output-prefix", tmp_path / "out")
-    assert f"{pair[0]}: has no modes" in refused("--inputs", other, pair[0], *arguments)
-    assert "--multimodal was given" in refused("--inputs", *pair, "--multimodal", *arguments)
+    assert f"{pair[0]}: has no modes" in merge_refused("--inputs", other, pair[0], *arguments)
+    assert "--multimodal was given" in merge_refused("--inputs", *pair, "--multimodal", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +172,7 @@ def test_mixed_modes(tmp_path: Path, refused: Callable, pair: list[str]) -> None
 def test_damaged_inputs(
     tmp_path: Path,
     pair: list[str],
-    refused: Callable,
+    merge_refused: Callable,
     monkeypatch: pytest.MonkeyPatch,
     suffix: str,
     damage: Callable[[bytes], bytes],
@@ -196,7 +182,7 @@ def test_damaged_inputs(
     monkeypatch.setattr("megatron_periln.data.indexed.format.BLOCK", block)
     path = Path(pair[0] + suffix)
     path.write_bytes(damage(path.read_bytes()))
-    error = refused("--inputs", pair[1], pair[0], "--output-prefix", tmp_path / "out")
+    error = merge_refused("--inputs", pair[1], pair[0], "--output-prefix", tmp_path / "out")
     assert expected in error
     assert str(path.with_suffix("")) in error
 
@@ -206,21 +192,23 @@ def patched(data: bytes, offset: int, layout: str, *values: int) -> bytes:
     return data[:offset] + new + data[offset + len(new) :]
 
 
-def test_existing_output(tmp_path: Path, pair: list[str], run: Callable, refused: Callable) -> None:
+def test_existing_output(
+    tmp_path: Path, pair: list[str], run_merge: Callable, merge_refused: Callable
+) -> None:
     arguments = ("--inputs", *pair, "--output-prefix", tmp_path / "out")
-    run(*arguments)
+    run_merge(*arguments)
     first = content(tmp_path / "out")
     Path(f"{pair[0]}.bin").write_bytes(bytes(12))
-    assert "out.bin exists: choose another --output-prefix or pass --overwrite" in refused(*arguments)
-    assert run(*arguments, "--overwrite")[0] == 0
+    assert "out.bin exists: choose another --output-prefix or pass --overwrite" in merge_refused(*arguments)
+    assert run_merge(*arguments, "--overwrite")[0] == 0
     assert content(tmp_path / "out") != first
 
 
-def test_output_is_an_input(tmp_path: Path, pair: list[str], refused: Callable) -> None:
+def test_output_is_an_input(tmp_path: Path, pair: list[str], merge_refused: Callable) -> None:
     (tmp_path / "link.bin").symlink_to(f"{pair[0]}.bin")
     for output in (pair[0], tmp_path / "x" / ".." / "a", tmp_path / "link"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        error = refused("--inputs", *pair, "--output-prefix", output, "--overwrite")
+        error = merge_refused("--inputs", *pair, "--output-prefix", output, "--overwrite")
         assert "is the output and an input" in error
 
 

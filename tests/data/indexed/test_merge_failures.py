@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Buffer, Callable
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,32 +20,14 @@ from megatron_periln.data.indexed.merge import append_file, merge_datasets
 from tests.data.companions import (
     SMALL,
     TOOLS,
-    Result,
     build,
     content,
-    refusal,
-    run_tool,
 )
 
 TOOL = TOOLS / "merge_datasets.py"
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> list[str]:
-    return [build(tmp_path / "a", SMALL), build(tmp_path / "b", [[[7]], [[8, 9], [10]]])]
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    return partial(run_tool, "merge_datasets")
-
-
-@pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
-    return partial(refusal, "merge_datasets", tmp_path)
-
-
-def test_what_a_killed_merge_left_goes(tmp_path: Path, pair: list[str], run: Callable) -> None:
+def test_what_a_killed_merge_left_goes(tmp_path: Path, pair: list[str], run_merge: Callable) -> None:
     """With the next merge to the same name; not what a process holds, nor what has another name."""
     killed = (
         "import os, signal, sys; from megatron_periln.data.indexed import merge\n"
@@ -61,7 +42,7 @@ def test_what_a_killed_merge_left_goes(tmp_path: Path, pair: list[str], run: Cal
     other.touch()
     with held.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        assert run("--inputs", *pair, "--output-prefix", output)[0] == 0
+        assert run_merge("--inputs", *pair, "--output-prefix", output)[0] == 0
     assert sorted(tmp_path.glob("out*.tmp")) == [other, held]
 
 
@@ -71,13 +52,13 @@ def full(*_: object) -> int:
 
 @pytest.mark.parametrize("function", ["os.copy_file_range", "os.fsync"])
 def test_full_disk(
-    tmp_path: Path, pair: list[str], refused: Callable, monkeypatch: pytest.MonkeyPatch, function: str
+    tmp_path: Path, pair: list[str], merge_refused: Callable, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     """Nothing is left, and an older dataset stays as it was."""
     build(tmp_path / "old", SMALL)
     monkeypatch.setattr(function, full)
     for output in ("out", "old"):
-        error = refused("--inputs", *pair, "--output-prefix", tmp_path / output, "--overwrite")
+        error = merge_refused("--inputs", *pair, "--output-prefix", tmp_path / output, "--overwrite")
         assert f"{output}.bin: cannot be written: No space left on device; nothing was left" in error
 
 
@@ -115,23 +96,23 @@ def test_no_index_stands_with_another_bin(
 
 
 def test_an_interrupt_leaves_nothing(
-    tmp_path: Path, pair: list[str], run: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pair: list[str], run_merge: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("megatron_periln.data.indexed.merge.append_file", interrupt)
-    code, _, stderr = run("--inputs", *pair, "--output-prefix", tmp_path / "out")
+    code, _, stderr = run_merge("--inputs", *pair, "--output-prefix", tmp_path / "out")
     assert (code, stderr) == (130, "interrupted: nothing was written\n")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_input_that_shrinks(
-    tmp_path: Path, pair: list[str], refused: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pair: list[str], merge_refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.copy_file_range", lambda *_: 0)
     monkeypatch.setattr("os.fstat", lambda _: os.stat_result([0] * 6 + [13] + [0] * 3))
-    assert "a.bin: became shorter" in refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
+    assert "a.bin: became shorter" in merge_refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
 
 
 def test_short_copies_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,12 @@ import pytest
 from megatron_periln.data.indexed.sidecar import Sidecar
 from tests.data.companions import (
     SIDECAR,
-    SMALL,
-    Result,
-    build,
     content,
-    refusal,
-    run_tool,
     write_sidecar,
 )
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> list[str]:
-    return [build(tmp_path / "a", SMALL), build(tmp_path / "b", [[[7]], [[8, 9], [10]]])]
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    return partial(run_tool, "merge_datasets")
-
-
-@pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
-    return partial(refusal, "merge_datasets", tmp_path)
-
-
-def test_sums(tmp_path: Path, pair: list[str], run: Callable) -> None:
+def test_sums(tmp_path: Path, pair: list[str], run_merge: Callable) -> None:
     write_sidecar(pair[0], documents=3, sequences=3, tokens=6, skipped={"empty": 1, "malformed": 2})
     write_sidecar(
         pair[1],
@@ -47,7 +26,7 @@ def test_sums(tmp_path: Path, pair: list[str], run: Callable) -> None:
         **{"versions": {"megatron-periln": "0.2.0", "new": "1"}},
         tokenizer={**SIDECAR.tokenizer, "encoder": "other"},
     )
-    assert run("--inputs", *pair, "--output-prefix", tmp_path / "out")[0] == 0
+    assert run_merge("--inputs", *pair, "--output-prefix", tmp_path / "out")[0] == 0
     merged = Sidecar.read(tmp_path / "out.json")
     assert (merged.documents, merged.sequences, merged.tokens, merged.bytes_read) == (5, 6, 10, 42)
     assert merged.skipped == {"empty": 6, "malformed": 2}
@@ -63,36 +42,36 @@ def test_sums(tmp_path: Path, pair: list[str], run: Callable) -> None:
     }
 
 
-def test_inputs_once(tmp_path: Path, pair: list[str], run: Callable) -> None:
+def test_inputs_once(tmp_path: Path, pair: list[str], run_merge: Callable) -> None:
     """Shards of the same files name each."""
     inputs = [{"path": f"{name}.jsonl", "bytes": 20} for name in "ba"]
     for prefix, counts in zip(pair, ((3, 3, 6), (2, 3, 4)), strict=True):
         changes = dict(zip(("documents", "sequences", "tokens"), counts, strict=True))
         write_sidecar(prefix, inputs=inputs, **changes)
-    assert run("--inputs", *pair, "--output-prefix", tmp_path / "out")[0] == 0
+    assert run_merge("--inputs", *pair, "--output-prefix", tmp_path / "out")[0] == 0
     merged = Sidecar.read(tmp_path / "out.json")
     assert merged.inputs == inputs
     assert merged.bytes_read == 80
 
 
-def test_not_all_have_one(tmp_path: Path, pair: list[str], run: Callable) -> None:
+def test_not_all_have_one(tmp_path: Path, pair: list[str], run_merge: Callable) -> None:
     """Then the merged has none, and an old one goes."""
     write_sidecar(pair[0], sequences=3)
     write_sidecar(str(tmp_path / "out"))
     arguments = ("--inputs", *pair, "--output-prefix", tmp_path / "out")
-    assert "out.json exists" in run(*arguments)[2]
-    assert run(*arguments, "--overwrite")[0] == 0
+    assert "out.json exists" in run_merge(*arguments)[2]
+    assert run_merge(*arguments, "--overwrite")[0] == 0
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_corpus_of_that_name_stays(tmp_path: Path, pair: list[str], run: Callable) -> None:
+def test_a_corpus_of_that_name_stays(tmp_path: Path, pair: list[str], run_merge: Callable) -> None:
     corpus = tmp_path / "out.json"
     corpus.write_text('{"text": "a"}\n{"text": "b"}\n')
     arguments = ("--inputs", *pair, "--output-prefix", tmp_path / "out", "--overwrite")
-    assert run(*arguments)[0] == 0
+    assert run_merge(*arguments)[0] == 0
     for prefix, counts in zip(pair, ((3, 3, 6), (2, 3, 4)), strict=True):
         write_sidecar(prefix, **dict(zip(("documents", "sequences", "tokens"), counts, strict=True)))
-    assert "out.json exists and is no sidecar" in run(*arguments)[2]
+    assert "out.json exists and is no sidecar" in run_merge(*arguments)[2]
     assert corpus.read_text().count("\n") == 2
 
 
@@ -109,13 +88,13 @@ def test_a_corpus_of_that_name_stays(tmp_path: Path, pair: list[str], run: Calla
     ],
 )
 def test_sidecars_that_do_not_fit(
-    tmp_path: Path, pair: list[str], refused: Callable, changes: dict[str, Any], expected: str
+    tmp_path: Path, pair: list[str], merge_refused: Callable, changes: dict[str, Any], expected: str
 ) -> None:
     write_sidecar(pair[0], documents=3, sequences=3, tokens=6)
     write_sidecar(pair[1], **{"documents": 2, "sequences": 3, "tokens": 4, **changes})
-    assert expected in refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
+    assert expected in merge_refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
 
 
-def test_a_damaged_sidecar(tmp_path: Path, pair: list[str], refused: Callable) -> None:
+def test_a_damaged_sidecar(tmp_path: Path, pair: list[str], merge_refused: Callable) -> None:
     Path(f"{pair[0]}.json").write_text("{")
-    assert "a.json: malformed JSON" in refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
+    assert "a.json: malformed JSON" in merge_refused("--inputs", *pair, "--output-prefix", tmp_path / "out")
