@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_periln.errors import UsageError, tell
+from megatron_periln.package_versions import refuse_version_mismatch
 
-__all__ = ["exit_code", "parse_flags", "parse_size", "quiet_megatron", "run_command"]
+__all__ = ["exit_code", "parse_flags", "parse_size", "prepare_for_megatron", "quiet_megatron", "run_command"]
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -86,6 +87,18 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` as a command: with a clean end after SIGTERM too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
+
+
+def prepare_for_megatron() -> None:
+    """Get ready to import Megatron in a tool: check that it can be, and keep warnings from the output.
+
+    Raises
+    ------
+    UsageError
+        If megatron-core can't be imported beside what is installed.
+    """
+    refuse_version_mismatch()
+    quiet_megatron()
 
 
 def quiet_megatron() -> None:

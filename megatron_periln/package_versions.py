@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 from dataclasses import dataclass
 
-__all__ = ["VersionMismatch", "find_version_mismatch"]
+from megatron_periln.errors import UsageError
+
+__all__ = ["VersionMismatch", "find_version_mismatch", "refuse_version_mismatch"]
 
 _LEAST_NVRX = (0, 6)
 """NVRX_MIN_VERSION of megatron/core/dist_checkpointing/strategies/nvrx.py."""
@@ -34,6 +34,10 @@ class VersionMismatch:
 
 def find_version_mismatch() -> VersionMismatch | None:
     """Return what keeps megatron-core from being imported, None if nothing is known to."""
+    # 30 ms, which the help of a tool need not take.
+    import importlib.metadata
+    import platform
+
     try:
         megatron = importlib.metadata.version("megatron-core")
         nvrx = importlib.metadata.distribution("nvidia-resiliency-ext")
@@ -50,3 +54,15 @@ def find_version_mismatch() -> VersionMismatch | None:
         f"pip uninstall nvidia-resiliency-ext, or pip install 'nvidia-resiliency-ext>={least}' (its wheels "
         f"need glibc 2.39; here is {libc or 'another C library'})",
     )
+
+
+def refuse_version_mismatch() -> None:
+    """Refuse to go on where megatron-core can't be imported: before it is, for that ends in a traceback.
+
+    Raises
+    ------
+    UsageError
+        With both versions, and what to install.
+    """
+    if mismatch := find_version_mismatch():
+        raise UsageError(f"{mismatch.what}; {mismatch.remedy}")

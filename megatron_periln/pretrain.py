@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_periln import flag_files
 from megatron_periln.errors import RankError, UsageError, tell
-from megatron_periln.package_versions import find_version_mismatch
+from megatron_periln.package_versions import refuse_version_mismatch
 
 PROGRAM_START = time.time()
 
@@ -58,8 +58,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
-        if mismatch := find_version_mismatch():
-            raise UsageError(f"{mismatch.what}; {mismatch.remedy}")
+        refuse_version_mismatch()
         _choose_device(sys.argv[1:])
         # After the line above, which decides what "cuda" is while Megatron is imported.
         from megatron_periln.training.run import run

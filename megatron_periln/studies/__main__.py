@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
+from megatron_periln.command_line import exit_code, parse_flags, prepare_for_megatron, run_command
 from megatron_periln.errors import UsageError
 from megatron_periln.studies.launching import Launcher, check_run_flags, prepare, shares_of_gpus
 from megatron_periln.studies.provenance import provenance
@@ -108,7 +108,7 @@ def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     if not left:
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    quiet_megatron()
+    prepare_for_megatron()
     prepare(study)
     check_run_flags(study)
     shares = shares_of_gpus(study, jobs)

@@ -6,7 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
+from megatron_periln.command_line import (
+    exit_code,
+    parse_flags,
+    prepare_for_megatron,
+    quiet_megatron,
+    run_command,
+)
 from megatron_periln.convert.model_folder import check_model_folder
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.errors import UsageError
@@ -53,10 +59,11 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UsageError("give --data-path PREFIX for the loss, or --tasks for lm-evaluation-harness")
     if args.model is not None:
         check_model_folder(args.model)
-    quiet_megatron()
     if args.tasks is not None:
+        quiet_megatron()
         _run_tasks(args)
         return
+    prepare_for_megatron()
     check_indexed_dataset(args.data_path, every_sequence=False)
     from megatron_periln import cpu  # imports torch, seconds that what was refused above need not take
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.command_line import exit_code, parse_flags, parse_size, quiet_megatron, run_command
+from megatron_periln.command_line import exit_code, parse_flags, parse_size, prepare_for_megatron, run_command
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.files import check_new_folder
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     check_new_folder(args.output, flag="--output")
-    quiet_megatron()
+    prepare_for_megatron()
     import torch  # seconds that what was refused above need not take
 
     from megatron_periln import cpu

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
+from megatron_periln.command_line import exit_code, parse_flags, prepare_for_megatron, run_command
 from megatron_periln.convert.model_folder import check_model_folder
 from megatron_periln.files import check_new_folder
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
     check_new_folder(args.output, flag="--output")
-    quiet_megatron()
+    prepare_for_megatron()
     import torch  # seconds that what was refused above need not take
 
     from megatron_periln import cpu

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_periln.command_line import exit_code, parse_flags, quiet_megatron, run_command
+from megatron_periln.command_line import exit_code, parse_flags, prepare_for_megatron, run_command
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.errors import UsageError
 from megatron_periln.files import check_new_folder
@@ -49,7 +49,7 @@ def _start(args: argparse.Namespace) -> None:
         )
     check_new_folder(args.output, flag="--output")
     check_indexed_dataset(args.data_path, every_sequence=False)
-    quiet_megatron()
+    prepare_for_megatron()
     from megatron_periln import cpu  # imports torch, seconds that what was refused above need not take
 
     cpu.activate(hide_gpu=True)

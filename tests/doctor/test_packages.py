@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -141,9 +142,38 @@ def test_packages_that_do_not_fit(old_resiliency):
     assert "pip install 'nvidia-resiliency-ext>=0.6'" in stderr
 
 
-def test_packages_that_do_not_fit_are_one_line_of_pretraining(old_resiliency):
+TOKENIZER = "--tokenizer-type NullTokenizer --vocab-size 63"
+IMPORT_MEGATRON = {
+    "pretrain": ["--device", "cpu"],
+    "tools.export_hf": ["--load", "{here}", "--output", "{here}/new"],
+    "tools.evaluate": ["--load", "{here}", "--data-path", "{here}/data"],
+    "tools.warm_start": [
+        "--load",
+        "{here}",
+        "--output",
+        "{here}/new",
+        "--insert-output-norms",
+        "--data-path",
+        "{here}/data",
+    ],
+    "tools.import_hf": ["--model", "{here}", "--output", "{here}/new"],
+    "tools.preprocess_data": f"--input {{here}}/a.jsonl --output-prefix {{here}}/new {TOKENIZER}".split(),
+    "studies": ["{here}/study.yaml", "--output", "{here}/runs"],
+}
+INDEX = struct.pack("<9sQBQQiqqq", b"MMIDIDX", 1, 8, 1, 2, 3, 0, 0, 1)  # of one document of three uint16
+
+
+@pytest.mark.parametrize("module", IMPORT_MEGATRON)
+def test_packages_that_do_not_fit_are_one_line_of_what_imports_megatron(old_resiliency, tmp_path, module):
+    """The tools ended in the AttributeError of Megatron's import."""
+    flags = [flag.format(here=tmp_path) for flag in IMPORT_MEGATRON[module]]
+    (tmp_path / "data.idx").write_bytes(INDEX)
+    (tmp_path / "data.bin").write_bytes(bytes(6))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text('{"text": "1 2 3"}\n')
+    (tmp_path / "study.yaml").write_text("flags: --device cpu")
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_periln.pretrain", "--device", "cpu"],
+        [sys.executable, "-m", f"megatron_periln.{module}", *flags],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{old_resiliency}{os.pathsep}{ROOT}"},

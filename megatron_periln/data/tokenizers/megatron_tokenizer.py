@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from megatron_periln.errors import PreprocessError
+from megatron_periln.package_versions import refuse_version_mismatch
 
 __all__ = [
     "TOKENIZER_FLAGS",
@@ -143,6 +144,7 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
     check_tokenizer_files(args)
     if args.tokenizer_type in _TAKES_HUB_NAME and args.tokenizer_model:
         _check_hub(args.tokenizer_model)
+    refuse_version_mismatch()
     # Imports torch, for seconds; a tokenizer that the cache knows needs neither.
     from megatron.core.tokenizers.utils import build_tokenizer as megatron_tokenizers
 
