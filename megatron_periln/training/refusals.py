@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 import megatron
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.errors import TRACEBACK, RankError, UsageError
@@ -58,7 +59,8 @@ def refusals_in_one_line(args: Namespace | None = None) -> Iterator[None]:
         if reason is None:
             raise
         alone = args is not None and Rendezvous(args).speaks_for_the_first()
-        message = f"Megatron refuses these flags: {reason}; {TRACEBACK}=1 shows the traceback"
+        what = "the checkpoint" if isinstance(error, CheckpointingException) else "these flags"
+        message = f"Megatron refuses {what}: {reason}; {TRACEBACK}=1 shows the traceback"
         raise (RankError if alone else UsageError)(message) from error
 
 

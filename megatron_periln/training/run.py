@@ -24,7 +24,7 @@ from megatron_periln.models.from_arguments import (
     transformer_config,
 )
 from megatron_periln.norms.arguments import placement_of
-from megatron_periln.patches import fixes
+from megatron_periln.patches import checkpoint_choice, fixes
 from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
@@ -85,6 +85,7 @@ def run(program_start: float) -> None:
         check_data(args)
         make_save_folder(args)
     guard.install(args)
+    checkpoint_choice.pass_over_unasked_state(optimizer=bool(args.no_load_optim or args.finetune))
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))
     if args.monitor_layers:
         # Not at the top: a run that is not monitored has nothing of the monitor in it.

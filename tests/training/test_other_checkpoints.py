@@ -72,7 +72,9 @@ def test_stock_checkpoint_is_refused_by_peri(stock, refused):
 
 
 def test_stock_checkpoint_continues_as_pre(stock, trained, continued):
-    curve = continued("stock-as-pre", stock, "--norm-placement pre").curve
+    """Strictly too: Megatron called every checkpoint, its own included, one with keys too many."""
+    strictly = "--norm-placement pre --dist-ckpt-strictness raise_all"
+    curve = continued("stock-as-pre", stock, strictly).curve
     assert [point["iteration"] for point in curve] == [7]
     assert curve == continued("pre", trained("pre"), "--norm-placement pre").curve
 
@@ -84,6 +86,16 @@ def test_pre_checkpoint_continues_in_stock_megatron(stock, trained, continued):
     theirs = continued("stock-in-stock", stock, "--norm-placement pre", changes=changes)
     assert [point["iteration"] for point in ours.curve] == [7]
     assert ours.curve == theirs.curve
+
+
+def test_a_checkpoint_of_other_weights_is_refused_by_strict_loading(trained, jobs):
+    folder = checkpoints(trained("peri"))
+    flags = f"--norm-placement peri --qk-layernorm --allow-model-changes --load {folder}"
+    job = jobs.run("strictly", f"{MODEL} {flags} --dist-ckpt-strictness raise_all", succeeds=False)
+    (line,) = [line for line in job.log.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: Megatron refuses the checkpoint: Unexpected keys (not found")
+    assert "self_attention.q_layernorm.weight" in line
+    assert "Traceback" not in job.log
 
 
 @pytest.mark.parametrize("saved, asked", [("post", "peri"), ("peri", "pre")])
