@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_periln.errors import UsageError
+from megatron_periln.rules import Rule
 
 __all__ = ["COUNTERPARTS", "GPU_ONLY", "adapt_arguments"]
 
@@ -24,24 +24,26 @@ COUNTERPARTS: tuple[tuple[str, object, str], ...] = (
 )
 """What has a counterpart on the CPU that computes the same: argument, value there, reason."""
 
-GPU_ONLY: tuple[tuple[str, str, str], ...] = (
-    ("fp8", "--fp8-format", "use --bf16, or no precision flag for fp32"),
-    ("fp4", "--fp4-format", "use --bf16, or no precision flag for fp32"),
-    ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
-    ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
-    (
-        "dataloader_inter_document_masking",
-        "--dataloader-inter-document-masking",
-        "use --reset-attention-mask",
-    ),
-    ("moe_latent_size", "--moe-latent-size", "drop it: its projections are Transformer Engine's"),
-    (
-        "experimental_attention_variant",
-        "--experimental-attention-variant",
-        "drop it: its layers are Transformer Engine's",
-    ),
+
+def _without(flag: str, advice: str, name: str | None = None, without: object = None) -> Rule:
+    name = name or flag.removeprefix("--").replace("-", "_")
+    return Rule(
+        lambda args: getattr(args, name, None),
+        f"{flag} needs a GPU and has no counterpart under --device cpu; {advice}",
+        {name: without},
+    )
+
+
+GPU_ONLY: tuple[Rule, ...] = (
+    _without("--fp8-format", "use --bf16, or no precision flag for fp32", "fp8"),
+    _without("--fp4-format", "use --bf16, or no precision flag for fp32", "fp4"),
+    _without("--use-megatron-fsdp", "use --use-distributed-optimizer", without=False),
+    _without("--use-torch-fsdp2", "use --use-distributed-optimizer", without=False),
+    _without("--dataloader-inter-document-masking", "use --reset-attention-mask", without=False),
+    _without("--moe-latent-size", "drop it: its projections are Transformer Engine's"),
+    _without("--experimental-attention-variant", "drop it: its layers are Transformer Engine's"),
 )
-"""What has none: argument, flag, what to do."""
+"""What has no counterpart on the CPU."""
 
 
 def adapt_arguments(args: Namespace) -> list[str]:
@@ -56,15 +58,7 @@ def adapt_arguments(args: Namespace) -> list[str]:
     -------
     list of str
         One line for each argument that was changed.
-
-    Raises
-    ------
-    UsageError
-        For a flag whose result can't be had on the CPU.
     """
-    for name, flag, advice in GPU_ONLY:
-        if getattr(args, name, None):
-            raise UsageError(f"{flag} needs a GPU and has no counterpart under --device cpu; {advice}")
     changes = []
     if getattr(args, "async_save", False) and args.async_strategy == "nvrx":
         args.async_strategy = "mcore"

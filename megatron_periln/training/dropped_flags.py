@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
 
-from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
+from megatron_periln.rules import Check, Rule
 
-__all__ = ["make_flags_act", "refuse_dropped_flags"]
-
-_Dropped = tuple[Callable[[Namespace], Any], str]
+__all__ = ["DROPPED", "make_flags_act"]
 
 
 def _rope(args: Namespace) -> bool:
@@ -32,94 +28,93 @@ def _gated(args: Namespace) -> bool:
     return args.swiglu or args.quick_geglu
 
 
-# What nothing in megatron-core 0.19 computes; each with what to do.
-_DROPPED: tuple[_Dropped, ...] = (
-    (
+DROPPED: tuple[Check, ...] = (
+    Rule(
         lambda args: args.apply_residual_connection_post_layernorm,
         "--apply-residual-connection-post-layernorm: megatron-core reads it no more; drop it, "
         "--norm-placement says where norms stand",
     ),
-    (
+    Rule(
         lambda args: args.openai_gelu,
         "--openai-gelu: megatron-core reads it no more; drop it, its GELU is the approximation by tanh where "
         "bias and GELU are fused, as they are by default",
     ),
-    (
+    Rule(
         lambda args: args.onnx_safe,
         "--onnx-safe: megatron-core reads it no more; drop it",
     ),
-    (
+    Rule(
         lambda args: args.position_embedding_type == "relative",
         "--position-embedding-type relative: GPT has none, and would train without positions; "
         "give rope, yarn, "
         "mrope, learned_absolute or none",
     ),
-    (
+    Rule(
         lambda args: args.relative_attention_num_buckets != 32 or args.relative_attention_max_distance != 128,
         "--relative-attention-num-buckets and --relative-attention-max-distance belong to T5; drop them",
     ),
-    (
+    Rule(
         lambda args: args.use_rope_scaling and not _rope(args),
         "--use-rope-scaling scales --position-embedding-type rope alone; with --multi-latent-attention give "
         "--rope-type yarn and --rotary-scaling-factor",
     ),
-    (
+    Rule(
         lambda args: args.rope_scaling_factor != 8.0 and not args.use_rope_scaling,
         "--rope-scaling-factor needs --use-rope-scaling; give both, or neither",
     ),
-    (
+    Rule(
         lambda args: args.rotary_seq_len_interpolation_factor and _latent(args),
         "--rotary-seq-len-interpolation-factor does not reach --multi-latent-attention; give "
         "--rope-type yarn "
         "and --rotary-scaling-factor",
     ),
-    (
+    Rule(
         lambda args: args.no_rope_freq and _latent(args),
         "--no-rope-freq does not reach --multi-latent-attention; drop it",
     ),
-    (
+    Rule(
         lambda args: args.no_rope_freq and args.hybrid_layer_pattern,
         "--no-rope-freq does not reach hybrid models; drop it",
     ),
-    (
+    Rule(
         lambda args: args.position_embedding_type in ("yarn", "mrope") and _latent(args),
         "--multi-latent-attention has rotary embeddings of its own; give --position-embedding-type rope, and "
         "--rope-type yarn for YaRN",
     ),
-    (
+    Rule(
         lambda args: args.rotary_percent != 1.0 and _latent(args) and args.rope_type != "rope",
         "--rotary-percent does not reach --multi-latent-attention but with --rope-type rope; give it too",
     ),
-    (
+    Rule(
         lambda args: args.position_embedding_type == "mrope",
         "--position-embedding-type mrope wants the positions of images; give rope",
     ),
-    (
+    Rule(
         lambda args: (
             args.use_mup and (args.mup_base_head_dim or args.mup_attn_scale_power != 1.0) and _latent(args)
         ),
         "--mup-base-head-dim and --mup-attn-scale-power do not reach --multi-latent-attention; drop them",
     ),
-    (
+    Rule(
         lambda args: args.add_qkv_bias and not args.add_bias_linear and _latent(args),
         "--add-qkv-bias does not reach --multi-latent-attention; drop it",
     ),
-    (
+    Rule(
         lambda args: args.mtp_num_layers and args.hybrid_layer_pattern and not _hybrid_mtp(args),
         "--mtp-num-layers does not reach a hybrid model without a pattern for them; give "
         "--hybrid-layer-pattern MAIN/MTP",
     ),
-    (
+    Rule(
         lambda args: args.qk_l2_norm and args.qk_layernorm,
         "--qk-l2-norm and --qk-layernorm are two norms of queries and keys; give one of them",
     ),
-    (
+    Rule(
         lambda args: args.activation_func_clamp_value is not None and not _gated(args),
         "--activation-func-clamp-value clamps gated linear units alone; give --swiglu or "
         "--quick-geglu, or drop "
         "it",
     ),
-    (
+    Rule(
         lambda args: (
             args.activation_func_clamp_value is not None
             and (args.use_te_activation_func or args.use_transformer_engine_op_fuser)
@@ -127,43 +122,31 @@ _DROPPED: tuple[_Dropped, ...] = (
         "--activation-func-clamp-value does not reach Transformer Engine's activation; drop "
         "--use-te-activation-func and --use-transformer-engine-op-fuser",
     ),
-    (
+    Rule(
         lambda args: args.checkpoint_activations,
         "--checkpoint-activations: megatron-core ends without a word for the scheduler; give "
         "--recompute-activations, or --recompute-granularity and --recompute-method",
     ),
-    (
+    Rule(
         lambda args: args.config_logger_dir,
         "--config-logger-dir: megatron-core can't copy the process groups that it wants to write; "
         "drop it, the "
         "arguments are printed and saved with each checkpoint",
     ),
-    (
+    Rule(
         lambda args: args.dist_ckpt_save_pre_mcore_014,
         "--dist-ckpt-save-pre-mcore-014: megatron-core reads it no more; drop it, checkpoints "
         "have the format "
         "of megatron-core 0.14 and later",
     ),
-    (
+    Rule(
         lambda args: args.exit_signal_handler_for_dataloader,
         "--exit-signal-handler-for-dataloader: megatron-core reads it no more; give "
         "--exit-signal-handler, which "
         "its workers heed",
     ),
 )
-
-
-def refuse_dropped_flags(args: Namespace) -> None:
-    """Refuse what would be parsed, printed and dropped.
-
-    Raises
-    ------
-    UsageError
-        With what to give instead.
-    """
-    for given, message in _DROPPED:
-        if given(args):
-            raise UsageError(message)
+"""What nothing in megatron-core 0.19 computes, or what it would drop without a word."""
 
 
 def make_flags_act(args: Namespace) -> list[str]:

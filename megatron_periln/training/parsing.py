@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from argparse import ArgumentParser, Namespace
 from typing import NoReturn
@@ -18,19 +19,22 @@ from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.checkpoints.sources import loads_from
-from megatron_periln.cpu.flags import adapt_arguments
+from megatron_periln.cpu.flags import GPU_ONLY, adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files, explained_tokenizer
 from megatron_periln.errors import UsageError
 from megatron_periln.monitor.settings import GROUP as MONITOR
 from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
+from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import GROUP as NORMS
-from megatron_periln.norms.arguments import add_norm_arguments, placement_of
+from megatron_periln.norms.arguments import add_norm_arguments, placement_of, set_placement
+from megatron_periln.rules import Problems
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
-from megatron_periln.training.checks import check_flags, check_model
-from megatron_periln.training.dropped_flags import make_flags_act, refuse_dropped_flags
-from megatron_periln.training.evaluation_checks import check_evaluation
+from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
+from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
+from megatron_periln.training.evaluation_checks import EVALUATION
 from megatron_periln.training.idle_flags import idle_flags
-from megatron_periln.training.mask_checks import check_masks
+from megatron_periln.training.lenient import parse_leniently
+from megatron_periln.training.mask_checks import MASKS
 from megatron_periln.training.model_settings import (
     add_model_arguments,
     adopt_model,
@@ -125,20 +129,22 @@ def parse() -> Namespace:
     if any(argument.startswith("--yaml-cfg") for argument in sys.argv):  # parse_args would read it
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     parsers: list[ArgumentParser] = []
+    problems = Problems()
 
     def add_and_keep(parser: ArgumentParser) -> ArgumentParser:
         parsers.append(add_arguments(parser))
+        parser.parse_args = functools.partial(parse_leniently, parser, problems)  # type: ignore[assignment]
         return parser
 
     with refusals_in_one_line():
         args = parse_args(add_and_keep)
-    check(args, parsers[0])
+    check(args, parsers[0], problems)
     with refusals_in_one_line(args), explained_tokenizer(args):
         set_global_variables(args)
     return args
 
 
-def check(args: Namespace, parser: ArgumentParser) -> None:
+def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = None) -> None:
     """Check parsed arguments against each other and against the checkpoint to load, and complete them.
 
     Parameters
@@ -147,56 +153,79 @@ def check(args: Namespace, parser: ArgumentParser) -> None:
         As parsed; changed in place.
     parser
         Which has parsed them.
+    problems
+        What was found wrong while it did: told together with what is found here.
 
     Raises
     ------
     UsageError
         As `parse` does.
     """
-    check_flags(args)
-    refuse_dropped_flags(args)
+    problems = problems or Problems()
     idle = idle_flags(args, parser)
-    put_back(args)
-    choose_intact_checkpoint(args)
-    if args.use_checkpoint_args:
-        if args.load is None and args.pretrained_checkpoint is None:
-            raise UsageError(
-                "--use-checkpoint-args needs a checkpoint: give --load or --pretrained-checkpoint"
-            )
-        if args.non_persistent_ckpt_type == "local":
-            raise UsageError(
-                "--use-checkpoint-args can't read local checkpoints (--non-persistent-ckpt-type local); give "
-                "the model's flags instead"
-            )
-        given = given_settings(args, parser)
-        load_args_from_checkpoint(args, load_arg=loads_from(args))
-        adopt_saved_placement(args)
-        if (saved := saved_arguments(args, loads_from(args))) is not None:
-            adopt_model(args, saved, given)
+    problems.find(args, SIZES, final=True)  # once more with a checkpoint's: until then, ranks would wait
+    problems.find(args, (*AS_PARSED, *DROPPED))
+    if problems.texts:
+        problems.final |= args.use_checkpoint_args  # the model is not known
+    else:
+        put_back(args)
+        choose_intact_checkpoint(args)
+        if args.use_checkpoint_args:
+            _adopt_checkpoint(args, parser)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
-    check_tokenizer_files(args)
-    placement = placement_of(args)
-    args.embedding_norm = placement.embedding
-    refuse_other_placement(args, placement)
-    _tell(args, "Flags that change nothing in this run:", idle)
-    _tell(
-        args, "Flags that act otherwise than in Megatron:", [*make_flags_act(args), *translate_rampup(args)]
-    )
+    with problems.caught():
+        check_tokenizer_files(args)
+    placement = _placement(args, problems)
+    if not problems.texts:
+        refuse_other_placement(args, placement)
+    changes = make_flags_act(args)
+    with problems.caught():
+        changes += translate_rampup(args)
+    adapted: list[str] = []
     if cpu.is_active():
-        _tell(args, "--device cpu changes flags that need a GPU:", adapt_arguments(args))
-    check_model(args, placement)
-    check_masks(args)
+        problems.find(args, GPU_ONLY)
+        adapted = adapt_arguments(args)
+    problems.find(args, SIZES, final=True)
+    problems.find(args, (*MODEL, *MASKS))
+    if not problems.texts:
+        _tell(args, "Flags that change nothing in this run:", idle)
+        _tell(args, "Flags that act otherwise than in Megatron:", changes)
+        _tell(args, "--device cpu changes flags that need a GPU:", adapted)
     if args.rerun_mode == "report_stats":
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
+    problems.refuse()
     with refusals_in_one_line(args):
         validate_args(args)
     load_arg = loads_from(args)
     path = checkpoint_path(args, load_arg)
     refuse_other_model(args, saved_arguments(args, load_arg), str(path.parent if path else args.load))
-    check_batch_sizes(args, consumed_samples(args))
-    check_evaluation(args)
-    check_monitor(args)
+    problems.find(args, EVALUATION)
+    with problems.caught():
+        check_batch_sizes(args, consumed_samples(args))
+    with problems.caught():
+        check_monitor(args)
+    problems.refuse()
     choose_norm_backend(args)
+
+
+def _adopt_checkpoint(args: Namespace, parser: ArgumentParser) -> None:
+    given = given_settings(args, parser)
+    load_args_from_checkpoint(args, load_arg=loads_from(args))
+    adopt_saved_placement(args)
+    if (saved := saved_arguments(args, loads_from(args))) is not None:
+        adopt_model(args, saved, given)
+
+
+def _placement(args: Namespace, problems: Problems) -> NormPlacement:
+    """Return the placement that is asked for; without the options that contradict it, where some do."""
+    try:
+        placement = placement_of(args)
+    except UsageError as error:
+        problems.add(str(error))
+        placement = NormPlacement.named(args.norm_placement)
+        set_placement(args, placement)
+    args.embedding_norm = placement.embedding
+    return placement
 
 
 def _tell(args: Namespace, title: str, lines: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Jobs of six iterations on a model of two layers."""
 
 import functools
+import re
 
 import pytest
 
@@ -29,7 +30,7 @@ def stock(jobs):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def refused(jobs):  # noqa: F811
-    """Run a job that is refused before anything is trained; return the one line of its error."""
+    """Run a job that is refused before anything is trained; return its error, one line, or one and a list."""
 
     def run(name, arguments, model=MODEL, **options):
         job = jobs.run(f"refused-{name}", f"{model} {arguments}", succeeds=False, **options)
@@ -38,8 +39,11 @@ def refused(jobs):  # noqa: F811
         assert "Traceback" not in job.log, job.log
         assert not (job.folder / "curve.json").exists()
         assert not (job.folder / "checkpoints").exists()
-        first, *others = [[line for line in log.splitlines() if line.startswith("error:")] for log in logs]
-        assert first == logs[0].splitlines()[-1:]
+        first, *others = [
+            re.findall(r"^error:.*(?:\n  .*)*", log, flags=re.MULTILINE) for log in map(str.rstrip, logs)
+        ]
+        assert logs[0].rstrip().endswith(first[0])
+        assert len(first) == 1
         assert not any(others)
         return first[0]
 

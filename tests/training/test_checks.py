@@ -9,9 +9,10 @@ from megatron.training.arguments import parse_args
 from torch.distributed.run import get_args_parser
 
 from megatron_periln.errors import RankError, UsageError
-from megatron_periln.norms import PRE, kernels
+from megatron_periln.norms import kernels
+from megatron_periln.rules import refuse
 from megatron_periln.training import norm_backend
-from megatron_periln.training.checks import check_flags, check_model
+from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.parsing import add_arguments
 
 ENOUGH = "--eval-interval 100 --save checkpoints --save-interval 10"
@@ -25,7 +26,7 @@ def check(monkeypatch):
 
     def run(flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
-        check_flags(parse_args(add_arguments))
+        refuse(parse_args(add_arguments), (*SIZES, *AS_PARSED))
 
     return run
 
@@ -61,9 +62,9 @@ def test_asynchronous_saves_need_their_package(monkeypatch):
     with pytest.raises(
         UsageError, match=r"nvidia-resiliency-ext, which is not installed.* --async-strategy mcore"
     ):
-        check_model(args, PRE)
+        refuse(args, MODEL)
     args.async_strategy = "mcore"
-    check_model(args, PRE)
+    refuse(args, MODEL)
 
 
 def test_a_launcher_is_missing(check, monkeypatch):

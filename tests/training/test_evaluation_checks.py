@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 
 from megatron_periln.errors import UsageError
-from megatron_periln.training.evaluation_checks import check_evaluation
+from megatron_periln.rules import refuse
+from megatron_periln.training.evaluation_checks import EVALUATION
 
 FITTING = {
     "eval_iters": 2,
@@ -31,7 +32,7 @@ PIPELINE = {"pipeline_model_parallel_size": 2}
 
 def check(**changes):
     assert changes.keys() <= FITTING.keys()
-    check_evaluation(Namespace(**{**FITTING, **changes}))
+    refuse(Namespace(**{**FITTING, **changes}), EVALUATION)
 
 
 @pytest.mark.parametrize(

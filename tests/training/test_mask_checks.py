@@ -6,7 +6,8 @@ import pytest
 from megatron.training.arguments import parse_args
 
 from megatron_periln.errors import UsageError
-from megatron_periln.training.mask_checks import check_masks
+from megatron_periln.rules import refuse
+from megatron_periln.training.mask_checks import MASKS
 from megatron_periln.training.parsing import add_arguments
 
 LOCAL = "--transformer-impl local"
@@ -14,7 +15,7 @@ LOCAL = "--transformer-impl local"
 
 def check(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["pretrain", "--num-layers", "4", *flags.split()])
-    check_masks(parse_args(add_arguments))
+    refuse(parse_args(add_arguments), MASKS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from megatron_periln.checkpoints.saved_arguments import checkpoint_path
 from megatron_periln.errors import UsageError
 from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms.arguments import placement_of
-from megatron_periln.training.checks import check_flags
+from megatron_periln.rules import refuse
+from megatron_periln.training.checks import AS_PARSED
 from megatron_periln.training.parsing import add_arguments
 from megatron_periln.training.placement_checkpoint import refuse_other_placement
 from tests.checkpoints.damage import flip_a_bit
@@ -164,7 +165,7 @@ def test_the_folder_of_persistent_ones_is_no_folder_for_others(tmp_path):
         words = f"--save {tmp_path / 'run'} --save-interval 2 {GLOBAL} --eval-interval 2"
         words += f" --non-persistent-global-ckpt-dir {folder}"
         with pytest.raises(UsageError, match="would delete every checkpoint in it but the newest"):
-            check_flags(megatron_arguments(f"{MODEL} {PERI} {words}".split(), add_arguments))
+            refuse(megatron_arguments(f"{MODEL} {PERI} {words}".split(), add_arguments), AS_PARSED)
 
 
 def test_a_killed_run_goes_on_from_it_to_the_bit(jobs, killed, straight):
