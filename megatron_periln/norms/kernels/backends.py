@@ -4,8 +4,8 @@
 backend   what runs
 ========  ==================================================================================
 torch     `reference`, plain PyTorch
-compile   ``torch.compile`` of `reference`
-triton    `fused` for the output norm, alone or with the next; ``torch.compile`` for the others
+compile   `compiled`: ``torch.compile`` of `reference`
+triton    `fused` for the output norm, alone or with the next; `compiled` for the others
 auto      triton on a GPU that can run it, else compile; torch on the CPU
 ========  ==================================================================================
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_periln.norms.kernels import reference
+from megatron_periln.norms.kernels.compiled import compile_for_both_passes
 from megatron_periln.norms.kernels.launch_config import MAX_NORM_ADD_HIDDEN_SIZE
 
 __all__ = [
@@ -173,10 +174,10 @@ def _named(name: str) -> Backend:
 def _compiled() -> Backend:
     return Backend(
         "compile",
-        torch.compile(reference.norm),
-        torch.compile(reference.norm_add),
-        torch.compile(reference.add_norm),
-        torch.compile(reference.norm_add_norm),
+        compile_for_both_passes(reference.norm),
+        compile_for_both_passes(reference.norm_add),
+        compile_for_both_passes(reference.add_norm),
+        compile_for_both_passes(reference.norm_add_norm),
     )
 
 
