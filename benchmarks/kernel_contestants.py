@@ -89,7 +89,7 @@ def norm_add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, N
 
     contestants = {f"norm_add_norm, {name}": ours(name) for name in ("triton", "compile", "torch")}
     if device_type == "cuda" and _has("transformer_engine"):
-        norm, add = _transformer_engine_norm(hidden_size), _residual_add()
+        norm = _transformer_engine_norm(hidden_size)
         fused = _ours("triton", "norm_add", device_type, hidden_size)
 
         def then_norm(norm_add: NormAdd) -> NormAdd:
@@ -100,9 +100,7 @@ def norm_add_norm_contestants(device_type: str, hidden_size: int) -> dict[str, N
             return both
 
         contestants["norm_add, then Transformer Engine"] = then_norm(fused)
-        contestants["Pre-LN: add, then Transformer Engine"] = then_norm(
-            lambda x, residual, _: add((x, None), residual, 0.0)
-        )
+        contestants["Pre-LN: add, then Transformer Engine"] = then_norm(_residual_add())
     return contestants
 
 
