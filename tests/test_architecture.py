@@ -16,7 +16,7 @@ LOWER = {
     "norms": {"patches"},
     "patches": set(),
     "cpu": {"patches"},
-    "data": set(),
+    "data": {"patches"},
     "monitor": {"norms", "patches"},
     "checkpoints": {"norms", "patches"},
     "models": {"checkpoints", "norms", "patches"},

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_periln.errors import UsageError
+from megatron_periln.vocabulary_files import (
+    END_OF_TEXT,
+    KINDS,
+    check_vocabulary_files,
+    write_tokenizer_folder,
+)
 
 __all__ = ["SpecialTokens", "check_model_folder", "copy_tokenizer"]
 
@@ -84,6 +90,8 @@ def copy_tokenizer(args: Namespace, given: Path | None, output: Path) -> tuple[S
     kind = getattr(args, "tokenizer_type", None)
     if given is None:
         named = getattr(args, "tokenizer_model", None)
+        if kind in KINDS and getattr(args, "vocab_file", None):
+            return _write_tokenizer(args, output)
         if kind != "HuggingFaceTokenizer" or not named or not Path(named).is_dir():
             if named:
                 reason = f"{named} is no folder here"
@@ -100,10 +108,28 @@ def copy_tokenizer(args: Namespace, given: Path | None, output: Path) -> tuple[S
     return tokens, f"tokenizer files of {given}; end-of-document token {tokens.eos}"
 
 
+def _write_tokenizer(args: Namespace, output: Path) -> tuple[SpecialTokens, str]:
+    """Write a tokenizer from the files of its vocabulary and merges, as training built it."""
+    files = [name for name in (args.vocab_file, args.merge_file) if name]
+    absent = [name for name in files if not Path(name).is_file()]
+    if absent or args.special_tokens:
+        reason = (
+            f"{absent[0]} is no file here" if absent else "it has --tokenizer-special-tokens beside its files"
+        )
+        return SpecialTokens(), f"no tokenizer files: {reason}; --tokenizer FOLDER adds them"
+    check_vocabulary_files(args.tokenizer_type, args.vocab_file, args.merge_file)
+    write_tokenizer_folder(args.tokenizer_type, args.vocab_file, args.merge_file, output)
+    tokens = _special_tokens(output)
+    return tokens, f"{args.tokenizer_type} of {' and '.join(files)}; end-of-document token {tokens.eos}"
+
+
 def _special_tokens(folder: Path) -> SpecialTokens:
     config = _json(folder / "tokenizer_config.json")
     added = _json(folder / "tokenizer.json").get("added_tokens", [])
-    ids = {token["content"]: token["id"] for token in added}
+    ids: dict[Any, Any] = dict(_json(folder / "vocab.json"))
+    if ids:
+        ids.setdefault(END_OF_TEXT, len(ids))  # as transformers adds it
+    ids |= {token["content"]: token["id"] for token in added}
     ids |= {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
 
     def number(name: str) -> int | None:

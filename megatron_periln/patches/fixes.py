@@ -1,7 +1,7 @@
 """What is wrong in megatron-core 0.19 on any device, and fixed in every process that trains.
 
-Here are the fixes of single functions; those of the optimizers' state and of what loading a checkpoint runs
-have modules of their own.
+Here are the fixes of single functions; those of the optimizers' state, of what loading a checkpoint runs and
+of tokenizers have modules of their own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from megatron.core import utils
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.moe import upcycling_utils
 
-from megatron_periln.patches import checkpoint_loading, optimizer_state, upcycling
+from megatron_periln.patches import checkpoint_loading, optimizer_state, tokenizer_files
 from megatron_periln.patches.registry import changes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "add_product",
     "apply",
     "checkpoint_without_output_off_fp8",
+    "load_the_dense_model",
     "use_prebuilt_dataset_helpers",
 ]
 
@@ -109,6 +111,23 @@ def add_product(inputs: torch.Tensor, gradients: torch.Tensor, total: torch.Tens
         torch.addmm(total, gradients.t(), inputs, out_dtype=total.dtype, out=total)
 
 
+@changes(
+    "megatron.core.transformer.moe.upcycling_utils.load_and_upcycle_model",
+    why="`setup_model_and_optimizer` gives it the dense model under a name that `load_checkpoint` has no "
+    "more, so that `--moe-use-upcycling` ends in a TypeError",
+    until="patches/test_upcycling.py::test_upstream_still_loads_the_dense_model_under_another_name",
+)
+def load_the_dense_model() -> None:
+    """Give ``load_checkpoint`` the dense model under the name that it has there."""
+    original = upcycling_utils.load_and_upcycle_model
+
+    def load_and_upcycle(*args: Any, load_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        renamed = {("ddp_model" if name == "model" else name): value for name, value in load_kwargs.items()}
+        return original(*args, load_kwargs=renamed, **kwargs)
+
+    upcycling_utils.load_and_upcycle_model = load_and_upcycle
+
+
 FIXES = (
     use_prebuilt_dataset_helpers,
     checkpoint_without_output_off_fp8,
@@ -119,5 +138,6 @@ FIXES = (
     optimizer_state.reshard_over_expert_parallelism,
     checkpoint_loading.restrict,
     checkpoint_loading.describe_tensors_without_strides,
-    upcycling.load_the_dense_model,
+    load_the_dense_model,
+    tokenizer_files.read_vocabulary_files,
 )

@@ -172,7 +172,8 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         choose_intact_checkpoint(args)
         if args.use_checkpoint_args:
             _adopt_checkpoint(args, parser)
-    args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
+    if args.vocab_file or args.merge_file:
+        args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
     with problems.caught():
         check_tokenizer_files(args)
     placement = _placement(args, problems)

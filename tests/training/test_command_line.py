@@ -71,6 +71,10 @@ BAD_FLAGS = {
         "--tokenizer-type HuggingFaceTokenizer",
         ["HuggingFaceTokenizer needs --tokenizer-model"],
     ),
+    "vocabulary without merges": (
+        "--tokenizer-type GPT2BPETokenizer --vocab-file pyproject.toml",
+        ["needs --merge-file beside --vocab-file", "give both"],
+    ),
     "tokenizer model that is not there": (
         "--tokenizer-type TikTokenizer --tokenizer-model absent.json",
         ["--tokenizer-model absent.json: no such file"],

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_periln.errors import UsageError
 from megatron_periln.files import new_folder
 from megatron_periln.version import __version__
+from megatron_periln.vocabulary_files import KINDS
 
 __all__ = ["MAX_BYTES", "cache_folder", "content_key", "own_code", "read_entry", "versions", "write_entry"]
 
@@ -24,7 +25,6 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _MAX_FILES = 1000
 MAX_BYTES = 1 << 29
 """Size of the files of a tokenizer, weights aside, beyond which it gets no key."""
-_READS_THE_HUB = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
 _FLAGS_WITHOUT_EFFECT = ("padded_vocab_size", "pad_vocab_size", "chat_template", "vocab_extra_ids")
 _PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
 
@@ -66,8 +66,8 @@ def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
     Returns
     -------
     None where the files cannot be known: a name on the Hugging Face hub of which there is no local copy, a
-    type that reads the hub whatever its flags, files that cannot be read, or a folder with more than half a
-    gigabyte beside the weights.
+    type of which Megatron fetches the files that no flag names, files that cannot be read, or a folder with
+    more than half a gigabyte beside the weights.
     """
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for source in own_code():
@@ -77,7 +77,7 @@ def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
         values.pop(name, None)
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     named = [value for name in _PATHS if (value := values.get(name))]
-    if not named or args.tokenizer_type in _READS_THE_HUB:
+    if not named or (args.tokenizer_type in KINDS and not values.get("vocab_file")):
         return None
     try:
         for value in named:

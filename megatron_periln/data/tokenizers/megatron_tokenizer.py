@@ -5,6 +5,8 @@ Importing this module, parsing the flags and checking the files they name need n
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -16,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from megatron_periln.errors import PreprocessError
 from megatron_periln.package_versions import refuse_version_mismatch
+from megatron_periln.vocabulary_files import KINDS, check_vocabulary_files
 
 __all__ = [
     "TOKENIZER_FLAGS",
@@ -148,6 +151,10 @@ def build_tokenizer(args: Namespace) -> Tokenizer:
     # Imports torch, for seconds; a tokenizer that the cache knows needs neither.
     from megatron.core.tokenizers.utils import build_tokenizer as megatron_tokenizers
 
+    from megatron_periln.patches.tokenizer_files import read_vocabulary_files
+
+    read_vocabulary_files()
+
     # Padding of the vocabulary concerns the model and would need its flags.
     args = Namespace(**{**vars(args), "pad_vocab_size": False})
     with explained_tokenizer(args):
@@ -176,6 +183,8 @@ def explained_tokenizer(args: Namespace) -> Iterator[None]:
                 "it needs a JSON list of rank, token_bytes and token_str, and --vocab-size must be "
                 "its length plus --tiktoken-num-special-tokens"
             )
+        elif args.tokenizer_type in KINDS:
+            hint = "check --vocab-file and --merge-file, and the other tokenizer flags"
         elif args.tokenizer_model and not Path(args.tokenizer_model).exists():
             hint = f"{args.tokenizer_model} is no local folder, and the Hugging Face hub did not provide it"
         raise PreprocessError(f"{args.tokenizer_type} cannot be built: {reason}; {hint}") from error
@@ -210,7 +219,10 @@ def check_tokenizer_files(args: Namespace) -> None:
         Naming the flag and the file.
     """
     if not args.tokenizer_type:
-        raise PreprocessError("--tokenizer-type is missing: name one, such as HuggingFaceTokenizer")
+        raise PreprocessError(
+            "--tokenizer-type is missing: name one, such as HuggingFaceTokenizer with --tokenizer-model "
+            "FOLDER, or GPT2BPETokenizer with --vocab-file and --merge-file"
+        )
     named = args.tokenizer_model or (args.vocab_file and args.tokenizer_type in _TAKES_HUB_NAME)
     if args.tokenizer_type in (*_NEEDS_FILE, *_TAKES_HUB_NAME) and not named:
         raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model")
@@ -233,6 +245,31 @@ def check_tokenizer_files(args: Namespace) -> None:
             f"--tokenizer-model {args.tokenizer_model}: a file, and {args.tokenizer_type} takes a folder: "
             f"name the one that holds tokenizer_config.json"
         )
+    if args.tokenizer_type in KINDS:
+        _check_vocabulary(args)
+
+
+def _check_vocabulary(args: Namespace) -> None:
+    """Check the files of a vocabulary and of its merges; without any, what Megatron fetches instead.
+
+    Raises
+    ------
+    PreprocessError
+        If one is missing or is not what it should be.
+    """
+    if args.vocab_file:
+        check_vocabulary_files(args.tokenizer_type, args.vocab_file, args.merge_file)
+        return
+    flags = "--vocab-file and --merge-file" if KINDS[args.tokenizer_type].merges else "--vocab-file"
+    if args.merge_file or not _megatron_fetches(args.tokenizer_type):
+        raise PreprocessError(f"{args.tokenizer_type} needs {flags}, the paths of its files")
+
+
+def _megatron_fetches(kind: str) -> bool:
+    """Tell whether Megatron gets the files that it fetches; what is in them it takes from the hub."""
+    base = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    cached = Path(base).expanduser() / "megatron" / f"{kind}_vocab"
+    return cached.exists() or importlib.util.find_spec("wget") is not None
 
 
 def _check_hub(name: str) -> None:

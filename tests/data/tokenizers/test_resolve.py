@@ -193,8 +193,9 @@ def test_a_changed_file_is_another_tokenizer(tmp_path: Path, tokenizers: dict[st
 def test_files_that_cannot_be_known_have_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text("{}")
-    flags = ["--vocab-file", vocabulary, "--merge-file", vocabulary]
-    assert tokenizer_cache.content_key(parse(["--tokenizer-type", "GPT2BPETokenizer", *flags]), FLAGS) is None
+    fetched = ["--tokenizer-type", "GPT2BPETokenizer", "--merge-file", vocabulary]
+    assert tokenizer_cache.content_key(parse(fetched), FLAGS) is None
+    assert tokenizer_cache.content_key(parse([*fetched, "--vocab-file", vocabulary]), FLAGS)
     args = parse(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tmp_path])
     assert tokenizer_cache.content_key(args, FLAGS)
     with monkeypatch.context() as patch:
