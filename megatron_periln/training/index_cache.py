@@ -7,8 +7,13 @@ anew under its old name would be read by the index of the old one.
 from __future__ import annotations
 
 import copy
+import errno
+import math
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +28,14 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron_periln.data.indexed.format import HEADER
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, UsageError
-from megatron_periln.files import sync
+from megatron_periln.files import locked, sync
 
 __all__ = ["BlendedDataset", "Builder", "GPTDataset", "GPTDatasetConfig", "content_of", "contents_of"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNFINISHED = "unfinished-"
+_ABANDONED_AFTER = 3600.0
+"""Seconds."""
 Content = dict[str, Any]
 Indices = tuple[Any, ...]
 
@@ -164,15 +173,15 @@ def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Ind
     Raises
     ------
     UsageError
-        If the cache cannot be written, or must be there and is not.
+        If the cache cannot be written, or must be there and is not, or is cut off.
     """
     config = dataset.config
     if not _is_first_rank():
         return build()
-    there = all(Path(folder, name).is_file() for name in names)
+    there = all(_is_whole(Path(folder, name)) for name in names)
     if not there and (config.fast_cache_load or config.defer_npy_index_mmap):
         raise UsageError(
-            f"--data-cache-path {folder}: no index there for these data and settings, and "
+            f"--data-cache-path {folder}: no whole index there for these data and settings, and "
             "--dataloader-fast-cache-load and --dataloader-defer-npy-index-mmap build none; "
             "start once without them"
         )
@@ -180,7 +189,11 @@ def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Ind
         return build()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as temporary:
+        _remove_abandoned(Path(folder))
+        with (
+            tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as temporary,
+            locked(Path(temporary)),
+        ):
             dataset.config = copy.copy(config)
             dataset.config.path_to_cache = temporary
             indices = build()
@@ -188,10 +201,47 @@ def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Ind
                 sync(Path(temporary, name))
                 Path(temporary, name).replace(Path(folder, name))
     except OSError as error:
+        what = "its disk is full; make room, or" if _is_full(error) else f"{error};"
         raise UsageError(
-            f"{folder}: the index of the data cannot be cached there: {error}; "
-            "choose another --data-cache-path"
+            f"{folder}: the index of the data cannot be cached there: {what} choose another --data-cache-path"
         ) from error
     finally:
         dataset.config = config
     return indices
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed jobs left in a cache: no process holds it, nor has a job made it just now."""
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:
+                with locked(left) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left)
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file of a cache is there, an array as long as its header says.
+
+    Megatron writes arrays under their names, so that a kill or a full disk may have cut one off, and it
+    reads whatever bears the name.
+    """
+    try:
+        if path.suffix != ".npy":
+            return path.is_file()
+        with path.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(stream)
+            return path.stat().st_size == stream.tell() + math.prod(shape) * dtype.itemsize
+    except (OSError, ValueError):
+        return False
+
+
+def _is_full(error: OSError) -> bool:
+    """Tell whether a write failed for want of room, of which numpy tells no more than what it wrote."""
+    return error.errno in _FULL or (error.errno is None and " requested and " in str(error))

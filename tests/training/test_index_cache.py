@@ -1,8 +1,11 @@
 """The cache of dataset indices knows the data that it is of, and holds no half files."""
 
+import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.data.indexed.merge import merge_datasets
 from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path
 from megatron_periln.errors import UsageError
+from megatron_periln.files import locked
 from megatron_periln.training import index_cache
-from megatron_periln.training.index_cache import content_of, contents_of
+from megatron_periln.training.index_cache import _is_whole, content_of, contents_of
 from tests.training.model import MODEL
 
 SIZES = [60, 20, 20]
+ROUNDS, JOBS = 3, 8
 
 
 def write(prefix, seed, documents):
@@ -235,6 +240,67 @@ def test_a_run_killed_while_it_caches_leaves_no_half_file(tmp_path, one, two, mo
     assert samples(tmp_path / "cache", named) == expected
 
 
+@pytest.mark.parametrize("left", [0, 64, 130, -8], ids=["nothing", "half a header", "a header", "almost all"])
+@pytest.mark.parametrize("place", ["document_index", "sample_index", "shuffle_index", "dataset_sample_index"])
+def test_a_cache_that_was_cut_off_is_built_anew(tmp_path, one, two, place, left):
+    """Stock Megatron, which wrote it, or a copy of it, was killed, or its disk was full."""
+    named = NAMED["weighted"](one, two)
+    expected = samples(tmp_path / "cache", named)
+    (first, *_) = sorted((tmp_path / "cache").rglob(f"*-{place}.npy"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:left])
+    with pytest.raises((ValueError, EOFError)):  # the negative control
+        np.load(first, mmap_mode="r", allow_pickle=True)
+    assert samples(tmp_path / "cache", named) == expected
+    assert first.read_bytes() == whole
+
+
+def test_what_a_killed_job_left_is_removed_once_it_is_old_and_no_job_holds_it(tmp_path, one, two):
+    named, cache = NAMED["one"](one, two), tmp_path / "cache"
+    old, held, young = (cache / f"unfinished-{name}" for name in ("old", "held", "young"))
+    for folder in (old, held, young):
+        folder.mkdir(parents=True)
+        (folder / "half.npy").write_bytes(b"half")
+    for folder in (old, held):
+        os.utime(folder, (1, 1))
+    with locked(held):
+        samples(cache, named)
+    assert (old.exists(), held.exists(), young.exists()) == (False, True, True)
+
+
+def test_many_jobs_at_once_on_a_cold_cache_one_of_them_killed(tmp_path, one, two):
+    """Real processes, all at the same moment: that at which one dies in the midst of building."""
+    named, context = NAMED["weighted"](one, two), multiprocessing.get_context("fork")
+    expected = samples(tmp_path / "fresh", named)
+    for attempt in range(ROUNDS):
+        cache, moment, results = tmp_path / f"cache-{attempt}", context.Barrier(JOBS), context.SimpleQueue()
+
+        def job(number, attempt=attempt, cache=cache, moment=moment, results=results):
+            if number == 0:  # it has built a number of indices when the others start
+                build, built = gpt_dataset._build_shuffle_index, iter(range(attempt % 3))
+
+                def fatal(*given):
+                    if next(built, None) is None:
+                        moment.wait()
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return build(*given)
+
+                gpt_dataset._build_shuffle_index = fatal
+            else:
+                moment.wait()
+            results.put(samples(cache, named) == expected)
+
+        processes = [context.Process(target=job, args=[number]) for number in range(JOBS)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL] + [0] * (JOBS - 1)
+        assert [results.get() for _ in processes[1:]] == [True] * (JOBS - 1)
+        assert samples(cache, named) == expected
+        assert all(_is_whole(path) for path in cache.glob("*.npy"))
+
+
 def test_jobs_that_start_at_once_share_a_cache(tmp_path, one, two, monkeypatch):
     """A job writes the whole cache while another is about to."""
     named, build, jobs = NAMED["weighted"](one, two), gpt_dataset._build_shuffle_index, []
@@ -256,7 +322,7 @@ def test_flags_that_need_a_cache(tmp_path, one, two, flag):
     expected = samples(tmp_path / "cache", named)
     assert samples(tmp_path / "cache", named, **{flag: True}) == expected
     write(one, 2, 60)
-    with pytest.raises(UsageError, match=r"no index there for these data .* start once without"):
+    with pytest.raises(UsageError, match=r"no whole index there for these data .* start once without"):
         samples(tmp_path / "cache", named, **{flag: True})
 
 
@@ -264,6 +330,29 @@ def test_a_cache_that_cannot_be_written(tmp_path, one, two):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"the index of the data cannot be cached there: .*-cache-path"):
         samples(tmp_path / "file" / "cache", NAMED["one"](one, two))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("1048576 requested and 65424 written")],
+    ids=["as the system tells it", "as numpy tells it"],
+)
+def test_a_full_disk_is_called_one(tmp_path, one, two, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(gpt_dataset.numpy, "save", full)
+    with pytest.raises(
+        UsageError, match=r"cache: .* its disk is full; make room, or choose another --data-c"
+    ):
+        samples(tmp_path / "cache", NAMED["one"](one, two))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_numpy_still_tells_no_errno_of_a_full_disk():
+    with Path("/dev/full").open("wb") as full, pytest.raises(OSError, match=" requested and ") as raised:
+        np.arange(1 << 20).tofile(full)
+    assert raised.value.errno is None
 
 
 def test_a_run_reads_a_corpus_that_grew(jobs, tmp_path):
