@@ -1,8 +1,9 @@
-"""One restart attempt of a run writes to a checkpoint folder: the newest.
+"""One restart attempt of a run writes to a checkpoint folder: the newest that trains.
 
 After a pulled cable, SLURM requeues a job whose old ranks live on: two runs save to one folder. The
 folder holds ``incarnation-N.json``, which names the restart attempt that took it; a new one takes N + 1.
-Who sees a higher number than its own has been superseded, and writes nothing more.
+Who sees a higher number than its own has been superseded, and writes nothing more. A job that lost its folder
+to another job has lost it for all its restarts: two that are requeued would take it from each other in turn.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class _Ticket:
     token: int
     holder: RestartAttempt
     superseded: tuple[str, ...]
+    superseded_jobs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Fence:
         Raises
         ------
         SupersededError
-            If the attempt lost this folder before, or its job has been requeued since.
+            If the attempt, or its job, lost this folder before, or the job has been requeued since.
         UsageError
             If a run that is no job of a scheduler's holds it, and runs on this machine; or if the folder
             can't be written.
@@ -85,6 +87,22 @@ class Fence:
                 f"--save {folder}: cannot be written: {error.strerror or error}; "
                 "give a folder that can, with room on its disk"
             ) from error
+
+    @classmethod
+    def check_free(cls, folder: Path, attempt: RestartAttempt) -> None:
+        """Check that an attempt may take a folder, and leave it to whoever holds it.
+
+        Raises
+        ------
+        UsageError
+            As `take` does.
+        """
+        try:
+            current = _current(folder)
+        except OSError as error:
+            raise UsageError(f"--save {folder}: cannot be read: {error.strerror or error}") from error
+        if current is not None:
+            _check_successor(folder, current, attempt)
 
     def check(self) -> None:
         """Check that no newer restart attempt has taken the folder.
@@ -113,7 +131,8 @@ class Fence:
 
 def _check_successor(folder: Path, current: _Ticket, attempt: RestartAttempt) -> None:
     """Refuse ``attempt`` if it is not newer than the one that holds the folder."""
-    if attempt.name in current.superseded or attempt.is_older_than(current.holder):
+    lost = attempt.name in current.superseded or attempt.job in current.superseded_jobs
+    if lost or attempt.is_older_than(current.holder):
         raise _superseded(folder, current, attempt)
     alone = not current.holder.job and current.holder.name != attempt.name
     if alone and not attempt.job and current.holder.is_running_here():
@@ -125,10 +144,14 @@ def _check_successor(folder: Path, current: _Ticket, attempt: RestartAttempt) ->
 def _take_next(folder: Path, current: _Ticket | None, attempt: RestartAttempt) -> int | None:
     """Write the ticket after ``current``; None if another took it, or went past it, in this moment."""
     token = 1 if current is None else current.token + 1
-    before = () if current is None else (*current.superseded, current.holder.name)
-    superseded = tuple(dict.fromkeys(name for name in before if name != attempt.name))
+    names, jobs = [], []
+    if current is not None:
+        names = [*current.superseded, current.holder.name]
+        jobs = [*current.superseded_jobs, current.holder.job]
+    superseded = tuple(dict.fromkeys(name for name in names if name != attempt.name))
+    superseded_jobs = tuple(dict.fromkeys(job for job in jobs if job not in ("", attempt.job)))
     try:
-        _write(folder, _Ticket(token, attempt, superseded))
+        _write(folder, _Ticket(token, attempt, superseded, superseded_jobs))
     except FileExistsError:
         return None
     tickets = _tickets(folder)
@@ -161,7 +184,12 @@ def _current(folder: Path) -> _Ticket | None:
         token = max(tickets)
         try:
             entries = json.loads(_path(folder, token).read_text())
-            return _Ticket(token, RestartAttempt.from_json(entries["holder"]), tuple(entries["superseded"]))
+            return _Ticket(
+                token,
+                RestartAttempt.from_json(entries["holder"]),
+                tuple(entries["superseded"]),
+                tuple(entries.get("superseded_jobs", ())),
+            )
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):  # cut off: whoever took it is unknown
@@ -180,7 +208,12 @@ def _write(folder: Path, ticket: _Ticket) -> None:
         If it is.
     """
     path = _path(folder, ticket.token)
-    text = json.dumps({"holder": ticket.holder.to_json(), "superseded": ticket.superseded}, indent=1) + "\n"
+    entries = {
+        "holder": ticket.holder.to_json(),
+        "superseded": ticket.superseded,
+        "superseded_jobs": ticket.superseded_jobs,
+    }
+    text = json.dumps(entries, indent=1) + "\n"
     temporary = path.with_name(f"{path.name}.{ticket.holder.host}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text)

@@ -7,6 +7,7 @@ import re
 import shutil
 import uuid
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +33,9 @@ _WHAT_IS_LEFT = "what latest_checkpointed_iteration.txt names is complete"
 
 
 def install(args: Namespace) -> None:
-    """Guard the checkpoints that a run saves.
+    """Guard the checkpoints that a run saves; take their folder when it begins to train.
+
+    Not before: a run that fails while it starts would have taken the folder from one that is well.
 
     Parameters
     ----------
@@ -42,16 +45,16 @@ def install(args: Namespace) -> None:
     Raises
     ------
     UsageError
-        On rank 0, if another run has the folder, or it can't be written.
+        On rank 0, if another run has the folder, or it can't be read.
     """
     if args.save is None or args.enable_msc or args.ckpt_convert_format is not None:
         return
-    fence = None
     if args.rank == 0:
-        fence = _take(args)
+        Fence.check_free(Path(args.save), _restart_attempt())
     if args.checkpoint_verify == "full":
         checkpoint_writer.open_with(open_summed)
-    checkpoint_saving.guard(SaveGuard(fence, args.checkpoint_verify, args.distributed_timeout_minutes))
+    take = functools.partial(_take, args)
+    checkpoint_saving.guard(SaveGuard(take, args.checkpoint_verify, args.distributed_timeout_minutes))
 
 
 def put_back(args: Namespace) -> None:
@@ -143,17 +146,26 @@ class SaveGuard:
 
     Parameters
     ----------
-    fence
-        The folder, taken; None on other ranks than 0.
+    take
+        Takes the folder; called on rank 0, at the first iteration or save.
     verify
         ``--checkpoint-verify``.
     minutes
         ``--distributed-timeout-minutes``.
     """
 
-    def __init__(self, fence: Fence | None, verify: str, minutes: float) -> None:
-        self.fence, self.verify, self.minutes = fence, verify, minutes
+    def __init__(self, take: Callable[[], Fence], verify: str, minutes: float) -> None:
+        self._take, self.verify, self.minutes = take, verify, minutes
         self.watch = SaveWatch(minutes)
+
+    @functools.cached_property
+    def fence(self) -> Fence:
+        """The folder, taken."""
+        return self._take()
+
+    def before_training(self) -> None:
+        """Take the folder, and clear away what saves that were cut off left there."""
+        self.fence.check()
 
     def before_save(self, folder: Path, *, persistent: bool = True) -> None:
         """Check that this run may and can write; move a checkpoint that is saved anew out of the way.
@@ -161,7 +173,6 @@ class SaveGuard:
         The folder of a non-persistent checkpoint is not made yet: Megatron would take it for the newest,
         and delete the one before, which is the only one.
         """
-        assert self.fence is not None
         self.watch.begin(folder)
         self.fence.check()
         try:
@@ -187,7 +198,6 @@ class SaveGuard:
 
     def finalize(self, tracker: Path, text: str) -> None:
         """Write the manifest, and replace the tracker, whole, if this run may still write."""
-        assert self.fence is not None
         folder = tracker.parent / (text if text == "release" else f"iter_{int(text):07d}")
         try:
             self.fence.check()

@@ -1,9 +1,10 @@
 """Where this package stands in Megatron's saving of checkpoints.
 
-``megatron.training.training`` finds ``save_checkpoint`` by name, and megatron/training/checkpointing.py
-finds ``maybe_msc`` by name, which opens every file of its own. A function around the first sees a save
-begin on all ranks; one around ``maybe_msc.open`` sees rank 0 write latest_checkpointed_iteration.txt,
-with which a checkpoint counts, after a synchronous save and an asynchronous one alike.
+``megatron.training.training`` finds ``save_checkpoint`` and ``train_step`` by name, and
+megatron/training/checkpointing.py finds ``maybe_msc`` by name, which opens every file of its own. Functions
+around the first two see a save and the first iteration begin on all ranks; one around ``maybe_msc.open``
+sees rank 0 write latest_checkpointed_iteration.txt, with which a checkpoint counts, after a synchronous save
+and an asynchronous one alike.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
 class Guard(Protocol):
     """Watches over the saving of checkpoints; called on rank 0, where it may raise `UsageError`."""
 
+    def before_training(self) -> None:
+        """See the first iteration begin, of a run that has built and loaded all that it needs."""
+
     def before_save(self, folder: Path, *, persistent: bool) -> None:
         """See a save to ``folder`` begin, before anything is written."""
 
@@ -41,10 +45,11 @@ class Guard(Protocol):
 
 @changes(
     "megatron.training.training.save_checkpoint",
+    "megatron.training.training.train_step",
     "megatron.training.checkpointing.maybe_msc",
-    why="a checkpoint is to count once it is complete and if this run may still write. Megatron has no "
-    "hook for either, and truncates the file that names the checkpoint before it writes it: a run "
-    "killed in between could not go on",
+    why="a checkpoint is to count once it is complete and if this run may still write, which it may from "
+    "its first iteration on. Megatron has no hook for any of these, and truncates the file that names the "
+    "checkpoint before it writes it: a run killed in between could not go on",
     until=(
         "patches/test_checkpoint_saving.py::test_upstream_still_truncates_the_tracker",
         "patches/test_checkpoint_saving.py::test_upstream_still_has_no_hook_around_a_save",
@@ -52,7 +57,13 @@ class Guard(Protocol):
 )
 def guard(guard: Guard) -> None:
     """Let ``guard`` watch over every checkpoint that this process saves."""
-    save = training.save_checkpoint
+    save, train_step = training.save_checkpoint, training.train_step
+    before_training = [guard.before_training]
+
+    def guarded_step(*args: Any, **kwargs: Any) -> Any:
+        while before_training:
+            _first(before_training.pop())
+        return train_step(*args, **kwargs)
 
     def guarded_save(
         iteration: int, *args: Any, non_persistent_ckpt: bool = False, release: bool = False, **kwargs: Any
@@ -75,7 +86,7 @@ def guard(guard: Guard) -> None:
                 raise
             raise explained from error
 
-    training.save_checkpoint = guarded_save
+    training.save_checkpoint, training.train_step = guarded_save, guarded_step
     checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)
 
 

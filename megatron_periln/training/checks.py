@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,7 +250,12 @@ def make_save_folder(args: Namespace) -> None:
     folder = Path(args.save)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(4096))
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError as error:
-        raise UsageError(f"--save {folder}: {error.strerror}; give a folder that can be written") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--save {folder} is not writable; give a folder that is")
+        raise UsageError(
+            f"--save {folder}: cannot be written: {error.strerror or error}; "
+            "give a folder that can, with room on its disk"
+        ) from error

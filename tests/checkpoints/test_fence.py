@@ -59,6 +59,44 @@ def test_the_superseded_never_come_back(tmp_path):
     Fence.take(tmp_path, start("19")).check()
 
 
+def test_two_jobs_that_are_requeued_do_not_take_it_from_each_other_in_turn(tmp_path):
+    Fence.take(tmp_path, start("17", 1))
+    held = Fence.take(tmp_path, start("18"))
+    for restart in (0, 1, 2, 7):
+        with pytest.raises(
+            SupersededError, match=f"newer run: job 18, .*this one, job 17, restart {restart}"
+        ):
+            Fence.take(tmp_path, start("17", restart))
+    held.check()
+    again = Fence.take(tmp_path, start("18", 1))
+    again.check()
+    with pytest.raises(SupersededError):
+        Fence.take(tmp_path, start("17", 8))
+    Fence.take(tmp_path, start("20")).check()
+    with pytest.raises(SupersededError, match="newer run: job 20"):
+        Fence.take(tmp_path, start("18", 2))
+
+
+def test_a_folder_of_an_earlier_version_is_taken(tmp_path):
+    Fence.take(tmp_path, start("17"))
+    (ticket,) = tmp_path.iterdir()
+    entries = json.loads(ticket.read_text())
+    del entries["superseded_jobs"]
+    ticket.write_text(json.dumps(entries))
+    Fence.take(tmp_path, start("18")).check()
+
+
+def test_a_look_takes_nothing(tmp_path):
+    held = Fence.take(tmp_path, start("17"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    Fence.check_free(tmp_path, start("18"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    held.check()
+    Fence.take(tmp_path, start("18"))
+    with pytest.raises(SupersededError, match="newer run: job 18"):
+        Fence.check_free(tmp_path, start("17", 1))
+
+
 def test_an_old_start_that_comes_late_is_refused(tmp_path):
     Fence.take(tmp_path, start("17", 1))
     with pytest.raises(SupersededError, match="newer run: job 17, restart 1"):

@@ -203,7 +203,7 @@ def test_all_ranks_go_on_from_what_was_being_replaced(jobs, checkpoints):
 
 def test_killed_while_what_was_replaced_is_deleted(checkpoints, monkeypatch):
     """Without manifests, a checkpoint that is half deleted is not taken for the good one."""
-    guard = SaveGuard(Fence.take(checkpoints, RestartAttempt.from_environment()), "off", 10)
+    guard = SaveGuard(lambda: Fence.take(checkpoints, RestartAttempt.from_environment()), "off", 10)
     new = checkpoints / "iter_0000006"
     good = {path.name: path.read_bytes() for path in new.iterdir() if path.name != MANIFEST}
     guard.before_save(new)

@@ -1,5 +1,7 @@
 """Ranks that live on after their job was requeued write no checkpoint that counts."""
 
+import json
+
 import pytest
 
 from tests.parallel.test_checkpoints import ASYNC
@@ -34,3 +36,20 @@ def test_the_old_ranks_stop_with_one_error(jobs, accident, last, folders, saving
     assert {int(path.name[5:]) for path in checkpoints.glob("iter_*")} == folders
     assert not list(checkpoints.glob("*.tmp"))
     assert ("successfully saved checkpoint from iteration       4" in job.log) == (last == "4")
+
+
+def test_a_job_that_fails_while_starting_leaves_the_folder_to_its_holder(jobs):
+    """Here at the checkpoint's schedule, after the model was built; one that trains takes it."""
+    flags = f"{MODEL} --save-interval 2"
+    holder = jobs.run("holder", flags, environment=JOB)
+    checkpoints = holder.folder / "checkpoints"
+    (ticket,) = checkpoints.glob("incarnation-*.json")
+    there = f"{flags} --load {checkpoints} --save {checkpoints}"
+    failing, other = f"{there} --lr-decay-iters 77", {"SLURM_JOB_ID": "18", "SLURM_RESTART_COUNT": "0"}
+    failed = jobs.run("failed", failing, environment=other, succeeds=False)
+    assert "trained with another schedule" in failed.log
+    assert list(checkpoints.glob("incarnation-*.json")) == [ticket]
+    assert json.loads(ticket.read_text())["holder"]["name"] == "job 17, restart 0"
+    jobs.run("trains", f"{there} --train-iters 7 --override-opt-param-scheduler", environment=other)
+    (ticket,) = checkpoints.glob("incarnation-*.json")
+    assert json.loads(ticket.read_text())["holder"]["name"] == "job 18, restart 0"

@@ -18,6 +18,11 @@ class Guard:
     def __init__(self, *, refuses=False):
         self.seen, self.refuses = [], refuses
 
+    def before_training(self):
+        self.seen.append("before training")
+        if self.refuses:
+            raise UsageError("not here")
+
     def before_save(self, folder, *, persistent):
         self.seen.append(("before" if persistent else "before non-persistent", folder.name))
         if self.refuses:
@@ -38,6 +43,7 @@ def guarded(monkeypatch, tmp_path, single_process):
         args = SimpleNamespace(save=str(tmp_path), **settings)
         monkeypatch.setattr(checkpoint_saving, "get_args", lambda: args)
         monkeypatch.setattr(training, "save_checkpoint", save)
+        monkeypatch.setattr(training, "train_step", lambda step: step)
         monkeypatch.setattr(checkpointing, "maybe_msc", checkpointing.maybe_msc)
         checkpoint_saving.guard(guard)
         return training.save_checkpoint
@@ -74,6 +80,17 @@ def test_a_tracker_that_is_not_written_to_its_end_is_none(guarded, tmp_path):
 def test_a_refusal_comes_before_the_save(guarded):
     with pytest.raises(UsageError, match="not here"):
         guarded(Guard(refuses=True), lambda *_, **__: pytest.fail("saved"))(4)
+
+
+def test_the_first_iteration_is_seen_once(guarded):
+    guard = Guard()
+    guarded(guard, None)
+    assert guard.seen == []
+    assert [training.train_step(step) for step in (1, 2)] == [1, 2]
+    assert guard.seen == ["before training"]
+    guarded(Guard(refuses=True), None)
+    with pytest.raises(UsageError, match="not here"):
+        training.train_step(1)
 
 
 def test_local_checkpoints_are_not_guarded_here(guarded):
