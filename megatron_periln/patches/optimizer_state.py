@@ -6,24 +6,43 @@ optimizer.py beside it.
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    param_group_identifier_keys,
+)
+from megatron.training import get_args
 
+from megatron_periln.errors import UsageError
 from megatron_periln.patches.registry import changes
 
 __all__ = [
+    "follow_another_schedule",
     "keep_adam_steps_apart",
     "materialize_adam_state",
     "reshard_over_expert_parallelism",
     "save_every_bucket_of_adam_state",
 ]
 
+_Group = dict[str, Any]
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_SCHEDULED = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+}
+"""What a group of parameters holds of its schedule, with the flag that it is, or is a multiple of."""
 
 
 @changes(
@@ -165,3 +184,90 @@ def _unique(groups: list[dict[str, Any]], *, experts: bool) -> list[dict[str, An
     names = [name for name in param_group_identifier_keys if name != "is_expert_parallel"]
     kinds = {tuple(str(group.get(name)) for name in names): group for group in groups}
     return [{**group, "is_expert_parallel": experts} for group in kinds.values()]
+
+
+@changes(
+    "megatron.core.optimizer.optimizer.FP32Optimizer.load_state_dict",
+    "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.load_state_dict",
+    f"{_DISTRIBUTED}.load_state_dict",
+    why="it knows a checkpoint's groups of parameters by their learning rates, among others: with another "
+    "`--lr` or `--min-lr` it finds none, even where `--override-opt-param-scheduler` or "
+    "`--use-checkpoint-opt-param-scheduler` says which one counts",
+    until="patches/test_optimizer_state.py::test_upstream_still_finds_no_group_of_another_learning_rate",
+)
+def follow_another_schedule() -> None:
+    """Load an optimizer's state into one with another learning rate; the flags say which of them counts."""
+    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        optimizer.load_state_dict = _loading_either(optimizer.load_state_dict)
+
+
+def _loading_either(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        keys = [key for key in ("optimizer", "optimizer_state_dict") if key in state_dict]
+        inner = state_dict[keys[0]] if keys else state_dict
+        pairs = _same_but_scheduled(self.optimizer.param_groups, inner["param_groups"])
+        ours, theirs = ([_schedule(pair[which]) for pair in pairs] for which in (0, 1))
+        if ours == theirs:
+            load_state_dict(self, state_dict)
+            return
+        args = get_args()
+        if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+            differences = {
+                f"{_SCHEDULED[name]} gave {there}, and here gives {here[name]}"
+                for here, before in zip(ours, theirs, strict=True)
+                for name, there in before.items()
+                if here.get(name) != there
+            }
+            raise UsageError(
+                f"the checkpoint was trained with another schedule ({'; '.join(sorted(differences))}); "
+                "give --override-opt-param-scheduler to follow the flags, "
+                "or --use-checkpoint-opt-param-scheduler to follow the checkpoint"
+            )
+        inner["param_groups"] = [{**saved, **here} for (_, saved), here in zip(pairs, ours, strict=True)]
+        load_state_dict(self, state_dict)
+        if not args.override_opt_param_scheduler:
+            for group, before in zip(self.optimizer.param_groups, theirs, strict=True):
+                group.update(before)
+
+    return load
+
+
+def _same_but_scheduled(own: list[_Group], saved: list[_Group]) -> list[tuple[_Group, _Group]]:
+    """Return each group of an optimizer with the checkpoint's that differs in its schedule at most.
+
+    Several that differ in nothing else, as with ``--use-mup``, have multiples of one rate, which keep their
+    order. Empty if they do not fit each other, which upstream then tells.
+    """
+    kinds, saved_kinds = _by_kind(own), _by_kind(saved)
+    if {kind: len(rates) for kind, rates in kinds.items()} != {
+        kind: len(saved_kinds[kind]) for kind in kinds if kind in saved_kinds
+    }:
+        return []
+    pairs = []
+    for group in own:
+        kind = _kind(group)
+        position = sorted(kinds[kind]).index(_rates(group))
+        pairs.append((group, saved_kinds[kind][sorted(saved_kinds[kind])[position]]))
+    return pairs
+
+
+def _by_kind(groups: list[_Group]) -> dict[tuple[str, ...], dict[tuple[float, ...], _Group]]:
+    kinds: dict[tuple[str, ...], dict[tuple[float, ...], _Group]] = defaultdict(dict)
+    for group in groups:
+        kinds[_kind(group)][_rates(group)] = group
+    return kinds
+
+
+def _kind(group: _Group) -> tuple[str, ...]:
+    """Return what tells groups apart but their schedule; `pre_` is what NeMo writes."""
+    names = (name for name in param_group_identifier_keys if name not in _SCHEDULED)
+    return tuple(str(group.get(name, group.get(f"pre_{name}"))) for name in names)
+
+
+def _rates(group: _Group) -> tuple[float, ...]:
+    return tuple(-1.0 if group.get(name) is None else float(group[name]) for name in _SCHEDULED)
+
+
+def _schedule(group: _Group) -> _Group:
+    return {name: group[name] for name in _SCHEDULED if group.get(name) is not None}

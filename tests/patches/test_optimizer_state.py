@@ -3,8 +3,12 @@
 A test named ``upstream_still_...`` fails once upstream has fixed it.
 """
 
+import inspect
+
 import pytest
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 
 from tests.cpu import fresh
 from tests.patches.applied import with_fixes, without_fixes
@@ -184,3 +188,16 @@ def test_upstream_still_cannot_load_another_number_of_optimizers(torch_adam, exp
 def test_another_number_of_optimizers_loads(torch_adam, experts, counted):
     names = [*ADAM, "reshard_over_expert_parallelism"]
     assert with_fixes(names, steps_resumed_with, experts) == counted
+
+
+def another_learning_rate():
+    saved = {"max_lr": 1e-3, "min_lr": 0.0, "wd_mult": 1.0, "lr_mult": 1.0, "params": [0]}
+    MegatronOptimizer._filter_and_reorder_param_groups([{**saved, "max_lr": 1e-2}], [saved])
+
+
+def test_upstream_still_finds_no_group_of_another_learning_rate():
+    with pytest.raises(fresh.CallError, match="ValueError: Could not find parameter group"):
+        without_fixes(another_learning_rate)
+    assert "max_lr" in param_group_identifier_keys
+    source = inspect.getsource(DistributedOptimizer.load_state_dict)
+    assert "param_groups_map[needed_groups]" in source
