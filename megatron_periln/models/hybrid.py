@@ -33,7 +33,7 @@ from megatron_periln.models.gpt import changed_config, finish_model
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_l2_norms, with_submodules
-from megatron_periln.norms import PERI, NoNorm, NormPlacement
+from megatron_periln.norms import PERI, EngineInputNorm, NoNorm, NormPlacement
 from megatron_periln.patches.model_building import final_norm_of_hybrid_stack
 
 __all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec", "why_no_place"]
@@ -149,4 +149,4 @@ def _final_norm(config: HybridModelConfig) -> type | None:
     if config.transformer.transformer_impl == "local":
         (norm,) = complete_local_spec([WrappedTorchNorm], config.transformer)
         return norm
-    return None
+    return EngineInputNorm if config.transformer.fp32_residual_connection else None

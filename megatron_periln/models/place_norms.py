@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -20,7 +21,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_periln.models.specs import with_submodules
-from megatron_periln.norms import FusedInputNorm, NoNorm, NormedBiasDropoutAdd, NormPlacement
+from megatron_periln.norms import (
+    EngineInputNorm,
+    FusedInputNorm,
+    InputNorm,
+    NoNorm,
+    NormedBiasDropoutAdd,
+    NormPlacement,
+)
 from megatron_periln.norms.arguments import why_norms_stay_apart
 
 __all__ = ["place_norms"]
@@ -34,6 +42,8 @@ _STREAM_LINEARS: dict[str, type] = {
     "in_proj": te.TEColumnParallelLinear,
 }
 
+# Transformer Engine's norms that stand by themselves.
+_ENGINE_NORMS = (te.TENorm, TESpecProvider().layer_norm(has_residual=True))
 
 # The keys under which a layer's input norms are saved, in Transformer Engine's linears or before them.
 _ATTENTION_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -66,7 +76,9 @@ def place_norms[Spec](
         Pre-LN needs no change. With an input norm, Transformer Engine's norm stays fused into the
         first linear, unless ``recompute_modules`` has ``layernorm`` or ``fused_residual_rmsnorm`` is on:
         both are about a norm that stands by itself. Without an input norm, that linear becomes a plain
-        linear. Without a final norm, a block has none.
+        linear. Without a final norm, a block has none. With ``fp32_residual_connection``, Transformer
+        Engine's norms of the residual stream give way to our own, Pre-LN's too: its linears take no fp32
+        input, and its norms round theirs.
 
     Raises
     ------
@@ -76,7 +88,7 @@ def place_norms[Spec](
         If ``spec`` fuses an input norm where it can't be taken out, and the placement has none: the
         operation fuser, heterogeneous and inference-optimized layers; or if inference would skip
         the bias-dropout-adds (``inference_fuse_tp_communication``); or if ``fuse_pre_mlp_norm`` has not both
-        norms to fuse, or recomputes one of them.
+        norms to fuse, or recomputes one of them; or if ``fused_residual_rmsnorm`` has an fp32 residual.
     """
     if config.inference_fuse_tp_communication and (placement.output or placement.after_add):
         raise ValueError(
@@ -88,11 +100,14 @@ def place_norms[Spec](
     )
     if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
         changes: dict[str, Any] = {"layer_specs": [place(layer) for layer in spec.layer_specs or []]}
-        if isinstance(spec, TransformerBlockSubmodules) and not placement.final:
-            changes["layer_norm"] = NoNorm
+        if isinstance(spec, TransformerBlockSubmodules):
+            changes |= _norms_of_stream(spec, config, "layer_norm")
+            if not placement.final:
+                changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, MultiTokenPredictionLayerSubmodules):
         changes = {"mtp_model_layer": place(spec.mtp_model_layer)}
+        changes |= _norms_of_stream(spec, config, "enorm", "hnorm", "layer_norm")
         if not placement.final:
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
@@ -100,8 +115,14 @@ def place_norms[Spec](
         if fuse_pre_mlp_norm:
             _check_fusion(spec, placement, config)
         placed = replace(spec, **_normed_bdas(spec, placement, config), **_input_norms(spec, placement))
-        if placement.input and placement.output and _wants_input_norms_apart(config):
-            placed = _with_separate_input_norms(placed)
+        if placement.input and config.fp32_residual_connection:
+            placed = _with_norms_of_fp32_stream(placed, config)
+        elif placement.input and placement.output and _wants_input_norms_apart(config):
+            placed = _with_separate_input_norms(
+                placed,
+                separate_norm,
+                "recompute_modules layernorm and fused_residual_rmsnorm want it by itself; drop them",
+            )
         return _with_fused_norm(placed) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
         return with_submodules(spec, place(spec.submodules))
@@ -165,19 +186,43 @@ def _wants_input_norms_apart(config: TransformerConfig) -> bool:
     return "layernorm" in _recomputed(config) or config.fused_residual_rmsnorm
 
 
-def _with_separate_input_norms(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
-    """Take Transformer Engine's input norms out of its linears."""
-    why = "recompute_modules layernorm and fused_residual_rmsnorm want it by itself; drop them"
+def _with_separate_input_norms(
+    layer: TransformerLayerSubmodules, norm: Callable[..., nn.Module], why: str
+) -> TransformerLayerSubmodules:
+    """Take Transformer Engine's input norms out of its linears, and put ``norm`` before them."""
     changes: dict[str, Any] = {}
     keys = layer.sharded_state_dict_keys_map
     if (attention := _unfuse_input_norm(layer.self_attention, why)) is not layer.self_attention:
-        changes |= {"self_attention": attention, "input_layernorm": separate_norm}
+        changes |= {"self_attention": attention, "input_layernorm": norm}
         if hasattr(get_submodules(attention), "linear_qkv"):  # latent attention's is saved under its own name
             keys = {**keys, **_ATTENTION_NORM_KEY}
     if (mlp := _unfuse_input_norm(layer.mlp, why)) is not layer.mlp:
-        changes |= {"mlp": mlp, "pre_mlp_layernorm": separate_norm}
+        changes |= {"mlp": mlp, "pre_mlp_layernorm": norm}
         keys = {**keys, **_MLP_NORM_KEY}
     return replace(layer, **changes, sharded_state_dict_keys_map=keys)
+
+
+def _with_norms_of_fp32_stream(
+    layer: TransformerLayerSubmodules, config: TransformerConfig
+) -> TransformerLayerSubmodules:
+    """Replace Transformer Engine's input norms, in its linears and before them, by ours."""
+    apart = _norms_of_stream(layer, config, "input_layernorm", "pre_mlp_layernorm")
+    placed = _with_separate_input_norms(
+        replace(layer, **apart), InputNorm, "fp32_residual_connection wants it by itself; drop it"
+    )
+    if config.fused_residual_rmsnorm and placed != layer:
+        raise ValueError(
+            "--fused-residual-rmsnorm: Transformer Engine's kernel takes no residual stream in fp32; drop it "
+            "or --fp32-residual-connection"
+        )
+    return placed
+
+
+def _norms_of_stream(spec: Any, config: TransformerConfig, *names: str) -> dict[str, Any]:
+    """Return what stands for those norms of a spec that are Transformer Engine's, if the stream is fp32."""
+    if not config.fp32_residual_connection:
+        return {}
+    return {name: EngineInputNorm for name in names if getattr(spec, name) in _ENGINE_NORMS}
 
 
 def _with_fused_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:

@@ -2,6 +2,7 @@
 
 from megatron_periln.norms.embedding import EmbeddingNorm
 from megatron_periln.norms.modules import (
+    EngineInputNorm,
     FusedInputNorm,
     InputNorm,
     NoNorm,
@@ -19,6 +20,7 @@ __all__ = [
     "POST",
     "PRE",
     "EmbeddingNorm",
+    "EngineInputNorm",
     "FusedInputNorm",
     "InputNorm",
     "NoNorm",

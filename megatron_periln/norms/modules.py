@@ -19,6 +19,7 @@ from megatron_periln.norms import kernels
 from megatron_periln.norms.placement import NormPlacement
 
 __all__ = [
+    "EngineInputNorm",
     "FusedInputNorm",
     "InputNorm",
     "NoNorm",
@@ -132,6 +133,20 @@ class InputNorm(NormParameters):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``[..., hidden_size]``, into the dtype of the parameters."""
         return self.normalize(x, self.weight.dtype)
+
+
+class EngineInputNorm(InputNorm):
+    """An `InputNorm` in the place of Transformer Engine's norm, and saved as that is: with an extra state.
+
+    Transformer Engine's rounds an fp32 residual stream to the parameters' dtype before it normalizes it.
+    """
+
+    def get_extra_state(self) -> Tensor:
+        """Return what Transformer Engine saves for a norm, which has nothing to scale: no bytes."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        """Take the extra state of a checkpoint, which says nothing."""
 
 
 class FusedInputNorm(InputNorm):

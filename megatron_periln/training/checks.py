@@ -201,6 +201,17 @@ MODEL: tuple[Check, ...] = (
         "without --hybrid-layer-pattern and with --mtp-num-layers",
     ),
     Rule(
+        lambda args: (
+            args.fp32_residual_connection
+            and args.transformer_impl == "transformer_engine"
+            and {Symbols.MAMBA, Symbols.GDN} & set(args.hybrid_layer_pattern or "")
+        ),
+        "--fp32-residual-connection: Transformer Engine's norm inside the layers "
+        f"{Symbols.MAMBA} and {Symbols.GDN} of --hybrid-layer-pattern '{{hybrid_layer_pattern}}' takes no "
+        "fp32; drop it",
+        {"fp32_residual_connection": False},
+    ),
+    Rule(
         lambda args: args.num_experts and args.moe_router_topk > args.num_experts,
         "--moe-router-topk ({moe_router_topk}) must be at most --num-experts ({num_experts})",
     ),
