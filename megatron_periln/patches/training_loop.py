@@ -1,4 +1,4 @@
-"""Where the monitor stands in Megatron's training loop.
+"""Where the monitor stands in Megatron's training loop, and whether the loop evaluates.
 
 The loop finds ``train_step`` and ``training_log`` by name in megatron/training/training.py, so two
 functions around them see every iteration begin and end, and one around ``save_checkpoint_and_time`` sees
@@ -15,7 +15,7 @@ from megatron.training import training
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["Observer", "observe"]
+__all__ = ["Observer", "observe", "skip_validation"]
 
 
 class Observer(Protocol):
@@ -110,3 +110,21 @@ def observe(observer: Observer) -> None:
 
     training.save_checkpoint_and_time = observed_save
     training.train_step, training.training_log = observed_step, observed_log
+
+
+@changes(
+    "megatron.training.training.build_train_valid_test_data_loaders",
+    why="it takes a list of no dataset for one, so that a run without data for validation, as of "
+    "`--split 100,0,0`, ends in an AssertionError at the first evaluation",
+    until="patches/test_training_loop.py::test_upstream_still_evaluates_without_a_dataset",
+)
+def skip_validation() -> None:
+    """Evaluate nothing while training, and the test's data at the end, if there are any."""
+    original = training.build_train_valid_test_data_loaders
+
+    def build(provider: Any) -> Any:
+        loaders = original(provider)
+        training.get_args().do_valid = 0
+        return loaders
+
+    training.build_train_valid_test_data_loaders = build

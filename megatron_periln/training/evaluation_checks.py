@@ -1,22 +1,33 @@
-"""Rules for the batches that evaluation takes while training, which fail at the first one, after hours."""
+"""Rules for the data and batches that evaluation takes while training: they fail at the first one."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
 
+from megatron_periln.data.split import is_divided, names_parts, parts_with_data, shares
 from megatron_periln.rules import Check, Rule
 
-__all__ = ["EVALUATION"]
+__all__ = ["EVALUATION", "why_no_validation"]
 
 
-def _evaluates(args: Namespace) -> bool:
+def why_no_validation(args: Namespace) -> str | None:
+    """Return why there is nothing to evaluate while training, although ``--eval-iters`` asks for it."""
+    if not _asked_for(args) or parts_with_data(args)["valid"]:
+        return None
+    if is_divided(args):
+        return f"--split {args.split} leaves nothing for validation"
+    file = args.per_split_data_args_path
+    return f"{file} names nothing for valid" if file else "--valid-data-path is not given"
+
+
+def _asked_for(args: Namespace) -> bool:
     return bool(args.full_validation or args.eval_iters)
 
 
-def _has_test(args: Namespace) -> bool:
-    share = (args.split or "").split(",")[2:]
-    return bool(args.test_data_path or (share and float(share[0])))
+def _evaluates(args: Namespace) -> bool:
+    parts = parts_with_data(args)
+    return _asked_for(args) and (parts["valid"] or parts["test"])
 
 
 def _interleaved_schedule(args: Namespace) -> Iterator[str]:
@@ -36,6 +47,28 @@ def _interleaved_schedule(args: Namespace) -> Iterator[str]:
 
 
 EVALUATION: tuple[Check, ...] = (
+    Rule(
+        lambda args: args.split is not None and shares(args.split) is None,
+        "--split {split} is not three shares such as 969,30,1",
+    ),
+    Rule(
+        lambda args: args.data_args_path is not None and args.split is None,
+        "--data-args-path needs --split; give the shares of training, validation and test, such as 969,30,1",
+    ),
+    Rule(
+        lambda args: args.split is not None and names_parts(args),
+        "--split divides --data-path; drop it, or --train-data-path, --valid-data-path, --test-data-path and "
+        "--per-split-data-args-path",
+    ),
+    Rule(
+        lambda args: not args.skip_train and not parts_with_data(args)["train"],
+        "there are no data to train on; give --split with a first share, or --train-data-path",
+    ),
+    Rule(
+        lambda args: args.full_validation and not parts_with_data(args)["valid"],
+        "--full-validation has nothing to evaluate; give --split with a second share or --valid-data-path, "
+        "or drop it",
+    ),
     # What megatron-core 0.19 can do: lists of datasets, without a test, read one sample at a time.
     Rule(
         lambda args: args.full_validation and not args.multiple_validation_sets,
@@ -43,7 +76,9 @@ EVALUATION: tuple[Check, ...] = (
         "one will do",
     ),
     Rule(
-        lambda args: args.full_validation and _has_test(args),
+        lambda args: (
+            args.full_validation and (is_divided(args) or names_parts(args)) and parts_with_data(args)["test"]
+        ),
         "--full-validation leaves megatron-core without a number of batches for a test, which fails at "
         "the end; give --split with a last share of 0, and no --test-data-path",
     ),

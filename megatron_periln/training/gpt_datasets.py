@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -100,14 +99,12 @@ def _other_tokenizer(args: Namespace, prefix: str, info: IndexedDatasetInfo) -> 
 
 
 def _check_split(split: str, prefix: str, sequences: int) -> None:
-    if not re.fullmatch(r"\s*[\d.]+(\s*,\s*[\d.]+){0,2}\s*", split):
-        raise UsageError(f"--split {split} is not three shares such as 969,30,1")
     bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     for part, share in zip(("training", "validation", "test"), bounds, strict=True):
         if share is not None and round(share[0] * sequences) == round(share[1] * sequences):
             raise UsageError(
                 f"--split {split} leaves no sequence of {prefix} ({sequences} in all) for {part}; "
-                "give that part a larger share, or 0"
+                f"give that part a larger share{'' if part == 'training' else ', or 0'}"
             )
 
 

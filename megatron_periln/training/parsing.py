@@ -31,7 +31,7 @@ from megatron_periln.rules import Problems
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
-from megatron_periln.training.evaluation_checks import EVALUATION
+from megatron_periln.training.evaluation_checks import EVALUATION, why_no_validation
 from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.lenient import parse_leniently
 from megatron_periln.training.mask_checks import MASKS
@@ -206,6 +206,8 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     with problems.caught():
         check_monitor(args)
     problems.refuse()
+    if reason := why_no_validation(args):
+        _tell(args, "There is no evaluation while training:", [reason])
     choose_norm_backend(args)
 
 

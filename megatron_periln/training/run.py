@@ -25,7 +25,9 @@ from megatron_periln.models.from_arguments import (
 )
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import checkpoint_choice, fixes
+from megatron_periln.patches.training_loop import skip_validation
 from megatron_periln.training.checks import make_save_folder
+from megatron_periln.training.evaluation_checks import why_no_validation
 from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.parsing import parse
@@ -84,6 +86,8 @@ def run(program_start: float) -> None:
     if args.rank == 0:
         check_data(args)
         make_save_folder(args)
+    if why_no_validation(args):
+        skip_validation()
     guard.install(args)
     checkpoint_choice.pass_over_unasked_state(optimizer=bool(args.no_load_optim or args.finetune))
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))

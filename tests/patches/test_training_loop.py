@@ -1,6 +1,7 @@
 """What an observer sees of Megatron's training loop, and that there is no other way to see it."""
 
 import inspect
+from argparse import Namespace
 
 import pytest
 from megatron.training import training
@@ -88,3 +89,39 @@ def test_upstream_still_calls_what_is_observed_by_name_and_with_these_arguments(
     assert step[2:4] == ["model", "optimizer"]
     assert step[6:8] == ["forward_backward_func", "iteration"]
     assert [log[i] for i in (0, 2, 3, 7)] == ["loss_dict", "learning_rate", "iteration", "grad_norm"]
+
+
+@pytest.fixture
+def loaders(monkeypatch):
+    """Build the loaders of data of which there is nothing for validation; return what is to be evaluated."""
+    monkeypatch.setattr(
+        training, "build_train_valid_test_data_loaders", training.build_train_valid_test_data_loaders
+    )
+
+    def build():
+        args = Namespace(
+            iteration=0, consumed_train_samples=0, consumed_valid_samples=0, phase_transition_iterations=None,
+            train_samples=None, train_iters=2, global_batch_size=2, eval_iters=1, eval_interval=1,
+            start_eval_at_iter=None, full_validation=False, skip_train=False, multiple_validation_sets=False,
+            perform_rl_step=False,
+        )  # fmt: skip
+        monkeypatch.setattr(training, "get_args", lambda: args)
+        monkeypatch.setattr(training, "build_pretraining_data_loader", lambda data, _: data)
+
+        def provide(_):
+            return "train", None, "test"
+
+        provide.is_distributed = True
+        assert training.build_train_valid_test_data_loaders(provide) == ("train", [None], "test")
+        return bool(args.do_train), bool(args.do_valid), bool(args.do_test)
+
+    return build
+
+
+def test_upstream_still_evaluates_without_a_dataset(single_process, loaders):
+    assert loaders() == (True, True, True)
+
+
+def test_what_has_no_dataset_is_not_evaluated(single_process, loaders):
+    training_loop.skip_validation()
+    assert loaders() == (True, False, True)

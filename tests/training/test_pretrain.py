@@ -100,6 +100,20 @@ def test_a_blend_trains_without_evaluation_and_reports_determinism(jobs, indexed
     assert "initialized in mode RerunMode.REPORT_DETERMINISM_STATS" in job.log
 
 
+@pytest.mark.parametrize("blend", [True, False], ids=["blend", "one dataset"])
+def test_data_without_a_share_for_validation_are_not_evaluated(jobs, indexed_bytes, blend):
+    """Nor at the end; the test's share is. Quotes in ``--split`` are nothing to Megatron."""
+    data = f"--data-path 1 {indexed_bytes} 1 {indexed_bytes}" if blend else ""
+    flags = f"{MODEL} --norm-placement peri --train-iters 2 {data} --eval-iters 1 --eval-interval 1"
+    split = "100,0,0" if blend else "\\'90,0,10\\'"
+    job = jobs.run(f"unevaluated-{blend}", f"{flags} --split {split}")
+    assert [point["iteration"] for point in job.curve] == [1, 2]
+    assert "on validation set" not in job.log
+    assert ("on test set" in job.log) == (not blend)
+    said = "There is no evaluation while training:\n  --split {} leaves nothing for validation"
+    assert job.log.count(said.format(split.replace("\\", ""))) == 1
+
+
 def test_a_mixture_of_experts_starts_from_a_dense_checkpoint(jobs, trained):
     """Every expert is the dense MLP, and all else is the dense model's."""
     flags = "--norm-placement peri --num-experts 4 --moe-router-topk 2 --moe-use-upcycling --finetune"
