@@ -63,8 +63,9 @@ class HybridModelBuilder(upstream.HybridModelBuilder):
 
     def __init__(self, model_config: HybridModelConfig) -> None:
         config, placement = model_config.transformer, model_config.norm_placement
-        local = config.transformer_impl == "local"
-        spec = model_config.hybrid_stack_spec or (local_stack_spec(config) if local else hybrid_stack_spec)
+        spec = model_config.hybrid_stack_spec or hybrid_stack_spec
+        if spec is hybrid_stack_spec and config.transformer_impl == "local":
+            spec = local_stack_spec(config)
         if config.qk_l2_norm:
             spec = with_l2_norms(spec)
         layers = {

@@ -128,11 +128,6 @@ AS_PARSED: tuple[Check, ...] = (
         {"save_interval": 1},
     ),
     Rule(
-        lambda args: args.eval_interval is None and not (args.skip_train or args.full_validation),
-        "give --eval-interval, the iterations between evaluations; with --eval-iters 0 there are none",
-        {"eval_interval": 1},
-    ),
-    Rule(
         lambda args: args.non_persistent_save_interval and args.non_persistent_ckpt_type is None,
         "--non-persistent-save-interval needs --non-persistent-ckpt-type global or local",
         {"non_persistent_save_interval": None},
@@ -157,7 +152,7 @@ AS_PARSED: tuple[Check, ...] = (
 def _layers(args: Namespace) -> Iterator[str]:
     """Yield what is wrong with layers in which a norm is to stand, or to be fused with another."""
     placement = placement_of(args)
-    pattern = args.hybrid_layer_pattern
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern  # its former name
     if pattern and (reason := why_no_place(pattern, placement)):
         yield reason
     if args.fuse_pre_mlp_norm:

@@ -158,6 +158,13 @@ def make_flags_act(args: Namespace) -> list[str]:
         Megatron's and ours, before their validation; changed in place. ``embedding_norm`` is True or False.
     """
     lines = []
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+        args.eval_interval = 1000  # without evaluations too: Megatron divides by it
+        if args.eval_iters:
+            lines.append(
+                "--eval-interval is not given: 1000, as by default before megatron-core 0.16; give it, or "
+                "--eval-iters 0"
+            )
     if args.activation_func_clamp_value is not None and args.swiglu and args.bias_swiglu_fusion:
         args.bias_swiglu_fusion = False
         lines.append(

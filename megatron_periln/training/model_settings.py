@@ -126,6 +126,8 @@ MODEL_SETTINGS = frozenset(
 """Arguments of Megatron's that change the model, as tests/training/flags.json says and proves."""
 
 _ABSENT = object()
+# What --spec names in recipes of pretrain_hybrid.py and pretrain_mamba.py: the stack without it, too.
+_DEFAULT_STACKS = {"hybrid_stack_spec", "mamba_stack_spec"}
 # What Megatron derives where it is not given, which arguments that were only parsed have not seen.
 _DERIVED = {"ffn_hidden_size", "kv_channels", "moe_ffn_hidden_size"}
 # What an older Megatron calls it.
@@ -218,6 +220,8 @@ def _comparable(args: Namespace, saved: Namespace) -> set[str]:
 def _setting(args: Namespace, name: str) -> Any:
     """Return a setting in the one form in which it is compared, `_ABSENT` if it is not there."""
     value: Any = getattr(args, name, getattr(args, _FORMER.get(name, name), _ABSENT))
+    if name == "spec" and isinstance(value, list | tuple) and value[-1] in _DEFAULT_STACKS:
+        return None
     if name == "hybrid_layer_pattern" and value not in (None, _ABSENT):
         return value.replace("|", "")  # which stage a layer is on
     if name == "add_qkv_bias" and value is not _ABSENT:

@@ -35,16 +35,9 @@ def test_enough_is_enough(check):
     check(ENOUGH)
 
 
-@pytest.mark.parametrize(
-    ("flags", "error"),
-    [
-        ("--eval-interval 100 --save checkpoints", "--save needs --save-interval"),
-        ("--eval-iters 0", "give --eval-interval"),
-    ],
-)
-def test_an_interval_is_missing(check, flags, error):
-    with pytest.raises(UsageError, match=error):
-        check(flags)
+def test_an_interval_is_missing(check):
+    with pytest.raises(UsageError, match="--save needs --save-interval"):
+        check("--eval-interval 100 --save checkpoints")
 
 
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--global-batch-size", "--eval-micro-batch-size"])

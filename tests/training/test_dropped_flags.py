@@ -121,3 +121,29 @@ def test_what_a_norm_cancels_is_not_named_without_the_norm():
 def test_what_can_not_act_is_refused(model, flags, error):
     with pytest.raises(UsageError, match=error):
         arguments(model, flags)
+
+
+def test_evaluation_has_the_interval_that_recipes_rely_on():
+    """The default of Megatron before 0.16; without one, megatron-core 0.19 ends in a division by None."""
+    args, said = trials.parse(f"{trials.MODELS['dense']} ~--eval-interval --eval-iters 1")
+    assert args.eval_interval == 1000
+    assert "--eval-interval is not given: 1000" in said
+    args, said = trials.parse(f"{trials.MODELS['dense']} ~--eval-interval --eval-iters 0")
+    assert args.eval_interval == 1000
+    assert "--eval-interval" not in said
+    args, _ = trials.parse(f"{trials.MODELS['dense']} --eval-interval 7")
+    assert args.eval_interval == 7
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec",
+        "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
+    ],
+)
+def test_the_default_stack_of_hybrid_models_may_be_named(spec):
+    """As recipes of pretrain_hybrid.py and pretrain_mamba.py do; it is Transformer Engine's."""
+    plain = trials.run(arguments("hybrid"))
+    named = trials.run(arguments("hybrid", f"--spec {spec}"))
+    assert named.loss == plain.loss

@@ -69,12 +69,16 @@ def test_another_setting_is_refused_unless_it_is_meant(monkeypatch, before, now)
     refuse_other_model(args, saved, "folder")
 
 
+STACK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+
+
 @pytest.mark.parametrize(
     ("before", "now"),
     [
         ("--moe-router-topk 3", ""),  # of a model without experts
         ("--max-position-embeddings 64", ""),  # of rotary positions
         ("--hybrid-layer-pattern *-*-", ""),  # Megatron's to judge
+        (f"--hybrid-layer-pattern *-*- {STACK}", "--hybrid-layer-pattern *-*-"),  # the default one
     ],
 )
 def test_what_computes_the_same_is_loaded(monkeypatch, before, now):
