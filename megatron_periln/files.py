@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from megatron_periln.errors import UsageError
 
 __all__ = [
+    "allow_open_files",
     "check_new_folder",
     "locked",
     "new_folder",
@@ -26,6 +28,19 @@ __all__ = [
 
 # What flock raises on file systems that have no locks, or whose lock server is away.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_MANY = 1 << 20
+
+
+def allow_open_files() -> int:
+    """Raise this process's limit of open files to what the machine allows; return that.
+
+    Shells set 1,024, which `select` cannot go beyond; nothing here uses that call.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MANY if hard == resource.RLIM_INFINITY else hard
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def sync(path: Path) -> None:

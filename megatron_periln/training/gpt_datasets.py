@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_periln.data.indexed.format import IndexedDatasetInfo, check_indexed_dataset
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
-from megatron_periln.errors import PreprocessError, UsageError
+from megatron_periln.errors import PreprocessError, RankError, UsageError
+from megatron_periln.files import allow_open_files
 from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.training.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
 
@@ -36,6 +38,9 @@ __all__ = [
     "predicts_more_tokens_here",
     "train_valid_test_datasets",
 ]
+
+# Its .bin and .idx files, and three indices of each of three splits, mapped.
+_FILES_OF_A_DATASET = 13
 
 
 def check_data(args: Namespace) -> None:
@@ -213,12 +218,27 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
         Samples of training, validation and test.
     vp_stage
         The virtual pipeline stage.
+
+    Raises
+    ------
+    RankError
+        If there are more datasets than files that a process may hold open.
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     config = dataset_config(args)
-    config.contents = contents_of(_prefixes(args))
-    datasets = Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
+    prefixes, limit = set(_prefixes(args)), allow_open_files()
+    config.contents = contents_of(prefixes)
+    try:
+        datasets = Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise RankError(
+            f"{len(prefixes)} datasets hold about {_FILES_OF_A_DATASET * len(prefixes):,} files open, and "
+            f"this machine allows a process {limit:,}: raise the hard limit (`ulimit -Hn`), or merge "
+            "datasets (tools/merge_datasets.py)"
+        ) from error
     return [_unless_empty(dataset) for dataset in datasets]
 
 

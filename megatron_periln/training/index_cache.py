@@ -103,9 +103,14 @@ class Builder(BlendedMegatronDatasetBuilder):
 
     @staticmethod
     def build_generic_dataset(cls: Any, *args: Any) -> Any:
-        """Build a dataset as Megatron does."""
+        """Build a dataset as Megatron does, which calls every error of files missing access to the cache."""
         kind = BlendedDataset if cls is blended_dataset.BlendedDataset else cls
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
+        try:
+            return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
+        except Exception as error:
+            if type(error) is Exception and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 def contents_of(prefixes: Iterable[str]) -> dict[str, Content]:
@@ -201,6 +206,8 @@ def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Ind
                 sync(Path(temporary, name))
                 Path(temporary, name).replace(Path(folder, name))
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise
         what = "its disk is full; make room, or" if _is_full(error) else f"{error};"
         raise UsageError(
             f"{folder}: the index of the data cannot be cached there: {what} choose another --data-cache-path"

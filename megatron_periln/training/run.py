@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import guard, local
 from megatron_periln.errors import UsageError
+from megatron_periln.files import allow_open_files
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
 from megatron_periln.models.from_arguments import (
     gpt_config_from_args,
@@ -77,6 +78,7 @@ def run(program_start: float) -> None:
     UsageError
         For input that the user can correct.
     """
+    allow_open_files()  # process groups and datasets want more than a shell's limit
     fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = parse()

@@ -366,3 +366,17 @@ def test_a_run_reads_a_corpus_that_grew(jobs, tmp_path):
     fresh = jobs.run("index-cache-fresh", f"{arguments} --data-cache-path {tmp_path / 'cache'}", ranks=2)
     assert after.curve == fresh.curve
     assert after.curve[0]["lm loss"] != before.curve[0]["lm loss"]
+
+
+def test_many_datasets_need_many_open_files(jobs, tmp_path):
+    """A cold start and a warm one; the limit is raised as far as it may be, or told."""
+    prefixes = [write(tmp_path / f"part{number}", number, 20) for number in range(40)]
+    arguments = f"{MODEL} --seq-length 16 --data-path 1 {' 1 '.join(prefixes)}"
+    cold, warm = (
+        jobs.run(f"raised-{start}", arguments, changes=["tests.training.open_files.raisable"])
+        for start in ("cold", "warm")
+    )
+    assert cold.curve == warm.curve
+    failed = jobs.run("few", arguments, changes=["tests.training.open_files.too_few"], succeeds=False)
+    (error,) = [line for line in failed.log.splitlines() if line.startswith("error:")]
+    assert "40 datasets hold about 520 files open, and this machine allows a process 300: raise" in error

@@ -21,34 +21,27 @@ __all__ = ["IndexArrays", "check_layout"]
 
 @dataclass(frozen=True)
 class IndexArrays:
-    """An indexed dataset with the arrays of its .idx file mapped, not read.
+    """An indexed dataset and the arrays of its .idx file, mapped where they are asked for, not read.
 
-    Parameters
+    No file stays open between, so that thousands of datasets can be held.
+
+    Attributes
     ----------
     prefix
         The dataset is ``{prefix}.bin`` and ``{prefix}.idx``.
     info
         Dtype and counts.
-    lengths
-        ``[sequences]``, int32: tokens in each sequence.
-    pointers
-        ``[sequences]``, int64: byte offset of each sequence in the .bin file.
-    document_ends
-        ``[documents + 1]``, int64: 0, and the sequence at which each document ends.
-    modes
-        ``[sequences]``, int8, in multimodal datasets.
+    size
+        Bytes of the .idx file.
     """
 
     prefix: str
     info: IndexedDatasetInfo
-    lengths: NDArray[np.int32]
-    pointers: NDArray[np.int64]
-    document_ends: NDArray[np.int64]
-    modes: NDArray[np.int8] | None
+    size: int
 
     @classmethod
     def open(cls, prefix: str | Path, *, may_be_empty: bool = False) -> IndexArrays:
-        """Check the dataset at ``prefix`` with ``check_indexed_dataset`` and map its index.
+        """Check the dataset at ``prefix`` with ``check_indexed_dataset``.
 
         Raises
         ------
@@ -56,18 +49,33 @@ class IndexArrays:
             If Megatron cannot read the dataset.
         """
         info = check_indexed_dataset(prefix, may_be_empty=may_be_empty)
-        path, offset = Path(f"{prefix}.idx"), HEADER.size
+        return cls(str(prefix), info, Path(f"{prefix}.idx").stat().st_size)
 
-        def part(dtype: type, entries: int) -> np.memmap:
-            nonlocal offset
-            array = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(entries,))
-            offset += array.nbytes
-            return array
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """``[sequences]``: tokens in each sequence."""
+        return self._part(np.int32, HEADER.size, self.info.sequences)
 
-        lengths, pointers = part(np.int32, info.sequences), part(np.int64, info.sequences)
-        document_ends = part(np.int64, info.documents + 1)
-        modes = part(np.int8, info.sequences) if path.stat().st_size > offset else None
-        return cls(str(prefix), info, lengths, pointers, document_ends, modes)
+    @property
+    def pointers(self) -> NDArray[np.int64]:
+        """``[sequences]``: byte offset of each sequence in the .bin file."""
+        return self._part(np.int64, HEADER.size + 4 * self.info.sequences, self.info.sequences)
+
+    @property
+    def document_ends(self) -> NDArray[np.int64]:
+        """``[documents + 1]``: 0, and the sequence at which each document ends."""
+        return self._part(np.int64, HEADER.size + 12 * self.info.sequences, self.info.documents + 1)
+
+    @property
+    def modes(self) -> NDArray[np.int8] | None:
+        """``[sequences]``, in multimodal datasets."""
+        offset = HEADER.size + 12 * self.info.sequences + 8 * (self.info.documents + 1)
+        return self._part(np.int8, offset, self.info.sequences) if self.size > offset else None
+
+    def _part[Entry: np.generic](self, dtype: type[Entry], offset: int, entries: int) -> NDArray[Entry]:
+        if self.idx.stat().st_size != self.size:
+            raise IndexedDatasetError(f"{self.idx}: changed while it was read; start again")
+        return np.memmap(self.idx, dtype=dtype, mode="r", offset=offset, shape=(entries,))
 
     @property
     def bin(self) -> Path:

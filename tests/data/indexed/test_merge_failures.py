@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 import pytest
 
+from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.data.indexed.merge import append_file, merge_datasets
 from tests.data.companions import (
     SMALL,
@@ -130,3 +131,18 @@ def test_short_copies_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         append_file(source, cast(BinaryIO, target))
     assert (tmp_path / "target").read_bytes() == source.read_bytes()
     assert not left
+
+
+def test_few_files_are_open_however_many_are_merged(tmp_path: Path) -> None:
+    prefixes = [build(tmp_path / f"part{number}", SMALL) for number in range(50)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0) for _ in range(12)]
+    for descriptor in taken:
+        os.close(descriptor)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1, limit[1]))
+        merged = merge_datasets(prefixes, str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert merged.datasets == 50
+    check_indexed_dataset(tmp_path / "out")
