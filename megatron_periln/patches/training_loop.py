@@ -1,4 +1,4 @@
-"""Where the monitor stands in Megatron's training loop, and whether the loop evaluates.
+"""Where the monitor stands in Megatron's training loop, and what the loop evaluates.
 
 The loop finds ``train_step`` and ``training_log`` by name in megatron/training/training.py, so two
 functions around them see every iteration begin and end, and one around ``save_checkpoint_and_time`` sees
@@ -8,14 +8,17 @@ a wrapped one, which ends after ``finalize_model_grads`` and before the optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from megatron.training import training
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["Observer", "observe", "skip_validation"]
+__all__ = ["Observer", "keep_batches_of_validation_and_test_apart", "observe", "skip_validation"]
 
 
 class Observer(Protocol):
@@ -128,3 +131,90 @@ def skip_validation() -> None:
         return loaders
 
     training.build_train_valid_test_data_loaders = build
+
+
+@changes(
+    "megatron.training.training.build_train_valid_test_data_loaders",
+    "megatron.training.training.build_train_valid_test_data_iterators",
+    "megatron.training.training.evaluate_and_print_results",
+    why="`--full-validation` puts the number of batches of validation in the place of `--eval-iters`, as a "
+    "list with `--multiple-validation-sets`, and the test at the end takes it for its own; of one dataset it "
+    "indexes a number, and asks a rank without data for its length; with virtual pipeline stages it takes "
+    "stages for datasets",
+    until="patches/test_training_loop.py::test_upstream_still_loses_the_number_of_batches_of_a_test",
+)
+def keep_batches_of_validation_and_test_apart() -> None:
+    """Have ``--full-validation`` validate on whole datasets, and test with ``--eval-iters`` batches."""
+    upstream = _FullValidation(
+        training.build_train_valid_test_data_loaders,
+        training.build_train_valid_test_data_iterators,
+        training.evaluate_and_print_results,
+    )
+    training.build_train_valid_test_data_loaders = upstream.build_loaders
+    training.build_train_valid_test_data_iterators = upstream.build_iterators
+    training.evaluate_and_print_results = upstream.evaluate_and_print
+
+
+class _FullValidation:
+    """Calls Megatron's functions with what they misread put right.
+
+    ``test`` is ``--eval-iters``; ``whole`` are the batches of validation, once a stage with data was built.
+    """
+
+    def __init__(
+        self, loaders: Callable[..., Any], iterators: Callable[..., Any], evaluate: Callable[..., Any]
+    ) -> None:
+        self._loaders, self._iterators, self._evaluate = loaders, iterators, evaluate
+        self.test: int | None = None
+        self.whole: int | list[int] | None = None
+        self._has_data = False
+
+    def build_loaders(self, provider: Any) -> Any:
+        args = training.get_args()
+        train, valid, test = self._loaders(provider)
+        args.do_test = args.do_test and bool(self.test)
+        self._has_data = bool(valid) and valid[0] is not None
+        if not self._has_data and not args.multiple_validation_sets:
+            valid = None
+        return train, valid, test
+
+    def build_iterators(self, provider: Any) -> Any:
+        """Build those of a virtual pipeline stage; called once for each of this rank."""
+        args = training.get_args()
+        if self.test is None:
+            self.test = args.eval_iters or 0
+        args.eval_iters = self.test
+        built = self._iterators(provider)
+        if self._has_data:
+            self.whole = args.eval_iters
+        return built
+
+    def evaluate_and_print(
+        self, prefix: str, forward_step: Any, data: Any, *more: Any, **options: Any
+    ) -> Any:
+        args = training.get_args()
+        if prefix.endswith(" on test set"):
+            one = {"multiple_validation_sets": False, "validation_set_names": None}
+            with _changed(args, full_validation=False, eval_iters=self.test, **one):
+                return self._evaluate(prefix, forward_step, data, *more, **options)
+        args.eval_iters = _of_the_first_rank(self.whole)
+        if args.multiple_validation_sets and args.virtual_pipeline_model_parallel_size is not None:
+            data = [list(stages) for stages in zip(*data, strict=True)]
+        with _changed(args, full_validation=False):
+            return self._evaluate(prefix, forward_step, data, *more, **options)
+
+
+def _of_the_first_rank(value: Any) -> Any:
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+@contextmanager
+def _changed(args: Namespace, **changed: Any) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in changed}
+    vars(args).update(changed)
+    try:
+        yield
+    finally:
+        vars(args).update(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 
 from megatron_periln.norms import NormPlacement
@@ -158,7 +159,9 @@ def make_flags_act(args: Namespace) -> list[str]:
         Megatron's and ours, before their validation; changed in place. ``embedding_norm`` is True or False.
     """
     lines = []
-    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+    if args.eval_interval is None and (args.skip_train or args.full_validation):
+        args.eval_interval = sys.maxsize  # at the end alone: Megatron divides by it where it resumes
+    elif args.eval_interval is None:
         args.eval_interval = 1000  # without evaluations too: Megatron divides by it
         if args.eval_iters:
             lines.append(

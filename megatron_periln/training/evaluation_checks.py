@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 
+from megatron.training.utils import get_blend_and_blend_per_split
+
 from megatron_periln.data.split import is_divided, names_parts, parts_with_data, shares
 from megatron_periln.rules import Check, Rule
 
@@ -28,6 +30,15 @@ def _asked_for(args: Namespace) -> bool:
 def _evaluates(args: Namespace) -> bool:
     parts = parts_with_data(args)
     return _asked_for(args) and (parts["valid"] or parts["test"])
+
+
+def _weighs_validation(args: Namespace) -> bool:
+    """Tell whether datasets of validation are given as ``WEIGHT PATH WEIGHT PATH ...``."""
+    if not is_divided(args) and not names_parts(args):
+        return False
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    validation = blend_per_split[1] if blend_per_split else blend
+    return validation is not None and validation[1] is not None
 
 
 def _interleaved_schedule(args: Namespace) -> Iterator[str]:
@@ -69,18 +80,11 @@ EVALUATION: tuple[Check, ...] = (
         "--full-validation has nothing to evaluate; give --split with a second share or --valid-data-path, "
         "or drop it",
     ),
-    # What megatron-core 0.19 can do: lists of datasets, without a test, read one sample at a time.
+    # What megatron-core 0.19 can do: it reads each sample of a dataset, one at a time.
     Rule(
-        lambda args: args.full_validation and not args.multiple_validation_sets,
-        "--full-validation of one dataset fails in megatron-core; give --multiple-validation-sets too, "
-        "one will do",
-    ),
-    Rule(
-        lambda args: (
-            args.full_validation and (is_divided(args) or names_parts(args)) and parts_with_data(args)["test"]
-        ),
-        "--full-validation leaves megatron-core without a number of batches for a test, which fails at "
-        "the end; give --split with a last share of 0, and no --test-data-path",
+        lambda args: args.full_validation and _weighs_validation(args),
+        "--full-validation reads all of every dataset, which leaves no use for weights; give the paths "
+        "alone, or drop it",
     ),
     Rule(
         lambda args: (

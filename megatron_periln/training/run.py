@@ -25,8 +25,7 @@ from megatron_periln.models.from_arguments import (
     transformer_config,
 )
 from megatron_periln.norms.arguments import placement_of
-from megatron_periln.patches import checkpoint_choice, fixes
-from megatron_periln.patches.training_loop import skip_validation
+from megatron_periln.patches import checkpoint_choice, fixes, training_loop
 from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.evaluation_checks import why_no_validation
 from megatron_periln.training.forward_step import forward_step
@@ -89,7 +88,9 @@ def run(program_start: float) -> None:
         check_data(args)
         make_save_folder(args)
     if why_no_validation(args):
-        skip_validation()
+        training_loop.skip_validation()
+    if args.full_validation:
+        training_loop.keep_batches_of_validation_and_test_apart()
     guard.install(args)
     checkpoint_choice.pass_over_unasked_state(optimizer=bool(args.no_load_optim or args.finetune))
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class Jobs:
         folder = self.folder / name
         folder.mkdir(parents=True)
         data = f"--data-cache-path {self.folder / 'cache'}"
-        if "--mock-data" not in arguments:
+        if not re.search("--(mock-data|train-data-path)", arguments):
             data += f" --data-path {self.data}"
         job = {
             "folder": str(folder),

@@ -7,6 +7,7 @@ import pytest
 from megatron.training import training
 
 from megatron_periln.patches import training_loop
+from tests.cpu.unpatched import copy_of
 
 NAMES = ("train_step", "training_log", "save_checkpoint_and_time")
 
@@ -125,3 +126,30 @@ def test_upstream_still_evaluates_without_a_dataset(single_process, loaders):
 def test_what_has_no_dataset_is_not_evaluated(single_process, loaders):
     training_loop.skip_validation()
     assert loaders() == (True, False, True)
+
+
+def test_upstream_still_loses_the_number_of_batches_of_a_test():
+    """Once this fails, see which part of the change can go: tests/parallel/test_evaluation.py needs it."""
+    upstream = copy_of(training.__name__)
+    builds = inspect.getsource(upstream.build_train_valid_test_data_iterators)
+    assert "args.eval_iters = eval_iters_tensor.tolist()" in builds
+    assert "local_eval_iters = len(valid_dataloaders[0])" in builds
+    evaluates = inspect.getsource(upstream.evaluate_and_print_results)
+    assert "eval_iters = torch.tensor(args.eval_iters, dtype=torch.long, device='cuda')" in evaluates
+    assert "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets" in evaluates
+    assert "data_iterators = data_iterator if args.multiple_validation_sets" in evaluates
+
+
+def test_there_is_no_test_of_no_batches(monkeypatch):
+    """Megatron printed the loss of nothing."""
+    args = Namespace(full_validation=True, multiple_validation_sets=False, eval_iters=0)
+    monkeypatch.setattr(training, "get_args", lambda: args)
+
+    def build(provider):
+        args.do_test = True
+        return "train", [None], "test"
+
+    upstream = training_loop._FullValidation(build, lambda provider: None, None)
+    upstream.build_iterators("provider")
+    assert upstream.build_loaders("provider") == ("train", None, "test")
+    assert args.do_test is False
