@@ -6,10 +6,12 @@ import os
 import sys
 import traceback
 
-__all__ = ["TRACEBACK", "PreprocessError", "RankError", "ReportError", "UsageError", "tell"]
+__all__ = ["FLAG", "TRACEBACK", "PreprocessError", "RankError", "ReportError", "UsageError", "tell"]
 
 TRACEBACK = "MEGATRON_PERILN_TRACEBACK"
-"""The environment variable that has the traceback printed before the one line of an error."""
+"""The environment variable, and `FLAG` the flag of training, that show tracebacks before that line."""
+
+FLAG = "--traceback"
 
 
 class UsageError(Exception):
@@ -28,8 +30,17 @@ class ReportError(UsageError):
     """A run that cannot be read, or a page that cannot be written."""
 
 
-def tell(error: BaseException) -> None:
-    """Print the one line of an error, after its traceback if `TRACEBACK` asks for it."""
+def tell(error: BaseException, *, speaks: bool = True) -> None:
+    """Print the one line of an error, after its traceback if `TRACEBACK` asks for it.
+
+    Parameters
+    ----------
+    error
+        As it was caught.
+    speaks
+        Whether this is the rank that tells of it; the others print no more than a traceback.
+    """
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    if speaks:
+        print(f"error: {error}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_periln import flag_files
-from megatron_periln.errors import RankError, UsageError, tell
+from megatron_periln.errors import FLAG, TRACEBACK, RankError, UsageError, tell
 from megatron_periln.package_versions import refuse_version_mismatch
 
 PROGRAM_START = time.time()
@@ -58,6 +58,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
+        if FLAG in sys.argv:
+            os.environ[TRACEBACK] = "1"
         refuse_version_mismatch()
         _choose_device(sys.argv[1:])
         # After the line above, which decides what "cuda" is while Megatron is imported.
@@ -65,8 +67,7 @@ def main() -> None:
 
         run(PROGRAM_START)
     except UsageError as error:
-        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
-            tell(error)
+        tell(error, speaks=isinstance(error, RankError) or os.environ.get("RANK", "0") == "0")
         _tell_torchrun(str(error))
         sys.exit(1)
 

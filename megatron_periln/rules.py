@@ -65,11 +65,14 @@ class Problems:
         One line each.
     final
         Whether one of them leaves nothing for later checks to go by.
+    cause
+        The error that one of them comes of, for the traceback.
     """
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.final = False
+        self.cause: Exception | None = None
 
     def add(self, text: str, *, final: bool = False) -> None:
         """Add one, unless it is there already."""
@@ -100,10 +103,10 @@ class Problems:
             With the one thing that is wrong, or a list.
         """
         if len(self.texts) == 1:
-            raise UsageError(self.texts[0])
+            raise UsageError(self.texts[0]) from self.cause
         if self.texts:
             lines = [f"{len(self.texts)} things are wrong with these flags:", *self.texts]
-            raise UsageError("\n  ".join(lines))
+            raise UsageError("\n  ".join(lines)) from self.cause
 
 
 def refuse(args: Namespace, rules: Sequence[Check]) -> None:

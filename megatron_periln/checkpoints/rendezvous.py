@@ -59,7 +59,7 @@ class Rendezvous:
         """Tell whether this rank, which has met an error, is to tell of it because rank 0 does not.
 
         Rank 0 may have met the same error, or none: the others give it a few seconds to ask this as well,
-        after which the first of them speaks.
+        after which the lowest of those that have met it by then speaks.
         """
         if self.size == 1:
             return False
@@ -69,9 +69,14 @@ class Rendezvous:
             self._poll(lambda: self._store.add("error/heard", 0) == self.size - 1)
             return False
         try:
+            self._store.set(f"error/of/{self.rank}", "")
             if self._poll(lambda: self._store.check(["error/first"])):
                 self._store.add("error/heard", 1)
                 return False
+            if any(self._store.check([f"error/of/{lower}"]) for lower in range(1, self.rank)):
+                self._poll(lambda: self._store.check(["error/told"]))  # torchrun ends all when the first ends
+                return False
+            self._store.set("error/told", "")
             return bool(self._store.add("error/others", 1) == 1)
         except torch.distributed.DistError:  # the store has gone with rank 0, which does not end silently
             return False

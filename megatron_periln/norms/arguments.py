@@ -45,7 +45,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--embedding-norm",
         action=BooleanOptionalAction,
         default=None,
-        help="normalize the embedding; default: on for peri and output, off for pre and post",
+        help="normalize the embedding; default: for peri and output",
     )
     group.add_argument(
         "--output-norm-init",

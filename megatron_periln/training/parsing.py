@@ -21,7 +21,7 @@ from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_a
 from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.cpu.flags import GPU_ONLY, adapt_arguments
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files, explained_tokenizer
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import FLAG, UsageError
 from megatron_periln.monitor.settings import GROUP as MONITOR
 from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
 from megatron_periln.norms import NormPlacement
@@ -47,7 +47,7 @@ from megatron_periln.training.placement_checkpoint import (
     consumed_samples,
     refuse_other_placement,
 )
-from megatron_periln.training.refusals import refusals_in_one_line
+from megatron_periln.training.refusals import refusals_in_one_line, try_validation
 
 __all__ = ["add_arguments", "check", "parse"]
 
@@ -78,8 +78,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu runs Megatron on the CPU over gloo, on machines without a GPU; default: cuda",
+        help="cpu runs Megatron on the CPU, over gloo; default: cuda",
     )
+    group.add_argument(FLAG, action="store_true", help="show the tracebacks of an error before its one line")
     group.add_argument("--help-all", action=_HelpAll, nargs=0, help="show Megatron's flags too, and exit")
     parser.usage = USAGE
     parser.description = "Pretrain a GPT with Megatron and a norm placement."
@@ -194,21 +195,34 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         _tell(args, "--device cpu changes flags that need a GPU:", adapted)
     if args.rerun_mode == "report_stats":
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
+    if not problems.final:
+        _try(args, problems)
     problems.refuse()
     with refusals_in_one_line(args):
         validate_args(args)
     load_arg = loads_from(args)
     path = checkpoint_path(args, load_arg)
     refuse_other_model(args, saved_arguments(args, load_arg), str(path.parent if path else args.load))
-    problems.find(args, EVALUATION)
-    with problems.caught():
-        check_batch_sizes(args, consumed_samples(args))
-    with problems.caught():
-        check_monitor(args)
-    problems.refuse()
+    check_batch_sizes(args, consumed_samples(args))
+    check_monitor(args)
     if reason := why_no_validation(args):
         _tell(args, "There is no evaluation while training:", [reason])
     choose_norm_backend(args)
+
+
+def _try(args: Namespace, problems: Problems) -> None:
+    """Find what Megatron's validation refuses, and what is wrong once it has completed the arguments."""
+    trial = try_validation(args)
+    problems.cause = problems.cause or trial.error
+    for reason in trial.refusals:
+        problems.add(f"Megatron refuses these flags: {reason}")
+    if trial.args is None:
+        return
+    problems.find(trial.args, EVALUATION)
+    with problems.caught():
+        check_batch_sizes(trial.args, consumed_samples(trial.args))
+    with problems.caught():
+        check_monitor(trial.args)
 
 
 def _adopt_checkpoint(args: Namespace, parser: ArgumentParser) -> None:

@@ -21,6 +21,17 @@ BAD_FLAGS = {
         "--norm-placement sandwich",
         ["--norm-placement", "'sandwich'", "'peri'", "--help"],
     ),
+    "several things": (
+        "--norm-placment peri --norm-placement sandwich --fp8-format hybrid --openai-gelu --sft",
+        [
+            "5 things are wrong with these flags:",
+            "--norm-placment peri",
+            "'sandwich'",
+            "--fp8-format needs a GPU",
+            "--openai-gelu",
+            "--sft is not part",
+        ],
+    ),
     "misspelt flag": ("--norm-placment peri", ["--norm-placment peri", "--help"]),
     "frozen output norm without one": (
         "--norm-placement pre --freeze-output-norm",
@@ -57,6 +68,18 @@ BAD_FLAGS = {
         "--use-checkpoint-args",
         ["--use-checkpoint-args needs a checkpoint", "give --load or --pretrained-checkpoint"],
     ),
+    "refused by Megatron twice": (
+        "--seq-length 128 --reuse-grad-buf-for-mxfp8-param-ag",
+        [
+            "2 things are wrong with these flags",
+            "--max-position-embeddings, --seq-length: max_position_embeddings",
+            "--reuse-grad-buf-for-mxfp8-param-ag: Reuse grad buffer only",
+        ],
+    ),
+    "experts on too few ranks": (
+        "--num-experts 4 --expert-model-parallel-size 4",
+        ["WORLD_SIZE (1) must be divisible by expert-tensor x expert x pipeline parallel size (4)"],
+    ),
     "refused by Megatron": (
         "--seq-length 128",
         ["Megatron refuses these flags", "max_position_embeddings (64)", "seq_length (128)"],
@@ -79,7 +102,7 @@ BAD_FLAGS = {
         "--tokenizer-type TikTokenizer --tokenizer-model absent.json",
         ["--tokenizer-model absent.json: no such file"],
     ),
-    "unwritable folder": ("--save /proc/checkpoints", ["--save /proc/checkpoints", "can be written"]),
+    "unwritable folder": ("--save /proc/checkpoints", ["--save /proc/checkpoints", "give a folder that can"]),
     "split": ("--split 1,a,2", ["--split 1,a,2 is not three shares such as 969,30,1"]),
     "monitor file without monitor": (
         "--monitor-file monitor.jsonl",
@@ -130,7 +153,7 @@ BAD_FLAGS = {
     ),
     "refused without words": (
         "--quick-geglu",
-        ["Megatron refuses these flags: it needs not args.swiglu", "MEGATRON_PERILN_TRACEBACK=1"],
+        ["Megatron refuses these flags: --quick-geglu, --swiglu: it needs `not args.swiglu`, and says"],
     ),
     "missing flag file": ("@absent.flags", ["flag file absent.flags", "No such file", "give @FILE"]),
 }
@@ -210,15 +233,18 @@ def test_what_the_model_builder_refuses_is_told_once(jobs):
     assert job.exit_codes == [1, 1]
     assert "Traceback" not in job.log
     (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]
-    assert "Megatron refuses these flags: Invalid length of moe_layer_pattern: 3, expected 2" in error
+    assert "Megatron refuses these flags: --moe-layer-freq, --num-layers: Invalid length of" in error
     assert "gpt_layer_specs.py:" in error
 
 
 def test_the_traceback_is_shown_if_asked_for(jobs):
-    environment = {"MEGATRON_PERILN_TRACEBACK": "1"}
-    job = jobs.run("traceback", f"{MODEL} --seq-length 128", environment=environment, succeeds=False)
-    assert "Traceback" in job.log
-    assert job.log.splitlines()[-1].startswith("error: Megatron refuses these flags: max_position")
+    job = jobs.run("traceback", f"{MODEL} --seq-length 128 --traceback", ranks=2, succeeds=False)
+    logs = [path.read_text() for path in sorted(job.folder.glob("rank*.log"))]
+    assert len(logs) == 2
+    for log in logs:
+        assert re.search(r"^Traceback(.|\n)*in validate_args(.|\n)*^AssertionError", log, re.MULTILINE)
+    assert logs[0].splitlines()[-1].startswith("error: Megatron refuses these flags: ")
+    assert "error:" not in logs[1]
 
 
 @pytest.fixture
