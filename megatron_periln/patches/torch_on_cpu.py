@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from megatron_periln.patches.registry import changes
 
 __all__ = [
     "compile_nothing",
+    "exchange_parts_of_any_size",
     "install",
     "keep_data_loaders_off_the_device_generator",
     "sum_embedding_gradients_in_fp32",
@@ -28,6 +30,7 @@ def install() -> None:
     keep_data_loaders_off_the_device_generator()
     sum_layer_norm_gradients_in_fp32()
     sum_embedding_gradients_in_fp32()
+    exchange_parts_of_any_size()
 
 
 @changes(
@@ -116,3 +119,48 @@ def sum_embedding_gradients_in_fp32() -> None:
         return embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     F.embedding = by_index_select
+
+
+@changes(
+    "torch.distributed.all_gather",
+    "torch.distributed.reduce_scatter",
+    why="gloo's take parts of one size; NCCL's groups send parts of several sizes one by one, and sharded "
+    "experts have such (--expert-tensor-parallel-size beside --expert-model-parallel-size), for each rank "
+    "routes its own number of tokens to them",
+    until="patches/test_torch_on_cpu.py::test_upstream_still_gathers_parts_of_one_size",
+)
+def exchange_parts_of_any_size() -> None:
+    """Broadcast parts of several sizes one by one, and reduce them one by one."""
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or _of_one_size(tensor_list):
+            return all_gather(tensor_list, tensor, group, async_op)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            if part.numel():
+                dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    def scatter(
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if async_op or _of_one_size(input_list):
+            return reduce_scatter(output, input_list, op, group, async_op)
+        for rank, part in enumerate(input_list):
+            if part.numel():
+                sums = part.clone()
+                dist.reduce(sums, op=op, group=group, group_dst=rank)
+                if rank == dist.get_rank(group):
+                    output.copy_(sums)
+        return None
+
+    dist.all_gather, dist.reduce_scatter = gather, scatter
+
+
+def _of_one_size(parts: list[Tensor]) -> bool:
+    return all(part.shape == parts[0].shape for part in parts)

@@ -36,6 +36,12 @@ LAYOUTS = {
         "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
         "--tensor-model-parallel-size 2 --sequence-parallel",
     ),
+    # Each expert is sharded, and its ranks route different numbers of tokens.
+    "EP2xETP2": (
+        4,
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 2 "
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ),
 }
 
 # Each parameter is gathered by itself, and must have been when it is read.
@@ -121,6 +127,7 @@ def _cases():
         yield Case(placement, "biased", "TP2xPP2+SP")
         yield Case(placement, "moe", "EP2xTP2+SP", variant=distributed)
         yield Case(placement, "mla", "TP2")
+    yield Case("peri", "moe", "EP2xETP2", variant=distributed)
     yield Case("peri", layout="TP2xPP2+SP", options="fused norms")
     yield Case("peri", layout="DP2", options="overlap, fused norms", variant=distributed)
     yield Case("peri", "mla", "CP2")

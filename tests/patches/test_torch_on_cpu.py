@@ -3,7 +3,9 @@
 A test named ``upstream_still_...`` fails once the change can go.
 """
 
+import datetime
 import inspect
+import threading
 
 import pytest
 import torch
@@ -178,3 +180,24 @@ def test_embeddings_with_options_are_left_to_torch(monkeypatch, options):
 def test_an_embedding_still_refuses_what_it_has_no_row_for():
     with pytest.raises(IndexError, match="out of range"):
         F.embedding(torch.tensor([16]), random(16, HIDDEN))
+
+
+def test_upstream_still_gathers_parts_of_one_size():
+    """Two ranks, as threads, one with two rows and one with three."""
+    store, refused = torch.distributed.HashStore(), []
+
+    def be_rank(rank):
+        group = torch.distributed.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=20))
+        parts = [torch.empty(2, 4), torch.empty(3, 4)]
+        try:
+            group.allgather([parts], [torch.ones(2 + rank, 4)]).wait()
+        except (RuntimeError, ValueError) as error:
+            refused.append(str(error))
+
+    ranks = [threading.Thread(target=be_rank, args=(rank,)) for rank in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert len(refused) == 2
+    assert all("invalid tensor size" in message for message in refused)
