@@ -1,4 +1,8 @@
-"""Parsing that goes on after a flag it can't take, to find all of them."""
+"""Parsing that goes on after a flag it can't take, to find all of them.
+
+It goes on with what a flag is called here, if it is one that another Megatron had: what else is wrong is then
+found as it will be once the flag is called so.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_periln.errors import UsageError
 from megatron_periln.rules import Problems
+from megatron_periln.training.flag_names.explain import close_spelling, find_former
 
 __all__ = ["parse_leniently"]
 
@@ -28,7 +33,8 @@ def parse_leniently(
     parser
         Reads it.
     problems
-        Gets what it can't take: unknown flags, and wrong values, each of which is left out.
+        Gets what it can't take: unknown flags, and wrong values. Each is left out, or replaced by what it is
+        called here.
     words, namespace
         As for ``ArgumentParser.parse_args``.
     """
@@ -38,15 +44,46 @@ def parse_leniently(
         try:
             args, unknown = parser.parse_known_args(words, namespace)
         except ArgumentError as error:
-            problems.add(f"{error}; {_HELP}", final=True)
-            kept = _without(words, (error.argument_name or "").split("/"))
-            if len(kept) == len(words):
-                raise UsageError(problems.texts[-1]) from error
-            words = kept
+            words = _without_wrong_value(words, error, problems)
             continue
-        for flag in _by_flag(unknown):
-            problems.add(f"unrecognized arguments: {' '.join(flag)}; {_HELP}")
-        return args
+        renamed = [words_of for flag in _by_flag(unknown) if (words_of := _explain(flag, parser, problems))]
+        if not renamed:
+            return args
+        gone = [flag for flag in _by_flag(unknown) if find_former(flag)]
+        words = [word for flag in _by_flag(words) if flag not in gone for word in flag]
+        words += [word for words_of in renamed for word in words_of]
+
+
+def _explain(flag: list[str], parser: ArgumentParser, problems: Problems) -> tuple[str, ...] | None:
+    """Say what an unknown flag may be; return what it is called here, if that is known."""
+    if former := find_former(flag):
+        problems.add(f"unrecognized arguments: {former}")
+        return former.instead
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = close_spelling(flag[0].partition("=")[0], known)
+    meant = f"did you mean {near}? " if near else ""
+    problems.add(f"unrecognized arguments: {' '.join(flag)}; {meant}{_HELP}")
+    return None
+
+
+def _without_wrong_value(words: list[str], error: ArgumentError, problems: Problems) -> list[str]:
+    """Return words without a flag that has a value that it can't take, or with the one that it means here.
+
+    Raises
+    ------
+    UsageError
+        If the flag is not among them.
+    """
+    options = (error.argument_name or "").split("/")
+    given = [flag for flag in _by_flag(words) if flag[0].partition("=")[0] in options]
+    former = next((found for flag in given if len(flag) < 3 and (found := find_former(flag))), None)
+    if former is not None:
+        problems.add(str(former))
+    else:
+        problems.add(f"{error}; {_HELP}", final=True)
+        if not given:
+            raise UsageError(problems.texts[-1]) from error
+    return [*_without(words, options), *((former and former.instead) or ())]
 
 
 def _is_flag(word: str) -> bool:

@@ -28,8 +28,8 @@ def test_unknown_flags_are_named_each_with_its_values():
     args, problems = parse("--sise 3 4 --layers 1 2 --king=c -x --size 5")
     assert (args.size, args.layers) == (5, [1, 2])
     assert problems.texts == [
-        f"unrecognized arguments: {words}; --help lists the flags"
-        for words in ("--sise 3 4", "--king=c", "-x")
+        f"unrecognized arguments: {words}--help lists the flags"
+        for words in ("--sise 3 4; did you mean --size? ", "--king=c; did you mean --kind? ", "-x; ")
     ]
     assert not problems.final
 

@@ -1,0 +1,1 @@
+"""Flags that other Megatrons have, and what became of them."""
