@@ -37,7 +37,7 @@ def add_monitor_arguments(parser: ArgumentParser) -> None:
         "--monitor-interval",
         type=int,
         default=100,
-        help="iterations between records of layers, which the first and the last have too; default: 100",
+        help="iterations between records of layers; default: 100",
     )
     group.add_argument("--monitor-file", default=None, help=f"default: {FILE_NAME} in the folder of --save")
     group.add_argument(

@@ -63,7 +63,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--norm-backend",
         choices=BACKENDS,
         default="auto",
-        help="Triton kernels, torch.compile or plain torch; default: auto, the fastest that can run here",
+        help="Triton kernels, torch.compile or torch; default: auto",
     )
     group.add_argument(
         "--fuse-pre-mlp-norm",

@@ -29,6 +29,7 @@ from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, RankError, UsageError
 from megatron_periln.files import allow_open_files
 from megatron_periln.models.from_arguments import transformer_config
+from megatron_periln.training.data_order import keep_order, samples_to_order
 from megatron_periln.training.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
 
 __all__ = [
@@ -221,13 +222,15 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
 
     Raises
     ------
-    RankError
-        If there are more datasets than files that a process may hold open.
+    UsageError
+        If there are more datasets than files that a process may hold open, or the order of the samples is not
+        the checkpoint's.
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     config = dataset_config(args)
     prefixes, limit = set(_prefixes(args)), allow_open_files()
+    num_samples = [samples_to_order(args, num_samples[0]), *num_samples[1:]]
     config.contents = contents_of(prefixes)
     try:
         datasets = Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
@@ -239,6 +242,8 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
             f"this machine allows a process {limit:,}: raise the hard limit (`ulimit -Hn`), or merge "
             "datasets (tools/merge_datasets.py)"
         ) from error
+    if not args.mock_data and not args.phase_transition_iterations and vp_stage in (None, 0):
+        keep_order(args, datasets[0])
     return [_unless_empty(dataset) for dataset in datasets]
 
 

@@ -28,6 +28,7 @@ from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of, set_placement
 from megatron_periln.rules import Problems
+from megatron_periln.training import data_order
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
@@ -73,6 +74,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add_monitor_arguments(parser)
     add_checkpoint_arguments(parser)
     add_model_arguments(parser)
+    data_order.add_data_order_arguments(parser)
     group = parser.add_argument_group(title="device")
     group.add_argument(
         "--device",
@@ -202,7 +204,9 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         validate_args(args)
     load_arg = loads_from(args)
     path = checkpoint_path(args, load_arg)
-    refuse_other_model(args, saved_arguments(args, load_arg), str(path.parent if path else args.load))
+    saved = saved_arguments(args, load_arg)
+    refuse_other_model(args, saved, str(path.parent if path else args.load))
+    data_order.remember(saved)
     check_batch_sizes(args, consumed_samples(args))
     check_monitor(args)
     if reason := why_no_validation(args):

@@ -10,6 +10,7 @@ from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
+from megatron_periln.training import data_order
 from megatron_periln.training.model_settings import refuse_other_model
 
 __all__ = [
@@ -51,9 +52,13 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
 
 
 def refuse_other_local_placement(args: Namespace, placement: NormPlacement, saved: Namespace) -> None:
-    """Refuse to load a local checkpoint with the arguments ``saved``, as `refuse_other_placement` does."""
+    """Refuse to load a local checkpoint with the arguments ``saved``, as `refuse_other_placement` does.
+
+    It is what the run goes on from.
+    """
     _refuse_another(args, "load", Path(args.non_persistent_local_ckpt_dir) / "local", saved, placement)
     refuse_other_model(args, saved, args.non_persistent_local_ckpt_dir)
+    data_order.remember(saved)
 
 
 def _refuse_another(

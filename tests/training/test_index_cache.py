@@ -78,14 +78,16 @@ def config(cache, named, **more):
     tokenizer = MegatronTokenizer.from_pretrained(
         metadata_path={"library": "null-text"}, vocab_size=255, eod_id=255
     )
-    flags = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+    settings = {
+        "random_seed": 1,
+        "sequence_length": 16,
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "mid_level_dataset_surplus": 0.5,
+    }
     return index_cache.GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=16,
-        path_to_cache=cache and str(cache),
-        tokenizer=tokenizer,
-        mid_level_dataset_surplus=0.5,
-        **(flags | named | more),
+        path_to_cache=cache and str(cache), tokenizer=tokenizer, **(settings | named | more)
     )
 
 
