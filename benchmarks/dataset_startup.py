@@ -70,7 +70,7 @@ def stock(sizes: list[int]) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.training import get_args
 
-    from megatron_periln.training.gpt_datasets import dataset_config
+    from megatron_periln.training.datasets.gpt_datasets import dataset_config
 
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config(get_args())).build()
 
@@ -79,7 +79,7 @@ def ours(sizes: list[int]) -> Any:
     """Check and build the datasets as megatron_periln.pretrain does."""
     from megatron.training import get_args
 
-    from megatron_periln.training import gpt_datasets
+    from megatron_periln.training.datasets import gpt_datasets
 
     gpt_datasets.check_data(get_args())
     return gpt_datasets.train_valid_test_datasets(sizes)
@@ -90,7 +90,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
     """Time the parts of Megatron's start-up, and our check, while in the context."""
     from megatron.core.datasets import gpt_dataset, helpers, indexed_dataset
 
-    from megatron_periln.training import gpt_datasets
+    from megatron_periln.training.datasets import gpt_datasets
 
     seconds: dict[str, float] = defaultdict(float)
 

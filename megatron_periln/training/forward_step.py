@@ -23,7 +23,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_periln.training.gpt_datasets import masks_documents, predicts_more_tokens_here
+from megatron_periln.training.datasets.gpt_datasets import masks_documents, predicts_more_tokens_here
 
 __all__ = ["forward_step", "loss_function"]
 

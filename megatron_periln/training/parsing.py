@@ -28,9 +28,9 @@ from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of, set_placement
 from megatron_periln.rules import Problems
-from megatron_periln.training import data_order
 from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
+from megatron_periln.training.datasets import data_order
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
 from megatron_periln.training.evaluation_checks import EVALUATION, why_no_validation
 from megatron_periln.training.idle_flags import idle_flags

@@ -10,7 +10,7 @@ from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
-from megatron_periln.training import data_order
+from megatron_periln.training.datasets import data_order
 from megatron_periln.training.model_settings import refuse_other_model
 
 __all__ = [

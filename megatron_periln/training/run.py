@@ -27,9 +27,9 @@ from megatron_periln.models.from_arguments import (
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import checkpoint_choice, fixes, training_loop
 from megatron_periln.training.checks import make_save_folder
+from megatron_periln.training.datasets.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.evaluation_checks import why_no_validation
 from megatron_periln.training.forward_step import forward_step
-from megatron_periln.training.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.parsing import parse
 from megatron_periln.training.placement_checkpoint import refuse_other_local_placement
 from megatron_periln.training.refusals import refusals_in_one_line

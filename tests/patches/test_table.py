@@ -19,7 +19,7 @@ KNOWN = frozenset(symbol.rpartition(".")[2] for patch in PATCHES for symbol in p
 COMMON = {"open", "pickle", "fork", "to", "type", "cuda", "load", "empty", "compile", "accelerator"}
 # A tokenizer library is imported without another one that it does not need: no change to Megatron or torch.
 # What they change is a stand-in for awkward, and copies of configurations and datasets of our own class.
-OTHER = {"data/tokenizers/encoders/gigatoken.py", "training/index_cache.py"}
+OTHER = {"data/tokenizers/encoders/gigatoken.py", "training/datasets/index_cache.py"}
 NO_PATCHES = {
     "add_product",
     "apply",

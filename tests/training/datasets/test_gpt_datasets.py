@@ -11,8 +11,8 @@ import pytest
 from megatron_periln.data.indexed.format import check_indexed_dataset
 from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import UsageError
-from megatron_periln.training import gpt_datasets
-from megatron_periln.training.gpt_datasets import check_data
+from megatron_periln.training.datasets import gpt_datasets
+from megatron_periln.training.datasets.gpt_datasets import check_data
 
 FLAGS = (
     "data_path",

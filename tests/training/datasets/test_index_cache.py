@@ -20,8 +20,8 @@ from megatron_periln.data.indexed.merge import merge_datasets
 from megatron_periln.data.indexed.sidecar import Sidecar, sha256_of, sidecar_path
 from megatron_periln.errors import UsageError
 from megatron_periln.files import locked
-from megatron_periln.training import index_cache
-from megatron_periln.training.index_cache import _is_whole, content_of, contents_of
+from megatron_periln.training.datasets import index_cache
+from megatron_periln.training.datasets.index_cache import _is_whole, content_of, contents_of
 from tests.training.model import MODEL
 
 SIZES = [60, 20, 20]
@@ -363,7 +363,7 @@ def test_a_run_reads_a_corpus_that_grew(jobs, tmp_path):
     arguments = f"{MODEL} --eval-iters 0 --data-path {prefix}"
     before = jobs.run("index-cache-before", arguments)
     write(prefix, 1, 300)
-    changes = ["tests.training.other_times.on_the_second_rank"]
+    changes = ["tests.training.datasets.other_times.on_the_second_rank"]
     after = jobs.run("index-cache-after", arguments, ranks=2, changes=changes)
     fresh = jobs.run("index-cache-fresh", f"{arguments} --data-cache-path {tmp_path / 'cache'}", ranks=2)
     assert after.curve == fresh.curve
@@ -375,10 +375,12 @@ def test_many_datasets_need_many_open_files(jobs, tmp_path):
     prefixes = [write(tmp_path / f"part{number}", number, 20) for number in range(40)]
     arguments = f"{MODEL} --seq-length 16 --data-path 1 {' 1 '.join(prefixes)}"
     cold, warm = (
-        jobs.run(f"raised-{start}", arguments, changes=["tests.training.open_files.raisable"])
+        jobs.run(f"raised-{start}", arguments, changes=["tests.training.datasets.open_files.raisable"])
         for start in ("cold", "warm")
     )
     assert cold.curve == warm.curve
-    failed = jobs.run("few", arguments, changes=["tests.training.open_files.too_few"], succeeds=False)
+    failed = jobs.run(
+        "few", arguments, changes=["tests.training.datasets.open_files.too_few"], succeeds=False
+    )
     (error,) = [line for line in failed.log.splitlines() if line.startswith("error:")]
     assert "40 datasets hold about 520 files open, and this machine allows a process 300: raise" in error

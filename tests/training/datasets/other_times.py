@@ -2,7 +2,7 @@
 
 import os
 
-from megatron_periln.training import index_cache
+from megatron_periln.training.datasets import index_cache
 
 
 def on_the_second_rank():

@@ -29,8 +29,8 @@ from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
 from megatron_periln.errors import PreprocessError, RankError, UsageError
 from megatron_periln.files import allow_open_files
 from megatron_periln.models.from_arguments import transformer_config
-from megatron_periln.training.data_order import keep_order, samples_to_order
-from megatron_periln.training.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
+from megatron_periln.training.datasets.data_order import keep_order, samples_to_order
+from megatron_periln.training.datasets.index_cache import Builder, GPTDataset, GPTDatasetConfig, contents_of
 
 __all__ = [
     "check_data",

@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 
 from megatron_periln.errors import UsageError
-from megatron_periln.training.data_order import digests_of, samples_to_order
+from megatron_periln.training.datasets.data_order import digests_of, samples_to_order
+from tests.training.datasets.test_index_cache import NAMED, config, contents_of, index_cache, write
 from tests.training.model import MODEL
-from tests.training.test_index_cache import NAMED, config, contents_of, index_cache, write
 
 SINGLE = Namespace(dataloader_type="single")
 

@@ -1,0 +1,1 @@
+"""The samples that a run trains on: its datasets, the cache of their indices, and their order."""
