@@ -8,7 +8,7 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["check_batch_sizes", "translate_rampup"]
+__all__ = ["accept_the_last_size", "check_batch_sizes", "translate_rampup"]
 
 
 def translate_rampup(args: Namespace) -> list[str]:
@@ -54,6 +54,32 @@ def translate_rampup(args: Namespace) -> list[str]:
     return [
         f"{flag}, which megatron-core ignores, becomes --step-batch-size-schedule: a global batch size of "
         f"{', '.join(shown)}"
+    ]
+
+
+def accept_the_last_size(args: Namespace) -> list[str]:
+    """Let ``--global-batch-size`` name the size that ``--step-batch-size-schedule`` ends with.
+
+    Megatron refuses both together, in its own example of GPT-3 175B as well.
+
+    Parameters
+    ----------
+    args
+        Megatron's parsed arguments, before their validation; changed in place.
+
+    Returns
+    -------
+    list of str
+        One line, if both are given and agree.
+    """
+    if args.step_batch_size_schedule is None or args.global_batch_size is None:
+        return []
+    if args.step_batch_size_schedule.rstrip().rpartition(":")[2] != str(args.global_batch_size):
+        return []
+    args._is_global_batch_size_explicitly_specified = False
+    return [
+        f"--global-batch-size {args.global_batch_size} is what --step-batch-size-schedule leads to, which "
+        "acts; iterations of warmup and decay are counted in it"
     ]
 
 

@@ -28,7 +28,7 @@ from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import GROUP as NORMS
 from megatron_periln.norms.arguments import add_norm_arguments, placement_of, set_placement
 from megatron_periln.rules import Problems
-from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
+from megatron_periln.training.batch_sizes import accept_the_last_size, check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.datasets import data_order
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
@@ -184,7 +184,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         refuse_other_placement(args, placement)
     changes = make_flags_act(args)
     with problems.caught():
-        changes += translate_rampup(args)
+        changes += [*accept_the_last_size(args), *translate_rampup(args)]
     adapted: list[str] = []
     if cpu.is_active():
         problems.find(args, GPU_ONLY)

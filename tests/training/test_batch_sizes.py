@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_periln.errors import UsageError
-from megatron_periln.training.batch_sizes import check_batch_sizes, translate_rampup
+from megatron_periln.training.batch_sizes import accept_the_last_size, check_batch_sizes, translate_rampup
 from tests.training.model import MODEL
 
 RAMP = f"{MODEL} --global-batch-size 6 --rampup-batch-size 2 2 24 --train-iters 11 --save-interval 8"
@@ -43,6 +43,23 @@ def test_the_steps_are_those_of_the_megatron_that_read_the_flag():
     for samples in range(3100):
         theirs = 72 if samples > 3000 else 16 + 8 * int(samples / (3000 / 7))
         assert [size for start, size in steps if start <= 10 * samples][-1] == theirs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "size", "agree"),
+    [
+        ("0:2 1K:6", 6, True),
+        ("0:6", 6, True),
+        ("0:2 1K:16", 6, False),
+        ("0:6 1K:2", 6, False),
+        ("", 6, False),
+    ],
+)
+def test_the_global_batch_size_may_be_the_schedule_s_last(schedule, size, agree):
+    args = arguments(rampup_batch_size=None, step_batch_size_schedule=schedule, global_batch_size=size)
+    args._is_global_batch_size_explicitly_specified = True
+    assert bool(accept_the_last_size(args)) is agree
+    assert args._is_global_batch_size_explicitly_specified is not agree
 
 
 @pytest.mark.parametrize(
