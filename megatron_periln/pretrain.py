@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,6 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_periln import flag_files
+from megatron_periln.endings.children import be_a_child, end_children, keep_no_orphans
+from megatron_periln.endings.in_time import ends_in_time
+from megatron_periln.endings.launcher import end_with_launcher
 from megatron_periln.errors import FLAG, TRACEBACK, RankError, UsageError, tell
 from megatron_periln.package_versions import refuse_version_mismatch
 
@@ -54,8 +58,13 @@ def _tell_torchrun(cause: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; exit with status 1 and one line on standard error for bad input."""
+    """Run the command line; exit with status 1 and one line on standard error for bad input.
+
+    However it ends, the processes that it has started have ended before.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    end_with_launcher()
+    keep_no_orphans()
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
         if FLAG in sys.argv:
@@ -70,7 +79,16 @@ def main() -> None:
         tell(error, speaks=isinstance(error, RankError) or os.environ.get("RANK", "0") == "0")
         _tell_torchrun(str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted: what has been saved is complete", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        end_children()
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_time():
+        main()
+elif __name__ == "__mp_main__":  # in a process that a rank spawns
+    be_a_child()

@@ -19,7 +19,7 @@ from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.checkpoints.restart_attempt import RestartAttempt
 from megatron_periln.checkpoints.sources import iteration_of, non_persistent_folder
 from megatron_periln.checkpoints.sums import open_summed
-from megatron_periln.checkpoints.watch import SaveWatch
+from megatron_periln.checkpoints.watch import SaveWatch, watch_writer
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.files import replacing
 from megatron_periln.patches import checkpoint_saving, checkpoint_writer
@@ -54,6 +54,8 @@ def install(args: Namespace) -> None:
     if args.checkpoint_verify == "full":
         checkpoint_writer.open_with(open_summed)
     take = functools.partial(_take, args)
+    checkpoint_saving.delete_with(_discard)
+    checkpoint_writer.when_started(watch_writer)
     checkpoint_saving.guard(SaveGuard(take, args.checkpoint_verify, args.distributed_timeout_minutes))
 
 

@@ -1,11 +1,18 @@
-"""Says that a save takes long: a file system that hangs gives no error of its own."""
+"""Says that a save takes long, and ends a rank whose writer is gone: neither gives an error of its own."""
 
 from __future__ import annotations
 
+import multiprocessing.connection
+import os
+import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
-__all__ = ["SaveWatch"]
+from megatron_periln.endings import children
+
+__all__ = ["SaveWatch", "watch_writer"]
 
 
 class SaveWatch:
@@ -44,3 +51,30 @@ class SaveWatch:
                 "another ends the run; --distributed-timeout-minutes gives it longer",
                 flush=True,
             )
+
+
+def watch_writer(process: Any) -> None:
+    """End this rank as soon as the process that writes its checkpoints ends otherwise than it is told to.
+
+    Parameters
+    ----------
+    process
+        The `multiprocessing.Process`.
+    """
+    threading.Thread(target=_wait_for_writer, args=(process,), daemon=True).start()
+
+
+def _wait_for_writer(process: Any) -> None:
+    multiprocessing.connection.wait([process.sentinel])
+    while (status := process.exitcode) is None:  # another thread, which waits for it too, has its status
+        time.sleep(0.01)
+    if status == 0 or children.are_ending():
+        return
+    how = f"by signal {-status}: did memory run short?" if status < 0 else f"with status {status}"
+    print(
+        f"error: rank {os.environ.get('RANK', 0)}: the process that writes its checkpoints has ended {how}; "
+        "what latest_checkpointed_iteration.txt names is complete: start again from there",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the main thread may wait for that process, and for other ranks

@@ -22,7 +22,7 @@ from megatron.training import checkpointing, get_args, training
 from megatron_periln.errors import UsageError
 from megatron_periln.patches.registry import changes
 
-__all__ = ["Guard", "guard"]
+__all__ = ["Guard", "delete_with", "guard"]
 
 _TRACKER = Path(checkpointing.get_checkpoint_tracker_filename("")).name
 
@@ -88,6 +88,30 @@ def guard(guard: Guard) -> None:
 
     training.save_checkpoint, training.train_step = guarded_save, guarded_step
     checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, guard)
+
+
+@changes(
+    "megatron.training.checkpointing.shutil",
+    why="old checkpoints are deleted file by file, beside the training: if the run ends meanwhile, a part is "
+    "left under the name of the whole",
+    until="patches/test_checkpoint_saving.py::test_upstream_still_deletes_old_checkpoints_under_their_names",
+)
+def delete_with(delete: Callable[[Path], None]) -> None:
+    """Let ``delete`` delete old checkpoints: of ``--save-retain-interval``, and non-persistent ones."""
+    checkpointing.shutil = _Deleting(checkpointing.shutil, delete)
+
+
+class _Deleting:
+    """The module shutil, but for deleting."""
+
+    def __init__(self, module: Any, delete: Callable[[Path], None]) -> None:
+        self._module, self._delete = module, delete
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def rmtree(self, folder: str | Path) -> None:
+        self._delete(Path(folder))
 
 
 def _non_persistent_folder(args: Namespace) -> str | None:

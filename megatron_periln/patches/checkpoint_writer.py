@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["open_with"]
+__all__ = ["open_with", "when_started"]
 
-_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_MODULE = f"{_STRATEGIES}.filesystem_async"
 
 
 @changes(
@@ -36,6 +38,26 @@ def open_with(opener: Callable[..., Any]) -> None:
         return (None if write is None else functools.partial(_write, opener, write)), preload, args
 
     FileSystemWriterAsync.get_save_function_and_args = with_opener
+
+
+@changes(
+    f"{_STRATEGIES}.async_utils.PersistentAsyncCaller._get_process",
+    why="a rank waits at a queue for the process that writes its checkpoints, and so forever if that process "
+    "is killed, as when memory runs short. Megatron has no hook for its start, from which on it is watched",
+    until="patches/test_checkpoint_writer.py::test_upstream_still_waits_for_a_writer_that_is_gone",
+)
+def when_started(call: Callable[[Any], None]) -> None:
+    """Call ``call`` with the process of ``--use-persistent-ckpt-worker`` once it has been started."""
+    get_process = PersistentAsyncCaller._get_process
+
+    def watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        before = cls._persistent_process
+        process = get_process(*args, **kwargs)
+        if process is not before:
+            call(process)
+        return process
+
+    PersistentAsyncCaller._get_process = classmethod(watched)
 
 
 def _write(opener: Callable[..., Any], write: Callable[..., None], *args: Any, **kwargs: Any) -> None:

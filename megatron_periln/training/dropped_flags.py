@@ -173,6 +173,15 @@ def make_flags_act(args: Namespace) -> list[str]:
         lines.append(
             "--activation-func-clamp-value: SwiGLU is computed without its fused kernel, which does not clamp"
         )
+    if not args.use_megatron_fsdp:
+        # Megatron would leave weights as the memory was. `idle_flags` says so.
+        args.init_model_with_meta_device = False
+    if args.exit_signal_handler_for_training:
+        args.exit_signal_handler_for_training, args.exit_signal_handler = False, True
+        lines.append(
+            "--exit-signal-handler-for-training ends a run at once with status 0, as if it were done, and "
+            "saves nothing: --exit-signal-handler is taken, which saves after the step"
+        )
     lines += _cancelled_by_norms(args)
     return lines
 

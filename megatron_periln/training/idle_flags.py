@@ -159,8 +159,15 @@ _FEATURES: tuple[tuple[str, tuple[_Condition, str]], ...] = (
     (
         "megatron_fsdp_.*|fsdp_.*|data_parallel_sharding_strategy|outer_dp_sharding_strategy|"
         "suggested_communication_unit_size|keep_fp8_transpose_cache|enable_full_sharding_in_hsdp|"
-        "init_model_with_meta_device|strict_fsdp_dtensor_load",
+        "strict_fsdp_dtensor_load",
         _needs("--use-megatron-fsdp"),
+    ),
+    (
+        "init_model_with_meta_device",
+        (
+            lambda args: args.use_megatron_fsdp,
+            "only --use-megatron-fsdp initializes such weights: they are initialized as without this flag",
+        ),
     ),
     ("torch_fsdp2_.*", _needs("--use-torch-fsdp2")),
     ("tp_comm_(?!overlap$).*", _needs("--tp-comm-overlap")),

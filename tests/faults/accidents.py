@@ -1,17 +1,22 @@
 """Accidents, each called by every rank of a job before it starts."""
 
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
+import sys
+import time
 from threading import Timer
 
 import psutil
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import training
 
 from megatron_periln.checkpoints import guard
 from megatron_periln.checkpoints.fence import Fence
 from megatron_periln.checkpoints.restart_attempt import RestartAttempt
+from megatron_periln.errors import UsageError
 from megatron_periln.training import run
 
 SUCCESSOR = RestartAttempt("job 17, restart 1", job="17", restart=1, host="node7", process="")
@@ -115,3 +120,64 @@ def hangs():
         return args
 
     guard.SaveGuard.finalize, run.parse = late, impatient
+
+
+def launched():
+    """Be the launcher of this rank, which goes on in another process."""
+    pid = os.fork()
+    if pid:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+
+
+def endless_write():
+    """What writes the checkpoint of iteration 4 never comes to an end."""
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def slow(transforms, *, write_bucket, **kwargs):
+        if "iter_0000004" in str(write_bucket[0]):
+            time.sleep(3600)
+        return write(transforms, write_bucket=write_bucket, **kwargs)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(slow)
+
+
+def children(kind):
+    """Return the data workers of this rank, or the processes that write its checkpoints."""
+    found = [child.pid for child in multiprocessing.active_children() if kind in str(child._target)]
+    assert found, multiprocessing.active_children()
+    return found
+
+
+ENDS = {
+    "exception": lambda: 1 / 0,
+    "exit 3": lambda: sys.exit(3),
+    "refusal": lambda: refuse("not here"),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGHUP": lambda: os.kill(os.getpid(), signal.SIGHUP),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "launcher gone": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(3600)),
+    "worker killed": lambda: os.kill(children("_worker_loop")[0], signal.SIGKILL),
+    "writer killed": lambda: (os.kill(children("async_loop")[0], signal.SIGKILL), time.sleep(3600)),
+    "time is up": lambda: setattr(training, "_TRAIN_START_TIME", 0.0),
+}
+
+
+def refuse(message):
+    raise UsageError(message)
+
+
+def ends():
+    """End the ranks ``WHO`` after their fifth step as ``END`` says."""
+    step = training.train_step
+    if os.environ["RANK"] not in os.environ["WHO"].split():
+        return
+
+    def last(*args, **kwargs):
+        result = step(*args, **kwargs)
+        if kwargs["iteration"] + 1 == 5:
+            ENDS[os.environ["END"]]()
+        return result
+
+    training.train_step = last

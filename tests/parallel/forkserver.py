@@ -8,6 +8,7 @@ nothing speaks against it.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import importlib
 import inspect
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from tests.ports import free_port
 
@@ -67,8 +69,10 @@ def run_rank(job, rank, port):
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+        sys.last_exc = end  # what its frames hold, such as data workers, is there until the end, as in a rank
+    except BaseException as error:
         traceback.print_exc()
+        sys.last_exc = error
     finally:
         # Ends the checkpoint writer's processes, which os._exit would orphan.
         multiprocessing.util._exit_function()
@@ -77,8 +81,18 @@ def run_rank(job, rank, port):
         os._exit(status)
 
 
+def members(groups):
+    """Return the command lines of the processes in these groups; "" of the ended, until reaped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[2]) in groups:
+                found.append(path.with_name("cmdline").read_text().replace("\0", " "))
+    return found
+
+
 def run_job(job):
-    port, ranks = free_port(), {}
+    port, ranks, orphans = free_port(), {}, []
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
@@ -91,6 +105,8 @@ def run_job(job):
         if pid in ranks:
             code = os.waitstatus_to_exitcode(status)
             codes[ranks.pop(pid)] = code
+        elif pid:
+            orphans.append(os.waitstatus_to_exitcode(status))
         elif time.monotonic() > deadline:
             deadline += 10
             for pid in ranks:
@@ -99,14 +115,22 @@ def run_job(job):
             time.sleep(0.01)
         if any(codes.values()):  # ranks that wait for a failed one would wait for minutes
             deadline = min(deadline, time.monotonic() + 5)
-    for group in groups:  # what a rank that was killed leaves
+    deadline = time.monotonic() + 20
+    while (left := members(groups)) and time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                orphans.append(os.waitstatus_to_exitcode(ended[1]))
+        time.sleep(0.01)
+    for group in groups:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-    return [codes[rank] for rank in sorted(codes)]
+    return {"exit_codes": [codes[rank] for rank in sorted(codes)], "orphans": orphans, "left": left}
 
 
 def main():
     warm_up()
+    # What ranks leave becomes a child of this process, which sees how it ends.
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         if line == "end\n":

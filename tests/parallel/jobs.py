@@ -30,6 +30,8 @@ class Finished:
 
     folder: Path
     exit_codes: list[int]
+    orphans: list[int]  # how those processes of ranks have ended whose parents had ended before
+    left: list[str]  # processes that were still there
 
     @property
     def log(self):
@@ -114,7 +116,9 @@ class Jobs:
         }
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        finished = Finished(folder, json.loads(self.server.stdout.readline()))
+        finished = Finished(folder, **json.loads(self.server.stdout.readline()))
+        if finished.left:
+            raise AssertionError(f"{name} has left processes: {finished.left}:\n{finished.log[-6000:]}")
         if succeeds and any(finished.exit_codes):
             raise AssertionError(f"{name} ended with {finished.exit_codes}:\n{finished.log[-6000:]}")
         return finished

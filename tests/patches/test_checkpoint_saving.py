@@ -1,6 +1,7 @@
 """What a guard sees of Megatron's saving of checkpoints, and that there is no other way to see it."""
 
 import inspect
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -147,3 +148,22 @@ def test_upstream_still_has_no_hook_around_a_save():
         "rng_state_key_prefix",
     ]
     assert "save_checkpoint(" in inspect.getsource(training.save_checkpoint_and_time)
+
+
+def test_old_checkpoints_are_deleted_as_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpointing, "shutil", checkpointing.shutil)
+    deleted = []
+    checkpoint_saving.delete_with(deleted.append)
+    for iteration in (2, 4):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    checkpointing._async_delete_checkpoint_impl(str(tmp_path), 2)
+    checkpointing.cleanup_old_non_persistent_checkpoint(tmp_path)
+    assert deleted == [tmp_path / "iter_0000002"] * 2
+    assert checkpointing.shutil.copy is shutil.copy
+
+
+def test_upstream_still_deletes_old_checkpoints_under_their_names(monkeypatch, tmp_path):
+    deleted = []
+    monkeypatch.setattr(checkpointing, "shutil", SimpleNamespace(rmtree=deleted.append))
+    checkpointing._async_delete_checkpoint_impl(str(tmp_path), 2)
+    assert deleted == [str(tmp_path / "iter_0000002")]

@@ -1,13 +1,15 @@
-"""Megatron's writer of distributed checkpoints opens its files as it is told."""
+"""Megatron's writer of distributed checkpoints opens its files as it is told, and its process is watched."""
 
 import inspect
 import pickle
+import queue
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from megatron_periln.patches import checkpoint_writer
 from tests.cpu.unpatched import copy_of
@@ -48,3 +50,34 @@ def test_it_comes_along_to_another_process(remembering, single_process):
 def test_upstream_still_opens_its_files_by_the_name_of_the_builtin():
     upstream = copy_of(filesystem_async.__name__).FileSystemWriterAsync
     assert "open" in inspect.unwrap(upstream.write_preloaded_data).__code__.co_names
+
+
+def test_the_process_is_told_of_when_it_is_started(monkeypatch):
+    caller, told = async_utils.PersistentAsyncCaller, []
+
+    def get_process(cls, rank):
+        cls._persistent_process = cls._persistent_process or f"of rank {rank}"
+        return cls._persistent_process
+
+    monkeypatch.setattr(caller, "_persistent_process", None)
+    monkeypatch.setattr(caller, "_get_process", classmethod(get_process))
+    checkpoint_writer.when_started(told.append)
+    assert [caller._get_process(3), caller._get_process(3)] == ["of rank 3"] * 2
+    assert told == ["of rank 3"]
+
+
+def test_upstream_still_waits_for_a_writer_that_is_gone(monkeypatch):
+    upstream, waits = copy_of(async_utils.__name__), []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 100:
+            raise TimeoutError
+
+    monkeypatch.setattr(upstream, "sleep", sleep)
+    caller = upstream.PersistentAsyncCaller()
+    monkeypatch.setattr(upstream.PersistentAsyncCaller, "_persistent_comp_q", queue.Queue())
+    monkeypatch.setattr(upstream.PersistentAsyncCaller, "__del__", lambda self: None)
+    caller.process = SimpleNamespace(is_alive=lambda: False, exitcode=-9)
+    with pytest.raises(TimeoutError):
+        caller.is_current_async_call_done(blocking=True, no_dist=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_periln.errors import UsageError
+from megatron_periln.training.dropped_flags import make_flags_act
 from tests.training import flag_trials as trials
 
 pytestmark = pytest.mark.usefixtures("single_process", "launched")
@@ -147,3 +148,22 @@ def test_the_default_stack_of_hybrid_models_may_be_named(spec):
     plain = trials.run(arguments("hybrid"))
     named = trials.run(arguments("hybrid", f"--spec {spec}"))
     assert named.loss == plain.loss
+
+
+@pytest.mark.parametrize(("fsdp", "meta"), [("", False), ("--use-megatron-fsdp", True)])
+def test_weights_are_initialized_where_the_meta_device_would_leave_them_as_they_are(fsdp, meta):
+    flags = f"{trials.COMMON} {trials.GQA} --init-model-with-meta-device {fsdp} --ckpt-format fsdp_dtensor"
+    args = trials.parser().parse_args(flags.split())
+    make_flags_act(args)
+    assert args.init_model_with_meta_device is meta
+    if not meta:
+        plain = trials.run(arguments("dense"))
+        args, said = trials.parse(f"{trials.GQA} --init-model-with-meta-device")
+        assert trials.run(args).start == plain.start
+        assert "initialized as without this flag" in said
+
+
+def test_the_signal_that_would_end_a_run_unsaved_has_it_saved():
+    args, said = trials.parse(f"{trials.GQA} --exit-signal-handler-for-training")
+    assert (args.exit_signal_handler, args.exit_signal_handler_for_training) == (True, False)
+    assert "--exit-signal-handler is taken, which saves after the step" in said
