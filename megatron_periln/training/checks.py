@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from argparse import Namespace
@@ -11,6 +12,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
+from megatron.core.quantization.utils import load_quantization_recipe
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_periln.errors import UsageError
@@ -172,6 +174,61 @@ def _layers(args: Namespace) -> Iterator[str]:
             yield reason
 
 
+def _layers_config(args: Namespace) -> Iterator[str]:
+    """Read the file of heterogeneous layers, or its content, as a checkpoint's arguments hold it."""
+    path, text = args.heterogeneous_layers_config_path, args.heterogeneous_layers_config_encoded_json
+    flag = "--heterogeneous-layers-config-encoded-json"
+    try:
+        if text is None and path is not None:
+            flag = f"--heterogeneous-layers-config-path {path}"
+            text = Path(path).read_text()
+        blocks = None if text is None else json.loads(text)["block_configs"]
+    except OSError as error:
+        yield f"{flag}: cannot be read: {error.strerror}; give a JSON file with block_configs"
+    except (ValueError, LookupError, TypeError):
+        yield f"{flag}: not JSON with block_configs, one for each layer; give such a file"
+    else:
+        if blocks is None or (isinstance(blocks, list) and len(blocks) >= (args.num_layers or 1)):
+            return
+        count = len(blocks) if isinstance(blocks, list) else "no list of"
+        yield f"{flag}: {count} block_configs for --num-layers {args.num_layers}; give one a layer"
+    args.heterogeneous_layers_config_path = args.heterogeneous_layers_config_encoded_json = None
+
+
+def _precision_config(args: Namespace) -> Iterator[str]:
+    if (path := args.te_precision_config_file) is None:
+        return
+    try:
+        load_quantization_recipe(path)
+        return
+    except OSError as error:
+        yield f"--te-precision-config-file {path}: cannot be read: {error.strerror}; give a YAML file"
+    except Exception as error:  # yaml's, or of what Megatron does with something else than it expects
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        yield f"--te-precision-config-file {path}: not such a file as Megatron reads ({reason}); correct it"
+    args.te_precision_config_file = None
+
+
+def _biased_experts(args: Namespace) -> Iterator[str]:
+    """Find what MLP.forward (megatron/core/transformer/mlp.py) can't do for experts one by one."""
+    local = args.transformer_impl == "local"
+    one_by_one = local or not args.moe_grouped_gemm
+    if not (args.num_experts and args.add_bias_linear and one_by_one):
+        return
+    if local and args.expert_model_parallel_size == 1:
+        yield (
+            "--num-experts: local experts on one rank (--expert-model-parallel-size 1) can't add biases; "
+            "give --disable-bias-linear"
+        )
+    elif args.swiglu and args.bias_swiglu_fusion:
+        yield (
+            "--num-experts: fused SwiGLU takes no biases of experts; give --disable-bias-linear, or "
+            "--no-bias-swiglu-fusion"
+        )
+    elif args.bias_gelu_fusion and not (args.swiglu or args.quick_geglu or args.squared_relu):
+        yield "--num-experts: GELU is not fused with biases of experts; give --no-bias-gelu-fusion"
+
+
 def _asynchronous_saves(args: Namespace) -> Iterator[str]:
     if not (args.async_save and args.use_persistent_ckpt_worker and args.save is not None):
         return
@@ -187,6 +244,15 @@ def _asynchronous_saves(args: Namespace) -> Iterator[str]:
 
 MODEL: tuple[Check, ...] = (
     _layers,
+    _layers_config,
+    _precision_config,
+    _biased_experts,
+    Rule(
+        lambda args: args.use_te_activation_func and args.transformer_impl == "local",
+        "--use-te-activation-func needs Transformer Engine's layers (--transformer-impl transformer_engine); "
+        "drop it",
+        {"use_te_activation_func": False},
+    ),
     Rule(
         lambda args: (
             Symbols.MTP_SEPARATOR in (args.hybrid_layer_pattern or "") and args.transformer_impl == "local"

@@ -1,6 +1,7 @@
 """What Megatron would end with a traceback, with flags that a job of the other tests can't leave out."""
 
 import argparse
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from megatron.training.arguments import parse_args
 from torch.distributed.run import get_args_parser
 
 from megatron_periln.errors import RankError, UsageError
+from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms import kernels
 from megatron_periln.rules import refuse
 from megatron_periln.training import norm_backend
@@ -69,6 +71,61 @@ def test_asynchronous_saves_need_their_package(monkeypatch):
         refuse(args, MODEL)
     args.async_strategy = "mcore"
     refuse(args, MODEL)
+
+
+LAYERS = "--heterogeneous-layers-config"
+LOCAL = "--transformer-impl local"
+EXPERTS = f"{LOCAL} --num-experts 4 --moe-router-topk 1"
+BUILT = {
+    f"{LAYERS}-path absent.json": "absent.json: cannot be read: No such",
+    f"{LAYERS}-path no.json": "no.json: not JSON with block_configs",
+    f"{LAYERS}-path list.json": "list.json: not JSON with block_configs",
+    f"{LAYERS}-path few.json": "1 block_configs for --num-layers 2; give one a layer",
+    f"{LAYERS}-encoded-json {{": "-encoded-json: not JSON with block_configs",
+    "--te-precision-config-file absent.yaml": "absent.yaml: cannot be read: No such",
+    "--te-precision-config-file no.yaml": "not such a file .*ParserError",
+    "--te-precision-config-file list.json": "not such a file .*AttributeError",
+    f"{LOCAL} --use-te-activation-func": "needs Transformer Engine's layers .*; drop it",
+    f"{EXPERTS} --swiglu": "local experts on one rank .* can't add biases; give --disable-bias-linear",
+    f"{EXPERTS} --swiglu --expert-model-parallel-size 2": "or --no-bias-swiglu-fusion",
+    f"{EXPERTS} --expert-model-parallel-size 2": "give --no-bias-gelu-fusion",
+}
+FITTING = [
+    f"{EXPERTS} --swiglu --disable-bias-linear",
+    f"{EXPERTS} --swiglu --expert-model-parallel-size 2 --no-bias-swiglu-fusion",
+    f"{EXPERTS} --quick-geglu --expert-model-parallel-size 2",
+    "--num-experts 4 --swiglu --moe-router-topk 1 --moe-grouped-gemm",
+    f"{LAYERS}-path two.json --te-precision-config-file recipe.yaml",
+]
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Check a model's flags, in a folder with files that they name."""
+    monkeypatch.chdir(tmp_path)
+    contents = {"no.json": "{", "list.json": "[1]", "few.json": {"block_configs": [{}]}, "no.yaml": "a: ["}
+    contents |= {"two.json": {"block_configs": [{}, {}]}, "recipe.yaml": "{configs: {}, matchers: {}}"}
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text)
+
+    def run(flags):
+        given = f"{ENOUGH} --num-layers 2 --norm-placement pre {flags}".split()
+        refuse(megatron_arguments(given, add_arguments), MODEL)
+
+    return run
+
+
+@pytest.mark.parametrize("flags", FITTING)
+def test_what_can_be_built_is_left_alone(build, flags):
+    build(flags)
+
+
+@pytest.mark.parametrize(("flags", "error"), BUILT.items(), ids=BUILT)
+def test_what_can_not_be_built_is_one_line(build, flags, error):
+    with pytest.raises(UsageError, match=error) as caught:
+        build(flags)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_launcher_is_missing(check, monkeypatch):
