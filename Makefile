@@ -6,6 +6,8 @@ PLACEMENTS ?= pre post peri
 SEED ?= $(shell date +%s)
 STUDY ?= learning_rate ablations surroundings longer
 JOBS ?= 1
+# Can't be resolved with the others: its packages are built beside the torch that is there (docs/install.md).
+TRANSFORMER_ENGINE := 2.17.1
 VENV := .venv
 UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
@@ -104,6 +106,7 @@ $(VENV)-tools/bin/uv:
 constraints: | $(UV)  ## Pin the newest versions that fit
 	$(UV) pip compile --quiet --upgrade --universal --extra dev --extra sentences \
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
+	printf 'transformer-engine%s==$(TRANSFORMER_ENGINE)\n' '' -cu13 -torch >> constraints.txt
 
 clean:
 	rm -rf $(VENV) $(VENV)-tools $(OTHER) .mypy_cache .pytest_cache .ruff_cache

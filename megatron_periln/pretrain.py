@@ -25,11 +25,17 @@ from megatron_periln.package_versions import refuse_version_mismatch
 
 PROGRAM_START = time.time()
 
-__all__ = ["main"]
+__all__ = ["choose_device", "main"]
 
 
-def _choose_device(argv: list[str]) -> None:
-    """Make ``--device`` true before megatron is imported, which decides much while being imported."""
+def choose_device(argv: list[str]) -> None:
+    """Make ``--device`` true before megatron is imported, which decides much while being imported.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device here.
+    """
     import torch  # seconds that a flag file which can't be read need not take
 
     from megatron_periln import cpu
@@ -70,7 +76,7 @@ def main() -> None:
         if FLAG in sys.argv:
             os.environ[TRACEBACK] = "1"
         refuse_version_mismatch()
-        _choose_device(sys.argv[1:])
+        choose_device(sys.argv[1:])
         # After the line above, which decides what "cuda" is while Megatron is imported.
         from megatron_periln.training.run import run
 

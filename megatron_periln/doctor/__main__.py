@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_periln.doctor import gpus, indexed_datasets, options, software, storage
+from megatron_periln.doctor import gpus, indexed_datasets, model_step, options, software, storage
 from megatron_periln.doctor.communication import (
     ThisRank,
     check_all_reduce,
@@ -43,8 +43,11 @@ def _node_checks(flags: Namespace, answers: software.Answers) -> list[tuple[str,
     else:
         size = software.checkpoint_bytes(flags, answers)
         checks.append(("save folder", partial(storage.try_save_folder, Path(flags.save))))
-        checks.append(("free disk", partial(storage.check_checkpoint_room, flags, size)))
+        without = "" if flags.parameters else answers.get("parameters", {}).get("without", "")
+        checks.append(("free disk", partial(storage.check_checkpoint_room, flags, size, without)))
     checks.append(("datasets", partial(indexed_datasets.check_datasets, flags)))
+    if model_step.describes_a_model(flags):
+        checks.append((model_step.CHECK, partial(model_step.check_model_step, flags, answers)))
     return checks
 
 

@@ -15,7 +15,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ON_A_GPU", "STEPS", "checkpoint_bytes_per_parameter", "count_described_parameters"]
+__all__ = [
+    "OF_TRANSFORMER_ENGINE",
+    "ON_A_GPU",
+    "STEPS",
+    "checkpoint_bytes_per_parameter",
+    "count_described_parameters",
+]
 
 
 def _torch(_: list[str]) -> dict[str, Any]:
@@ -59,6 +65,37 @@ def _module(name: str) -> Callable[[list[str]], dict[str, Any]]:
     return load
 
 
+def _cudnn(_: list[str]) -> dict[str, Any]:
+    # Import torch, which may crash.
+    from megatron_periln.cudnn import dotted, find_cudnn_mismatch, running_cudnn
+
+    running, mismatch = running_cudnn(), find_cudnn_mismatch()
+    if running is None:
+        raise RuntimeError("torch has loaded none")
+    warning = {} if mismatch is None else {"warning": mismatch.what, "advice": mismatch.remedy}
+    return {"version": dotted(running), **warning}
+
+
+def _engine_computes(flags: list[str]) -> dict[str, Any]:
+    """Run Transformer Engine's layers on every GPU, both ways."""
+    # Import torch and Transformer Engine, which may crash.
+    import torch
+
+    from megatron_periln.cudnn import find_cudnn_mismatch
+    from megatron_periln.doctor.engine import Wanted, find_failure
+
+    wanted = Wanted.by(flags)
+    if wanted.local:
+        return {"version": "not taken: --transformer-impl local"}
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_device(index)
+        if failure := find_failure(wanted, f"cuda:{index}"):
+            mismatch = find_cudnn_mismatch()
+            advice = {"advice": f"{mismatch.what}; {mismatch.remedy}"} if mismatch else {}
+            return {"error": f"GPU {index}: {failure}", "missing": False, **advice}
+    return {"version": f"forward and backward on {torch.cuda.device_count()} GPUs, {wanted}"}
+
+
 def _megatron(_: list[str]) -> dict[str, Any]:
     """Import it; its ``__version__`` ends in the commit of whatever repository it is installed inside of."""
     importlib.import_module("megatron.core")
@@ -82,6 +119,7 @@ def _parameters(flags: list[str]) -> dict[str, Any]:
     return {
         "parameters": count_described_parameters(args),
         "bytes_each": checkpoint_bytes_per_parameter(args),
+        "without": "" if args.padded_vocab_size or args.vocab_size else "its embeddings",
     }
 
 
@@ -97,14 +135,15 @@ def _vocabulary_of(data_path: list[str]) -> int | None:
 def count_described_parameters(args: Namespace) -> int | None:
     """Return the parameters of the GPT that Megatron's arguments describe, parsed but not validated.
 
-    None where they don't say enough. Counted by Megatron's ``compute_weight_and_optimizer_memory``
+    Without embeddings if they give no vocabulary, which mock data has not; None where they don't say enough.
+    Counted by Megatron's ``compute_weight_and_optimizer_memory``
     (megatron/training/theoretical_memory_usage.py); norms on outputs, and biases, are too few to matter.
     """
     # Megatron may crash.
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-    vocabulary = args.padded_vocab_size or args.vocab_size
-    if not (args.num_layers and args.hidden_size and args.num_attention_heads and vocabulary):
+    vocabulary = args.padded_vocab_size or args.vocab_size or 0
+    if not (args.num_layers and args.hidden_size and args.num_attention_heads):
         return None
     whole = Namespace(**vars(args))
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -139,12 +178,17 @@ STEPS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "NCCL": _nccl,
     "GPUs": _gpus_compute,
     "Transformer Engine": _module("transformer_engine.pytorch"),
+    "cuDNN": _cudnn,
+    "attention, norm, linear": _engine_computes,
     "Apex": _module("apex"),
     "CPU": _cpu,
     "megatron-core": _megatron,
     "parameters": _parameters,
 }
-ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", "Apex")
+OF_TRANSFORMER_ENGINE = ("cuDNN", "attention, norm, linear")
+"""The steps that a broken or missing Transformer Engine leaves out."""
+
+ON_A_GPU = ("CUDA", "NCCL", "GPUs", "Transformer Engine", *OF_TRANSFORMER_ENGINE, "Apex")
 """The steps that ``--device cpu`` skips; "CPU" is skipped otherwise."""
 
 
@@ -156,6 +200,8 @@ def _main(device: str, flags: list[str]) -> None:
         if name in (ON_A_GPU if device == "cpu" else ("CPU",)):
             continue
         if {"torch", "CUDA"} & broken and (name == "GPUs" or "torch" in broken):
+            continue
+        if name in OF_TRANSFORMER_ENGINE and {"CUDA", "Transformer Engine"} & broken:
             continue
         print(json.dumps({"starts": name}), file=answers, flush=True)
         try:

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_periln.doctor.probe import ON_A_GPU
+from megatron_periln.doctor.probe import OF_TRANSFORMER_ENGINE, ON_A_GPU
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.timeouts import run_within
 from megatron_periln.package_versions import find_version_mismatch
@@ -29,6 +29,8 @@ _ADVICE = {
     "NCCL": "use a torch built with NCCL",
     "GPUs": "drain the node, and run nvidia-smi",
     "Transformer Engine": "install it, or give --transformer-impl local and the flags beside it in README.md",
+    "cuDNN": "use a torch with cuDNN",
+    "attention, norm, linear": "install versions that fit (docs/install.md), or --transformer-impl local",
     "Apex": "fix or remove it",
     "CPU": "see the other rows",
     "megatron-core": "pip install -e .",
@@ -56,8 +58,9 @@ def probe(options: Namespace) -> Answers:
             answers[answer.pop("name")] = answer
     if started is not None or not answers:
         last = stderr.strip().splitlines()[-1:] or [""]
+        what = "it" if started in OF_TRANSFORMER_ENGINE else "its import"
         answers[started or "torch"] = {
-            "error": f"its import came to {end} {last[0]}".strip(),
+            "error": f"{what} came to {end} {last[0]}".strip(),
             "missing": False,
         }
     return answers
@@ -73,8 +76,12 @@ def package_rows(options: Namespace, answers: Answers) -> Iterator[Row]:
         if name in (ON_A_GPU if options.device == "cpu" else ("CPU",)):
             continue
         answer = answers.get(name)
+        if answer is None and name in OF_TRANSFORMER_ENGINE:  # whose row says why
+            continue
         if answer is None:
             yield Row(name, "failed", "not looked at: what it needs is broken", "see the other rows")
+        elif "warning" in answer:
+            yield Row(name, "warning", answer["warning"], answer["advice"])
         elif "error" not in answer:
             yield Row(name, "ok", answer["version"])
         elif answer["missing"] and name in _OPTIONAL:
@@ -82,7 +89,7 @@ def package_rows(options: Namespace, answers: Answers) -> Iterator[Row]:
         elif name in ("CPU", "megatron-core") and (mismatch := find_version_mismatch()):
             yield Row(name, "failed", mismatch.what, mismatch.remedy)
         else:
-            yield Row(name, "failed", answer["error"], advice)
+            yield Row(name, "failed", answer["error"], answer.get("advice", advice))
 
 
 def checkpoint_bytes(options: Namespace, answers: Answers) -> int | str:
@@ -93,7 +100,7 @@ def checkpoint_bytes(options: Namespace, answers: Answers) -> int | str:
         return round(options.parameters * (answer["bytes_each"] if answer.get("parameters") else 14))
     if answer.get("parameters"):
         return answer["parameters"] * answer["bytes_each"]
-    return answer.get("error", "the flags don't give the model's size, or its vocabulary's")
+    return answer.get("error", "the flags don't give the model's size")
 
 
 def check_python() -> Iterator[Row]:

@@ -101,10 +101,13 @@ def clock_row(check: str, skew: float, whose: str = "") -> Row:
     return Row(check, status, value + whose, "synchronize the clocks: chronyc tracking, or timedatectl")
 
 
-def check_checkpoint_room(options: Namespace, checkpoint_bytes: int | str) -> Iterator[Row]:
+def check_checkpoint_room(
+    options: Namespace, checkpoint_bytes: int | str, without: str = ""
+) -> Iterator[Row]:
     """Compare the free space with one checkpoint, and with all that the flags will write.
 
-    ``checkpoint_bytes`` is the size of a checkpoint, or says why it is unknown. There is no row where
+    ``checkpoint_bytes`` is the size of a checkpoint ``without`` some of it, or says why it is unknown. There
+    is no row where
     `try_save_folder` could not make the folder.
     """
     folder = Path(options.save)
@@ -122,11 +125,13 @@ def check_checkpoint_room(options: Namespace, checkpoint_bytes: int | str) -> It
             "give --parameters",
         )
     else:
-        yield _room(free, checkpoint_bytes, options)
+        yield _room(free, checkpoint_bytes, without, options)
 
 
-def _room(free: int, checkpoint: int, options: Namespace) -> Row:
-    value = f"{_gb(free)} free, a checkpoint takes {_gb(checkpoint)}"
+def _room(free: int, checkpoint: int, without: str, options: Namespace) -> Row:
+    value = (
+        f"{_gb(free)} free, a checkpoint takes {_gb(checkpoint)}{f' without {without}' if without else ''}"
+    )
     if free < checkpoint:
         return Row("free disk", "failed", f"{options.save}: {value}", "free space, or give another --save")
     if options.train_iters and options.save_interval:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from megatron_periln.doctor.rows import Row
@@ -40,11 +40,13 @@ def run_check(name: str, check: Check, seconds: float) -> list[Row]:
     return rows
 
 
-def run_within(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+def run_within(
+    command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command and return what it said.
 
     One that a driver holds in the kernel can't be killed: it is left behind, where `subprocess.run` would
-    wait for it.
+    wait for it. ``env`` is its environment, this process's by default.
 
     Raises
     ------
@@ -52,7 +54,7 @@ def run_within(command: Sequence[str], seconds: float) -> subprocess.CompletedPr
         If it doesn't end in time, with what it had said.
     """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env
     )
     try:
         stdout, stderr = process.communicate(timeout=seconds)

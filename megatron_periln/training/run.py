@@ -27,6 +27,7 @@ from megatron_periln.models.from_arguments import (
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import checkpoint_choice, fixes, training_loop
 from megatron_periln.training.checks import make_save_folder
+from megatron_periln.training.cudnn_check import cudnn_in_one_line, refuse_old_cudnn
 from megatron_periln.training.datasets.gpt_datasets import check_data, train_valid_test_datasets
 from megatron_periln.training.evaluation_checks import why_no_validation
 from megatron_periln.training.forward_step import forward_step
@@ -81,6 +82,7 @@ def run(program_start: float) -> None:
     fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = parse()
+    refuse_old_cudnn(args)
     with refusals_in_one_line(args):
         configuration = pretrain_cfg_container_from_args(args, model_config_of(args))
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
@@ -100,7 +102,7 @@ def run(program_start: float) -> None:
 
         install(args)
     try:
-        with refusals_in_one_line(args), _explained_schedule():
+        with cudnn_in_one_line(args), refusals_in_one_line(args), _explained_schedule():
             wrapped_pretrain(
                 configuration,
                 train_valid_test_datasets,

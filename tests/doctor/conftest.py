@@ -23,6 +23,8 @@ FOUND = {
     "NCCL": {"version": "2.30.7"},
     "GPUs": {"version": "2 multiply rightly"},
     "Transformer Engine": {"version": "2.17.1"},
+    "cuDNN": {"version": "9.26.0"},
+    "attention, norm, linear": {"version": "forward and backward on 2 GPUs, bfloat16"},
     "Apex": {"error": "ModuleNotFoundError: No module named 'apex'", "missing": True},
     "CPU": {"version": "stands in for the GPU: --device cpu"},
     "megatron-core": {"version": "0.19.2"},

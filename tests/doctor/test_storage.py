@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_periln.doctor import storage
+from megatron_periln import flag_files
+from megatron_periln.doctor import probe, storage
 from megatron_periln.doctor.rows import Row, as_table
 from megatron_periln.doctor.timeouts import run_check
+
+PAPER = Path(__file__).parents[2] / "examples/paper"
 
 
 def test_healthy(doctor, tmp_path, data):
@@ -81,6 +85,24 @@ def test_checkpoints_that_fit(doctor, found, mount, data):
 def test_unknown_size(fails, found):
     found["parameters"] = {"parameters": None, "bytes_each": 12}
     assert "the flags don't give the model's size" in fails("free disk", kind="warning")
+
+
+def test_a_size_without_embeddings(doctor, found, mount, data):
+    found["parameters"]["without"] = "its embeddings"
+    flags = ["--device", "cpu", "--save", mount("size=100m"), "--data-path", data]
+    ((status, value),) = doctor(*flags)[1]["free disk"]
+    assert status == "ok" and value.endswith("a checkpoint takes 0.01 GB without its embeddings")
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"), [("--mock-data", "its embeddings"), ("--vocab-size 100276", "")]
+)
+def test_the_size_of_the_papers_400m(flags, without):
+    """403 million without embeddings, as the paper counts."""
+    size = probe.STEPS["parameters"](flag_files.expand([f"@{PAPER}/400m.flags", *flags.split()]))
+    assert size["without"] == without
+    embeddings = 0 if without else 2 * 100352 * 1024
+    assert size["parameters"] - embeddings == pytest.approx(403e6, rel=0.01)
 
 
 def test_slow_disk(fails, monkeypatch):
