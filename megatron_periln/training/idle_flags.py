@@ -6,10 +6,15 @@ tests/training/flags.json says of each flag what it does.
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from megatron_periln.data.split import is_divided
+from megatron_periln.vocabulary_files import KINDS
 
 __all__ = ["idle_flags", "is_idle"]
 
@@ -40,8 +45,142 @@ def _rotary(args: Namespace) -> bool:
     return args.position_embedding_type in ("rope", "yarn", "mrope") or args.multi_latent_attention
 
 
+def _balances(args: Namespace) -> bool:
+    types = args.moe_router_load_balancing_type
+    return any("aux_loss" in kind for kind in ([types] if isinstance(types, str) else types))
+
+
+def _interleaved(args: Namespace) -> Any:
+    return (
+        args.num_layers_per_virtual_pipeline_stage
+        or args.num_virtual_stages_per_pipeline_rank
+        or args.pipeline_model_parallel_layout
+    )
+
+
+def _above_one(flag: str) -> tuple[_Condition, str]:
+    name = flag.removeprefix("--").replace("-", "_")
+    return lambda args: getattr(args, name) > 1, f"it needs {flag} above 1"
+
+
+def _tokenizers(*types: str) -> tuple[_Condition, str]:
+    return lambda args: args.tokenizer_type in (None, *types), f"it needs --tokenizer-type {types[0]}"
+
+
+def _reads_vocabulary(args: Namespace) -> bool:
+    """Tell whether a tokenizer is made of ``--vocab-file``: transformers 5 prefers a tokenizer.json."""
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        return not Path(args.tokenizer_model or "", "tokenizer.json").is_file()
+    return args.tokenizer_type in (None, *KINDS)
+
+
+def _graphs(args: Namespace) -> bool:
+    return args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
+
+
+_LOADING = (lambda args: args.load or args.pretrained_checkpoint, "it needs --load")
+_VOCABULARY = (_reads_vocabulary, "it needs --tokenizer-type GPT2BPETokenizer")
+_EVALUATING = (lambda args: args.eval_iters or args.full_validation, "--eval-iters 0 evaluates nothing")
+
+_Rows = tuple[tuple[str, tuple[_Condition, str]], ...]
 # Names of arguments, as a regular expression for the whole name; whether they act; why they don't otherwise.
-_FEATURES: tuple[tuple[str, tuple[_Condition, str]], ...] = (
+# An argument acts if it does by every row that has its name.
+_MIXTURES: _Rows = (
+    ("moe_shared_expert_(?!intermediate_size).*", _needs("--moe-shared-expert-intermediate-size")),
+    ("moe_token_drop_policy", _needs("--moe-expert-capacity-factor")),
+    ("moe_router_num_groups", _needs("--moe-router-group-topk")),
+    ("moe_router_bias_update_rate", _needs("--moe-router-enable-expert-bias")),
+    ("moe_aux_loss_coeff", (_balances, "it needs --moe-router-load-balancing-type aux_loss")),
+    ("moe_upcycling_granularity", _needs("--moe-use-upcycling")),
+    (
+        "moe_(flex_dispatcher|deepep|hybridep|ncclep)_.*",
+        (lambda args: args.moe_token_dispatcher_type == "flex", "it needs --moe-token-dispatcher-type flex"),
+    ),
+    ("moe_paged_stash_.*", _needs("--moe-paged-stash")),
+    ("ep_overlap_.*", _needs("--overlap-moe-expert-parallel-comm")),
+)
+_PARALLELISM: _Rows = (
+    ("sequence_parallel", _above_one("--tensor-model-parallel-size")),
+    ("cp_comm_type|hierarchical_context_parallel_sizes", _above_one("--context-parallel-size")),
+    ("account_for_.*_in_pipeline_split", _above_one("--pipeline-model-parallel-size")),
+    (
+        "overlap_p2p_comm|align_(grad_reduce|param_gather)|microbatch_group_size_per_vp_stage",
+        (_interleaved, "it needs virtual stages, by --num-layers-per-virtual-pipeline-stage"),
+    ),
+    (
+        "ddp_(num_buckets|bucket_size)",
+        (
+            lambda args: args.overlap_grad_reduce or args.use_megatron_fsdp,
+            "it needs --overlap-grad-reduce",
+        ),
+    ),
+    ("ddp_pad_buckets_for_high_nccl_busbw", _needs("--use-distributed-optimizer")),
+    (
+        "dist_ckpt_optim_fully_reshardable|distrib_optim_fully_reshardable_mem_efficient",
+        _needs("--use-distributed-optimizer"),
+    ),
+    ("disable_symmetric_registration", _needs("--use-nccl-ub", "nccl_ub")),
+    ("sharp_enabled_group", _needs("--use-sharp")),
+    ("wgrad_deferral_limit", _needs("--defer-embedding-wgrad-compute")),
+    ("cuda_graph_(modules|scope_deprecated|warmup_steps)", (_graphs, "it needs --cuda-graph-impl")),
+    (
+        "(apply_wd_to_qk_layernorm|no_weight_decay_cond_type)",
+        (lambda args: args.qk_layernorm or args.multi_latent_attention, "it needs --qk-layernorm"),
+    ),
+)
+_CHECKPOINTS: _Rows = (
+    (
+        "save_(interval|retain_interval)|async_save|no_save_(optim|rng)|ckpt_fully_parallel_save.*|"
+        "ckpt_assume_constant_structure|log_progress",
+        _needs("--save"),
+    ),
+    ("async_(strategy|ckpt_.*)|use_persistent_ckpt_worker", _needs("--async-save")),
+    (
+        "no_load_(optim|rng)|ckpt_step|exit_on_missing_checkpoint|ckpt_fully_parallel_load.*|finetune|"
+        "dist_ckpt_strictness|override_.*|load_main_params_from_ckpt|auto_detect_ckpt_format|"
+        "ckpt_load_validate_sharding_integrity|allow_model_changes|use_checkpoint_opt_param_scheduler",
+        _LOADING,
+    ),
+    ("checkpoint_verify", (lambda args: args.load or args.save, "it needs --load or --save")),
+    ("exit_signal", _needs("--exit-signal-handler")),
+    ("error_injection_type", _needs("--error-injection-rate")),
+)
+_DATA: _Rows = (
+    ("split", (is_divided, "mock data are divided evenly, and data by part as they are named")),
+    ("start_eval_at_iter|eval_(micro|global)_batch_size", _EVALUATING),
+    ("vocab_file|merge_file", _VOCABULARY),
+    ("tiktoken_.*", _tokenizers("TikTokenizer")),
+    ("null_tokenizer_.*", _tokenizers("NullTokenizer")),
+    (
+        "tokenizer_sentencepiece_.*",
+        _tokenizers("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"),
+    ),
+    ("tokenizer_hf_.*|trust_remote_code", _tokenizers("HuggingFaceTokenizer", "SFTTokenizer", *KINDS)),
+    (
+        "tokenizer_model",
+        (
+            lambda args: args.tokenizer_type not in ("NullTokenizer", *KINDS),
+            "this --tokenizer-type reads none",
+        ),
+    ),
+    ("chat_template", _never("it formats conversations, and pretraining has none")),
+)
+_LOGS: _Rows = (
+    ("log_.*_to_tensorboard|tensorboard_(log_interval|queue_size)", _needs("--tensorboard-dir")),
+    (
+        "wandb_project",
+        (lambda args: args.tensorboard_dir, "its run stays empty without --tensorboard-dir"),
+    ),
+    (
+        "flight_recorder_.*(?<!dump_path)",
+        (
+            lambda args: args.flight_recorder_dump_path or "TORCH_FR_DUMP_TEMP_FILE" in os.environ,
+            "it needs --flight-recorder-dump-path",
+        ),
+    ),
+)
+
+_FEATURES: _Rows = (
     (
         "moe_use_upcycling|moe_(?!routing_trace|layer_freq).*|use_grouped_gemm_for_shared_expert|overlap_moe_.*|"
         "expert_.*|overlap_dispatch_.*|ep_overlap_.*|high_priority_a2a_comm_stream",
@@ -231,6 +370,11 @@ _FEATURES: tuple[tuple[str, tuple[_Condition, str]], ...] = (
         _never("it is so, unless --no-ckpt-fully-parallel-save is given"),
     ),
     ("add_position_embedding", _never("--position-embedding-type says which there is")),
+    *_MIXTURES,
+    *_PARALLELISM,
+    *_CHECKPOINTS,
+    *_DATA,
+    *_LOGS,
 )
 
 
@@ -264,9 +408,10 @@ def is_idle(name: str, args: Namespace) -> bool:
 
 
 def _why_idle(name: str, group: str, args: Namespace) -> str | None:
-    for pattern, (acts, reason) in _FEATURES:
-        if re.fullmatch(pattern, name):
-            return None if acts(args) else reason
-    if name not in _ACTING and not getattr(args, "perform_rl_step", False):
+    rows = [(acts, reason) for pattern, (acts, reason) in _FEATURES if re.fullmatch(pattern, name)]
+    for acts, reason in rows:
+        if not acts(args):
+            return reason
+    if not rows and name not in _ACTING and not getattr(args, "perform_rl_step", False):
         return _OTHER_GROUPS.get(group)
     return None
