@@ -5,6 +5,7 @@ take the place of its classes, so that a model can be built and run.
 """
 
 import functools
+import zlib
 from dataclasses import fields, is_dataclass, replace
 
 import torch
@@ -24,6 +25,28 @@ IN_LINEARS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Where Transformer Engine has a layer's input norms, and the name of each that stands by itself."""
+
+
+def load_as_local(local, state):
+    """Give a model of local layers the weights of one of Transformer Engine's.
+
+    Its final norm is Transformer Engine's all the same, where that is installed.
+    """
+    missing, unexpected = local.load_state_dict(as_local(state), strict=False)
+    assert not unexpected
+    assert [name for name in missing if not name.endswith("_extra_state")] == []
+
+
+def perturb(model, scale=0.3):
+    """Move every parameter off its initial value, wherever it stands: by its name among local layers.
+
+    `small.perturb` goes by the parameters' order, which changes as a norm moves out of a linear.
+    """
+    with torch.no_grad():
+        for name, parameter in as_local(dict(model.named_parameters())).items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
 
 
 def as_local(state):
@@ -60,12 +83,19 @@ class Norm(Saved, nn.Module):
     def __init__(self, config, hidden_size, eps=1e-5, has_residual=False):
         super().__init__()
         self.eps = eps
+        self.returns_residual = has_residual and config.fused_residual_rmsnorm
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         layer_norm = config.normalization == "LayerNorm"
         self.bias = nn.Parameter(torch.zeros_like(self.weight)) if layer_norm else None
 
     def forward(self, x):
-        return _norm(x.to(self.weight.dtype), self.weight, self.bias, self.eps)
+        normed = _norm(x.to(self.weight.dtype), self.weight, self.bias, self.eps)
+        return (normed, x) if self.returns_residual else normed
+
+
+class NormWithResidual(Norm):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options, has_residual=True)
 
 
 def _check(linear, x):
@@ -102,7 +132,7 @@ class NormColumn(Column):
 
 STAND_INS = {
     te.TENorm: Norm,
-    TESpecProvider().layer_norm(has_residual=True): Norm,
+    TESpecProvider().layer_norm(has_residual=True): NormWithResidual,
     te.TELayerNormColumnParallelLinear: NormColumn,
     te.TEColumnParallelLinear: Column,
     te.TERowParallelLinear: Row,
