@@ -127,6 +127,7 @@ DROPPED: tuple[Check, ...] = (
         lambda args: args.checkpoint_activations,
         "--checkpoint-activations: megatron-core ends without a word for the scheduler; give "
         "--recompute-activations, or --recompute-granularity and --recompute-method",
+        {"checkpoint_activations": False},
     ),
     Rule(
         lambda args: args.config_logger_dir,
