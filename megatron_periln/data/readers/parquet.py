@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from megatron_periln.data.readers.documents import Oversized, Place, RawDocument, text_size
-from megatron_periln.data.readers.sources import SingleChunk
+from megatron_periln.data.readers.sources import SingleChunk, Source
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["RANGE_BYTES", "RowRange", "row_ranges"]
+__all__ = ["RANGE_BYTES", "RowRange", "RowStream", "Rows", "row_ranges", "streamed"]
 
 RANGE_BYTES = 32 << 20
-"""Size of a range, decompressed. Smaller ones would cost time: to read from the middle of a row group is to
-decode it from its beginning."""
+"""Size of a range, decompressed."""
 _ROWS_AT_ONCE = 256
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,109 @@ class RowRange(SingleChunk):
 
     def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the rows, those of more than ``limit`` bytes as ``Oversized``."""
+        for row, batch in self.batches():
+            yield from _documents(self.path, self.first + row, batch, limit)
+
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """Yield the rows in pyarrow's record batches, with the number in the group of the first of each."""
         with _open(self.path) as file:
             row = 0
-            batches = file.iter_batches(
+            for batch in file.iter_batches(
                 _ROWS_AT_ONCE, row_groups=[self.group], columns=list(self.keys), use_threads=False
-            )
-            for batch in batches:
-                wanted = batch.slice(max(self.start - row, 0), max(self.stop - max(row, self.start), 0))
-                for number, values in enumerate(_rows(wanted), self.first + max(row, self.start)):
-                    size = sum(map(text_size, values.values()))
-                    place = Place(self.path, None, number)
-                    yield RawDocument(place, values if size <= limit else Oversized(size, limit))
+            ):
+                begin = max(self.start, row)
+                if begin < min(self.stop, row + batch.num_rows):
+                    yield begin, batch.slice(begin - row, self.stop - begin)
                 row += batch.num_rows
                 if row >= self.stop:
                     return
+
+
+@dataclass(frozen=True)
+class Rows(SingleChunk):
+    """Rows that were read.
+
+    Parameters
+    ----------
+    path
+        The Parquet file.
+    first
+        Number of the first row in the file, from 1.
+    number
+        How many they are.
+    data
+        They, as a stream of Arrow's inter-process format.
+    weight
+        Their size in the file, in bytes, about.
+    """
+
+    path: str
+    first: int
+    number: int
+    data: bytes
+    weight: int
+
+    def count(self) -> int:
+        """Return the number of rows."""
+        return self.number
+
+    def raw_documents(self, limit: int) -> Iterator[RawDocument]:
+        """Yield the rows, those of more than ``limit`` bytes as ``Oversized``."""
+        import pyarrow  # here: 0.2 s
+
+        row = self.first
+        for batch in pyarrow.ipc.open_stream(self.data):
+            yield from _documents(self.path, row, batch, limit)
+            row += batch.num_rows
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Consecutive ranges of a row group, read once.
+
+    A row group can only be read from its beginning: were each range read by itself, those of a large group
+    would take as many readings of half of it on average.
+    """
+
+    ranges: tuple[RowRange, ...]
+
+    @property
+    def weight(self) -> int:
+        """Their size in the file, in bytes, about."""
+        return sum(part.weight for part in self.ranges)
+
+    def chunks(self, limit: int) -> Iterator[Rows]:
+        """Yield the rows of each range, read."""
+        first, last = self.ranges[0], self.ranges[-1]
+        whole = RowRange(
+            first.path, first.keys, first.group, first.start, last.stop, first.first, self.weight
+        )
+        parts, held = iter(self.ranges), list[Any]()
+        part = next(parts)
+        for row, batch in whole.batches():
+            taken = 0
+            while (size := part.stop - row - taken) <= batch.num_rows - taken:
+                yield _packed(part, [*held, batch.slice(taken, size)])
+                taken, held = taken + size, []
+                if part is last:
+                    return
+                part = next(parts)
+            if taken < batch.num_rows:
+                held.append(batch.slice(taken))
+
+
+def streamed(sources: Iterable[Source]) -> Iterator[Source]:
+    """Yield the sources, consecutive ranges of a row group as one that is read once."""
+
+    def row_group(source: Source) -> tuple[str, int] | None:
+        return (source.path, source.group) if isinstance(source, RowRange) else None
+
+    for group, members in groupby(sources, row_group):
+        found = list(members)
+        if group is None or len(found) == 1:
+            yield from found
+        else:
+            yield RowStream(tuple(part for part in found if isinstance(part, RowRange)))
 
 
 def row_ranges(path: str, keys: Sequence[str]) -> list[RowRange]:
@@ -118,6 +207,23 @@ def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
             )
 
 
+def _documents(path: str, first: int, batch: Any, limit: int) -> Iterator[RawDocument]:
+    for number, values in enumerate(_rows(batch), first):
+        size = sum(map(text_size, values.values()))
+        yield RawDocument(Place(path, None, number), values if size <= limit else Oversized(size, limit))
+
+
+def _packed(part: RowRange, batches: list[Any]) -> Rows:
+    import pyarrow  # here: 0.2 s
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    data = sink.getvalue().to_pybytes()
+    return Rows(part.path, part.first + part.start, part.count(), data, part.weight)
+
+
 def _rows(batch: Any) -> list[dict[str, object]]:
     """Return the values of each row; those that are not UTF-8, which Parquet does not check, as bytes."""
     import pyarrow  # here: 0.2 s
@@ -160,7 +266,8 @@ def _open(path: str) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        # Not all of the columns' bytes at once, which stay in memory while rows are read.
+        with ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
             yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise PreprocessError(f"{path}: cannot be read: {error}") from error

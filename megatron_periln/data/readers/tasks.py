@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from megatron_periln.data.readers.inputs import InputFile
-from megatron_periln.data.readers.parquet import row_ranges
+from megatron_periln.data.readers.parquet import row_ranges, streamed
 from megatron_periln.data.readers.sources import ByteRange, Chunk, LineStream, Source, TextFiles
 from megatron_periln.errors import PreprocessError
 
@@ -95,6 +95,7 @@ def to_tasks(sources: Sequence[Source], partitions: int, limit: int) -> Iterator
     PreprocessError
         If a file cannot be read.
     """
+    sources = list(streamed(sources))
     if partitions == 1:
         for source in sources:
             for chunk in source.chunks(limit):

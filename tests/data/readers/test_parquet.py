@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pyarrow.parquet import ParquetFile
 
 from megatron_periln.data.readers.documents import Oversized, Place, RawDocument
-from megatron_periln.data.readers.parquet import row_ranges
+from megatron_periln.data.readers.parquet import RowStream, row_ranges, streamed
 from megatron_periln.errors import PreprocessError
 
 
@@ -46,10 +47,37 @@ def test_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: in
     assert [n for n, content in enumerate(found) if isinstance(content, Oversized)] == large
 
 
+@pytest.mark.parametrize("shard", [slice(None), slice(2, 7), slice(1)], ids=["all", "a shard", "one range"])
+@pytest.mark.parametrize("range_bytes", [1000, 5000, 1 << 25])
+def test_a_row_group_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int, shard: slice
+) -> None:
+    monkeypatch.setattr("megatron_periln.data.readers.parquet.RANGE_BYTES", range_bytes)
+    rows = [{"text": f"{n} {'x' * (n % 50)}", "list": [str(n), "a"][: n % 3]} for n in range(1700)]
+    path = str(tmp_path / "in.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=800)
+    ranges = row_ranges(path, ["list", "text"])[shard]
+    expected = [list(part.raw_documents(40)) for part in ranges]
+    read: list[int] = []
+    read_group = ParquetFile.iter_batches
+
+    def counting(self: Any, *given: Any, row_groups: list[int], **more: Any) -> Any:
+        read.extend(row_groups)
+        return read_group(self, *given, row_groups=row_groups, **more)
+
+    monkeypatch.setattr(ParquetFile, "iter_batches", counting)
+    chunks = [chunk for source in streamed(ranges) for chunk in source.chunks(40)]
+    assert [list(chunk.raw_documents(40)) for chunk in chunks] == expected
+    assert [(chunk.count(), chunk.weight) for chunk in chunks] == [
+        (one.count(), one.weight) for one in ranges
+    ]
+    assert sorted(read) == sorted({part.group for part in ranges})
+
+
 @pytest.mark.parametrize(
     "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
+def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a library calls them: pandas' categories, the views of polars."""
     path, texts, lists = str(tmp_path / "in.parquet"), ["a", "", None, "a"], [["a", "b"], [], None, ["b"]]
     parquet.write_table(
@@ -59,6 +87,10 @@ def test_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
     assert [entry.content for entry in entries] == [
         {"text": text, "list": list_} for text, list_ in zip(texts, lists, strict=True)
     ]
+    monkeypatch.setattr("megatron_periln.data.readers.parquet.RANGE_BYTES", 1)
+    (stream,) = streamed(row_ranges(path, ["text", "list"]))
+    assert isinstance(stream, RowStream)
+    assert [entry for chunk in stream.chunks(1000) for entry in chunk.raw_documents(1000)] == entries
 
 
 def test_no_rows(tmp_path: Path) -> None:
