@@ -25,7 +25,7 @@ from machine import command, machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_periln.norms.kernels import fused
+from megatron_periln.norms.kernels import fused, plans
 from megatron_periln.norms.kernels.launch_config import (
     MAX_NORM_ADD_NORM_HIDDEN_SIZE,
     LaunchConfig,
@@ -189,7 +189,7 @@ def main() -> None:
     )
     for variant in VARIANTS:
         for hidden_size in filter(variant.takes, options.hidden_sizes):
-            for kernel in fused.kernels_for(variant.launch_config(hidden_size), hidden_size):
+            for kernel in plans.kernels_for(variant.launch_config(hidden_size), hidden_size):
                 row = measure(kernel, variant, hidden_size)
                 results.append(row)
                 print(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_periln.norms.kernels import fused, reference
+from megatron_periln.norms.kernels import fused, plans, reference
 from megatron_periln.norms.kernels.launch_config import (
     MAX_NORM_ADD_HIDDEN_SIZE,
     LaunchConfig,
@@ -75,7 +75,7 @@ def test_many_tiles_and_programs_sum_to_the_same_gradients(many_tiles, options, 
 
 def test_long_rows_are_read_in_parts():
     names = {
-        (hidden, plain): [k.__name__ for k in fused.kernels_for(choose_launch_config(hidden, plain), hidden)]
+        (hidden, plain): [k.__name__ for k in plans.kernels_for(choose_launch_config(hidden, plain), hidden)]
         for hidden in (4096, 8192, 8193)
         for plain in (True, False)
     }
@@ -89,8 +89,13 @@ def test_long_rows_are_read_in_parts():
 def test_a_lost_partial_sum_would_show(many_tiles, monkeypatch):
     case = Case((37,), 96)
     inputs, grad = case.tensors()
-    reduce = fused.reduce_partials
-    monkeypatch.setattr(fused, "reduce_partials", lambda sums, dtype: reduce(sums[:, 1:].contiguous(), dtype))
+    reduce = plans.BackwardPlan._reduce
+
+    def losing_one(self, partials, sums):
+        partials[: case.hidden] = 0.0
+        reduce(self, partials, sums)
+
+    monkeypatch.setattr(plans.BackwardPlan, "_reduce", losing_one)
     errors = cases.errors(evaluate(fused.norm_add, inputs, grad, case), exact(inputs, grad, case))
     assert errors.pop("d weight") > 1e-2
     assert max(errors.values()) < 2e-6
@@ -238,6 +243,32 @@ def test_the_same_call_gives_the_same_bits():
     inputs, grad = case.tensors()
     first, *others = (evaluate(fused.norm_add, inputs, grad, case) for _ in range(3))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_a_stream_of_another_shape_is_refused():
+    inputs, _ = Case((7, 3)).tensors()
+    inputs[2] = inputs[2][:5]
+    with pytest.raises(ValueError, match=r"the sublayer's output, \[7, 3, 96\], not \[5, 3, 96\]"):
+        fused.norm_add(*inputs, 1e-5, False, 0.0, True)
+
+
+def test_a_gradient_is_not_differentiated_again():
+    inputs, _ = Case().tensors()
+    sublayer_output = inputs[0].requires_grad_()
+    out = fused.norm_add(*inputs, 1e-5, False, 0.0, True)
+    (gradient,) = torch.autograd.grad(out.square().sum(), sublayer_output, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_plans_of_shapes_that_never_come_again_are_forgotten(monkeypatch):
+    monkeypatch.setattr(fused, "_MOST_PLANS", 2)
+    monkeypatch.setattr(fused, "_plans", {})
+    for rows in (1, 2, 3, 1):
+        case = Case((rows,))
+        inputs, grad = case.tensors()
+        assert worst_in_roundings(evaluate(fused.norm_add, inputs, grad, case), exact(inputs, grad, case)) < 1
+        assert len(fused._plans) <= 2
 
 
 def test_a_row_that_is_too_long_is_refused():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["is_kept", "load_rows", "load_vector", "reduce_partials", "store_rows"]
+__all__ = ["SUM_TILE", "is_kept", "load_rows", "load_vector", "store_rows", "sum_partials"]
 
-_SUM_TILE = {"tile_rows": 64, "tile_columns": 16}
+SUM_TILE = {"tile_rows": 64, "tile_columns": 16}
 
 
 @triton.jit
@@ -91,13 +89,3 @@ def sum_partials(
         tl.sum(total, 0).to(sums.dtype.element_ty),
         mask=columns < hidden,
     )
-
-
-def reduce_partials(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Sum ``[kinds, programs, hidden]`` over programs, in a fixed order: one tensor ``[hidden]`` a kind."""
-    kinds, programs, hidden = partials.shape
-    sums = torch.empty(kinds, hidden, dtype=dtype, device=partials.device)
-    if kinds:
-        grid = (triton.cdiv(hidden, _SUM_TILE["tile_columns"]), kinds)
-        sum_partials[grid](partials, sums, programs, hidden, **_SUM_TILE, num_warps=4, enable_fp_fusion=True)
-    return sums.unbind()
