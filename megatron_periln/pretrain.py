@@ -31,6 +31,8 @@ __all__ = ["choose_device", "main"]
 def choose_device(argv: list[str]) -> None:
     """Make ``--device`` true before megatron is imported, which decides much while being imported.
 
+    And ``--traceback`` for what is wrong from then on.
+
     Raises
     ------
     UsageError
@@ -42,8 +44,11 @@ def choose_device(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_known_args(argv)[0].device
-    if device == "cpu":
+    parser.add_argument(FLAG, action="store_true")
+    given = parser.parse_known_args(argv)[0]
+    if given.traceback:
+        os.environ[TRACEBACK] = "1"
+    if given.device == "cpu":
         try:
             cpu.activate()
         except RuntimeError as error:
@@ -73,8 +78,6 @@ def main() -> None:
     keep_no_orphans()
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
-        if FLAG in sys.argv:
-            os.environ[TRACEBACK] = "1"
         refuse_version_mismatch()
         choose_device(sys.argv[1:])
         # After the line above, which decides what "cuda" is while Megatron is imported.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_periln.cpu.flags import low_precision
 from megatron_periln.data.split import is_divided
 from megatron_periln.vocabulary_files import KINDS
 
@@ -293,6 +294,7 @@ _FEATURES: _Rows = (
         "loss_scale|initial_loss_scale|min_loss_scale|loss_scale_window|hysteresis",
         _needs("--fp16"),
     ),
+    ("without_fp8", (low_precision, "nothing asks for FP8 or FP4")),
     ("fp8_.*|first_last_layers_bf16|num_layers_at_.*_in_bf16", _needs("--fp8-format", "fp8")),
     ("fp4_.*", _needs("--fp4-format", "fp4")),
     (

@@ -44,7 +44,7 @@ def parse_leniently(
         try:
             args, unknown = parser.parse_known_args(words, namespace)
         except ArgumentError as error:
-            words = _without_wrong_value(words, error, problems)
+            words = _without_wrong_value(words, error, parser, problems)
             continue
         renamed = [words_of for flag in _by_flag(unknown) if (words_of := _explain(flag, parser, problems))]
         if not renamed:
@@ -66,7 +66,9 @@ def _explain(flag: list[str], parser: ArgumentParser, problems: Problems) -> tup
     return None
 
 
-def _without_wrong_value(words: list[str], error: ArgumentError, problems: Problems) -> list[str]:
+def _without_wrong_value(
+    words: list[str], error: ArgumentError, parser: ArgumentParser, problems: Problems
+) -> list[str]:
     """Return words without a flag that has a value that it can't take, or with the one that it means here.
 
     Raises
@@ -80,10 +82,16 @@ def _without_wrong_value(words: list[str], error: ArgumentError, problems: Probl
     if former is not None:
         problems.add(str(former))
     else:
-        problems.add(f"{error}; {_HELP}", final=True)
+        problems.add(f"{error}; {_HELP}", final=_has_no_default(parser, options))
         if not given:
             raise UsageError(problems.texts[-1]) from error
     return [*_without(words, options), *((former and former.instead) or ())]
+
+
+def _has_no_default(parser: ArgumentParser, options: Sequence[str]) -> bool:
+    """Tell whether a number is missing without the flag, such as the number of layers."""
+    actions = [action for action in parser._actions if set(options) & set(action.option_strings)]
+    return any(action.default is None and action.type in (int, float) for action in actions)
 
 
 def _is_flag(word: str) -> bool:

@@ -19,7 +19,7 @@ from megatron_periln.checkpoints.intact import FLAG_GROUP as CHECKPOINTS
 from megatron_periln.checkpoints.intact import add_checkpoint_arguments, choose_intact_checkpoint
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.checkpoints.sources import loads_from
-from megatron_periln.cpu.flags import GPU_ONLY, adapt_arguments
+from megatron_periln.cpu.flags import GPU_ONLY, adapt_arguments, without_low_precision
 from megatron_periln.data.tokenizers.megatron_tokenizer import check_tokenizer_files, explained_tokenizer
 from megatron_periln.errors import FLAG, UsageError
 from megatron_periln.monitor.settings import GROUP as MONITOR
@@ -57,6 +57,9 @@ USAGE = (
 )
 
 
+_REFUSED = "Megatron refuses these flags"
+
+
 class _HelpAll(argparse.Action):
     def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
         for action in parser._actions:
@@ -82,6 +85,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         default="cuda",
         help="cpu runs Megatron on the CPU, over gloo; default: cuda",
     )
+    group.add_argument("--without-fp8", action="store_true", help="train in bf16 what asks for FP8 or FP4")
     group.add_argument(FLAG, action="store_true", help="show the tracebacks of an error before its one line")
     group.add_argument("--help-all", action=_HelpAll, nargs=0, help="show Megatron's flags too, and exit")
     parser.usage = USAGE
@@ -182,7 +186,8 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     placement = _placement(args, problems)
     if not problems.texts:
         refuse_other_placement(args, placement)
-    changes = make_flags_act(args)
+    changes = without_low_precision(args) if args.without_fp8 else []
+    changes += make_flags_act(args)
     with problems.caught():
         changes += [*accept_the_last_size(args), *translate_rampup(args)]
     adapted: list[str] = []
@@ -198,7 +203,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if args.rerun_mode == "report_stats":
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
     if not problems.final:
-        _try(args, problems)
+        _try(args, problems, {line.partition(" ")[0] for line in adapted})
     problems.refuse()
     with refusals_in_one_line(args):
         validate_args(args)
@@ -214,12 +219,24 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     choose_norm_backend(args)
 
 
-def _try(args: Namespace, problems: Problems) -> None:
-    """Find what Megatron's validation refuses, and what is wrong once it has completed the arguments."""
+def _try(args: Namespace, problems: Problems, adapted: set[str]) -> None:
+    """Find what Megatron's validation refuses, and what is wrong once it has completed the arguments.
+
+    Parameters
+    ----------
+    args
+        As they are to be validated.
+    problems
+        Gets what is found.
+    adapted
+        The names of arguments that ``--device cpu`` has changed.
+    """
     trial = try_validation(args)
     problems.cause = problems.cause or trial.error
-    for reason in trial.refusals:
-        problems.add(f"Megatron refuses these flags: {reason}")
+    for refusal in trial.refusals:
+        changed = ", ".join(sorted(refusal.names & adapted))
+        why = f"--device cpu can't have these flags, for it changes {changed}" if changed else _REFUSED
+        problems.add(f"{why}: {refusal.text}")
     if trial.args is None:
         return
     problems.find(trial.args, EVALUATION)

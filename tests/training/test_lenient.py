@@ -35,6 +35,8 @@ def test_unknown_flags_are_named_each_with_its_values():
 
 
 def test_wrong_values_are_left_out():
+    _, problems = parse("--kind c --size x")
+    assert not problems.final  # there are defaults to go on with
     args, problems = parse("--kind c --size x --layers 1 y --size=z --kind b")
     assert (args.size, args.kind, args.layers) == (1, "a", None)
     assert [text.partition(":")[0] for text in problems.texts] == [

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
 import textwrap
 import types
 import warnings
@@ -31,7 +32,7 @@ from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.training.refusals.one_line import in_words, why_refused
 from megatron_periln.training.refusals.statements import Statement, refusing_statements
 
-__all__ = ["Trial", "go_on", "try_validation"]
+__all__ = ["Refusal", "Trial", "go_on", "try_validation"]
 
 _CONFIGURATIONS = (
     ModelParallelConfig,
@@ -44,6 +45,22 @@ _BUILDERS = (transformer_config, get_megatron_optimizer_config, get_megatron_ddp
 _NOTE, _OWN_CLASS = "__note__", "__class__"
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that is refused.
+
+    Attributes
+    ----------
+    text
+        What, in one line.
+    names
+        What its condition reads.
+    """
+
+    text: str
+    names: frozenset[str] = frozenset()
+
+
 @dataclass
 class Trial:
     """What came of trying.
@@ -53,13 +70,13 @@ class Trial:
     args
         A copy of the arguments, validated; None if they can't be.
     refusals
-        What is refused, in one line each.
+        What is refused.
     error
         The error at which Megatron stops.
     """
 
     args: Namespace | None
-    refusals: list[str] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     error: Exception | None = None
 
 
@@ -75,8 +92,9 @@ def try_validation(args: Namespace) -> Trial:
         tried = copy.deepcopy(args)
         try:
             validate_args(tried)
-        except Exception as error:
-            return Trial(None, _all_refusals(args), error)
+        except (Exception, SystemExit) as error:
+            cause = error if isinstance(error, Exception) else None
+            return Trial(None, _all_refusals(args), cause)
         for build in _BUILDERS:
             try:
                 build(tried)
@@ -85,7 +103,7 @@ def try_validation(args: Namespace) -> Trial:
         return Trial(tried)
 
 
-def _all_refusals(args: Namespace) -> list[str]:
+def _all_refusals(args: Namespace) -> list[Refusal]:
     tried = copy.deepcopy(args)
     notes = _Notes()
     with contextlib.ExitStack() as stack:
@@ -94,18 +112,18 @@ def _all_refusals(args: Namespace) -> list[str]:
                 going_on = go_on(cls.__post_init__, notes.add, owner=cls)
                 stack.enter_context(mock.patch.object(cls, "__post_init__", going_on))
         if not notes.end(go_on(validate_args, notes.add), tried):
-            return notes.texts
+            return notes.refusals
         for build in _BUILDERS:
             notes.seen |= notes.names
             notes.end(build, tried)
-    return notes.texts
+    return notes.refusals
 
 
 class _Notes:
     """Gathers what is refused; what reads nothing but what is refused already is taken for the same."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self.refusals: list[Refusal] = []
         self.names: set[str] = set()
         self.seen: set[str] = set()
         self._statements: set[tuple[str, int]] = set()
@@ -116,7 +134,8 @@ class _Notes:
             return
         self._statements.add(place)
         self.names |= statement.names
-        self.texts.append(in_words(error, statement, path, statement.lines.start))
+        text = in_words(error, statement, path, statement.lines.start)
+        self.refusals.append(Refusal(text, statement.names))
 
     def end(self, function: Callable[..., object], args: Namespace) -> bool:
         """Run ``function`` to its end, and tell whether it has one; a refusal that ends it is noted."""
@@ -124,8 +143,8 @@ class _Notes:
             function(args)
         except (Exception, SystemExit) as error:
             reason = why_refused(error) if isinstance(error, Exception) else None
-            if reason is not None and not self.texts:  # after another, it may come of that
-                self.texts.append(reason)
+            if reason is not None and not self.refusals:  # after another, it may come of that
+                self.refusals.append(Refusal(reason))
             return False
         return True
 
@@ -189,6 +208,11 @@ class _GoingOn(ast.NodeTransformer):
 
 @contextlib.contextmanager
 def _in_silence() -> Iterator[None]:
+    disabled = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
