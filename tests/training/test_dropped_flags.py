@@ -71,7 +71,7 @@ def test_rotary_base_and_percent_reach_latent_attention():
     ("flags", "said"),
     [
         ("--use-flash-attn", "--use-flash-attn (megatron-core reads it no more"),
-        ("--moe-router-topk 1", "--moe-router-topk (it needs --num-experts)"),
+        ("--moe-router-topk 3", "--moe-router-topk (it needs --num-experts)"),
         ("--bert-load x", "--bert-load (it belongs to retrievers)"),
         ("--activation-func-clamp-value 0.1", "SwiGLU is computed without its fused kernel"),
         (

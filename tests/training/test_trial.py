@@ -67,7 +67,7 @@ def test_what_a_refusal_reads_is_known(arguments):
     """So that one which comes of what the CPU's part changes can be told from others."""
     args = arguments("--load-main-params-from-ckpt")
     args.fine_grained_activation_offloading = True
-    parameters, offloading = try_validation(args).refusals
+    parameters, offloading, *_ = try_validation(args).refusals
     assert "no_load_optim" in parameters.names
     assert {"transformer_impl", "fine_grained_activation_offloading"} <= offloading.names
 
