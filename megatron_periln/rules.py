@@ -67,12 +67,15 @@ class Problems:
         Whether one of them leaves nothing for later checks to go by.
     cause
         The error that one of them comes of, for the traceback.
+    harmless
+        What was given and changes nothing, one line each: told if nothing is wrong.
     """
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.final = False
         self.cause: Exception | None = None
+        self.harmless: list[str] = []
 
     def add(self, text: str, *, final: bool = False) -> None:
         """Add one, unless it is there already."""

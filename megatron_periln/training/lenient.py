@@ -34,7 +34,7 @@ def parse_leniently(
         Reads it.
     problems
         Gets what it can't take: unknown flags, and wrong values. Each is left out, or replaced by what it is
-        called here.
+        called here. Flags of another Megatron's that change nothing here are left out, and are no problem.
     words, namespace
         As for ``ArgumentParser.parse_args``.
     """
@@ -57,6 +57,9 @@ def parse_leniently(
 def _explain(flag: list[str], parser: ArgumentParser, problems: Problems) -> tuple[str, ...] | None:
     """Say what an unknown flag may be; return what it is called here, if that is known."""
     if former := find_former(flag):
+        if former.harmless:
+            problems.harmless.append(str(former))
+            return None
         problems.add(f"unrecognized arguments: {former}")
         return former.instead
     known = [option for action in parser._actions for option in action.option_strings]

@@ -197,7 +197,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     problems.find(args, SIZES, final=True)
     problems.find(args, (*MODEL, *MASKS))
     if not problems.texts:
-        _tell(args, "Flags that change nothing in this run:", idle)
+        _tell(args, "Flags that change nothing in this run:", [*problems.harmless, *idle])
         _tell(args, "Flags that act otherwise than in Megatron:", changes)
         _tell(args, "--device cpu changes flags that need a GPU:", adapted)
     if args.rerun_mode == "report_stats":

@@ -80,11 +80,6 @@ SAID = {
     "--lr-wsd-decay-style 1-sqrt": (
         "--lr-wsd-decay-style 1-sqrt: of swiss-ai's fork (Apertus); give --lr-wsd-decay-style minus_sqrt"
     ),
-    "--no-async-tensor-model-parallel-allreduce": (
-        "unrecognized arguments: --no-async-tensor-model-parallel-allreduce: of Megatron until core 0.15; "
-        "nothing is "
-        "needed, drop it"
-    ),
     "--xielu": (
         "unrecognized arguments: --xielu: of swiss-ai's fork (Apertus); megatron-core has no such "
         "activation, and with "
@@ -112,7 +107,36 @@ SAID = {
 
 @pytest.mark.parametrize("words", SAID)
 def test_what_is_said(words):
-    assert parse(words)[1].texts == [SAID[words]]
+    problems = parse(words)[1]
+    assert problems.texts == [SAID[words]]
+    assert problems.harmless == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--enable-one-logger", "--enable-one-logger: of Megatron until core 0.7; it changes nothing here"),
+        ("--use-mpi", "--use-mpi: of llm-jp's fork; it changes nothing here"),
+        ("--train-mode pretrain", "--train-mode pretrain: of Pai-Megatron-Patch; it changes nothing here"),
+        (
+            "--use-fused-sdpa=1",
+            "--use-fused-sdpa=1: of Habana's fork; it makes that fork faster, or saves memory, and does not "
+            "change what is computed",
+        ),
+    ],
+)
+def test_what_changes_nothing_is_accepted(words, said):
+    args, problems = parse(f"--num-layers 3 {words} --hidden-size 64")
+    assert problems.texts == []
+    assert problems.harmless == [said]
+    assert (args.num_layers, args.hidden_size) == (3, 64)
+
+
+@pytest.mark.parametrize("words", ["--train-mode finetune", "--dataset JSON-SFT", "--kill-switch-file f"])
+def test_what_changes_something_is_not(words):
+    problems = parse(words)[1]
+    assert len(problems.texts) == 1
+    assert problems.harmless == []
 
 
 def test_all_of_them_are_said_at_once_and_the_rest_is_checked_as_they_are_called_here():

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_periln.training.flag_names.forks import FORKS
+from megatron_periln.training.flag_names.forks import FORKS, NO_NEED
 from megatron_periln.training.flag_names.upstream import NEWER, UPSTREAM
 
 __all__ = ["Former", "close_spelling", "find_former"]
@@ -26,12 +26,15 @@ class Former:
         What to do.
     instead
         The words that mean the same here; None if there are none, or if it can be dropped.
+    harmless
+        Whether a run without it computes the same: it is accepted, and said to change nothing.
     """
 
     given: tuple[str, ...]
     owners: str
     advice: str
     instead: tuple[str, ...] | None
+    harmless: bool = False
 
     def __str__(self) -> str:
         return f"{' '.join(self.given)}: {self.owners}; {self.advice}"
@@ -73,7 +76,9 @@ def find_former(words: Sequence[str]) -> Former | None:
         if len(instead) == 1 and key == flag:
             instead += values
         advice = f"give {' '.join(instead)}"
-    return Former(tuple(words), " and ".join(owners), advice or "nothing is needed, drop it", instead)
+    harmless = advice in ("", NO_NEED)
+    told = advice or "it changes nothing here"
+    return Former(tuple(words), " and ".join(owners), told, instead, harmless)
 
 
 def _is_words(advice: str) -> bool:

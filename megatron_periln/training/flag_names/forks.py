@@ -6,7 +6,7 @@ DeepSpeed at 4efb479d, Pai at a098ca5.
 
 from __future__ import annotations
 
-__all__ = ["FORKS"]
+__all__ = ["FORKS", "NO_NEED"]
 
 _ACTIVATION = (
     "megatron-core has no such activation, and with another this is another model: train with that fork"
@@ -15,7 +15,7 @@ _ADEMAMIX = "megatron-core has no AdEMAMix: give --optimizer adam, or muon, and 
 _GOLDFISH = "tokens are not dropped from the loss here: training is another without it"
 _ZERO = "give --use-distributed-optimizer, which shards as ZeRO 1, or --use-megatron-fsdp, as ZeRO 3"
 _CAPACITY = "give --moe-expert-capacity-factor"
-_NO_NEED = "it makes that fork faster, or saves memory, and does not change what is computed; drop it"
+NO_NEED = "it makes that fork faster, or saves memory, and does not change what is computed"
 _LOGS = "it only logs; drop it, --monitor-layers records statistics"
 _VISION = "it belongs to models of images, of which there are none here"
 _GENERATION = "it belongs to generation and evaluation of text; drop it"
@@ -54,23 +54,21 @@ FORKS: dict[str, dict[str, str]] = {
         "--xiprelup": _ACTIVATION,
     },
     "llm-jp's fork": {
-        "--use-mpi": "ranks are found in RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; nothing "
-        "else is "
-        "needed, drop it",
+        "--use-mpi": "",
         "--z-loss-strength": "the loss has no z-loss here: training is another without it",
     },
     "ROCm's fork": {
         "--disable-te-fused-rope": "--no-rope-fusion",
     },
     "Habana's fork": {
-        "--allow-unspec-int-on-nn-module": _NO_NEED,
+        "--allow-unspec-int-on-nn-module": NO_NEED,
         "--apply-norm-post-sub-block": "--norm-placement output",
         "--attention-per-layer-logging": _LOGS,
         "--attention-z-loss-coeff": "attention has no z-loss here: training is another without it",
-        "--cache-fp8-weight": _NO_NEED,
-        "--cache-fp8-weight-fwd": _NO_NEED,
-        "--cache-size-limit": _NO_NEED,
-        "--compile-from-sec-mini-batch": _NO_NEED,
+        "--cache-fp8-weight": NO_NEED,
+        "--cache-fp8-weight-fwd": NO_NEED,
+        "--cache-size-limit": NO_NEED,
+        "--compile-from-sec-mini-batch": NO_NEED,
         "--fp8-amax-reduce": "amax is reduced by default; drop it",
         "--fp8-coverage": "all linear layers of Transformer Engine compute in FP8; drop it",
         "--fp8-format e5m2": "--fp8-format hybrid",
@@ -78,12 +76,12 @@ FORKS: dict[str, dict[str, str]] = {
         "--kill-switch-file": "give --exit-signal-handler, by which a signal saves and ends a run, or drop "
         "it",
         "--load-distrib-optimizer-method": "",
-        "--micro-batch-sync-interval": _NO_NEED,
-        "--moe-capacity-bins-*": _NO_NEED,
-        "--moe-configured-bins": _NO_NEED,
-        "--moe-dynamic-hpu": _NO_NEED,
-        "--moe-fused-weights": _NO_NEED,
-        "--moe-permuted-weights": _NO_NEED,
+        "--micro-batch-sync-interval": NO_NEED,
+        "--moe-capacity-bins-*": NO_NEED,
+        "--moe-configured-bins": NO_NEED,
+        "--moe-dynamic-hpu": NO_NEED,
+        "--moe-fused-weights": NO_NEED,
+        "--moe-permuted-weights": NO_NEED,
         "--moe-router-fp32": "--moe-router-dtype fp32",
         "--moe-token-distribution-logging*": "it only logs; drop it, --moe-per-layer-logging logs the "
         "losses of routers",
@@ -94,15 +92,15 @@ FORKS: dict[str, dict[str, str]] = {
         "--shuffle-each-epoch-separately": "megatron-core shuffles the last epoch by itself, all others "
         "together; "
         "drop it",
-        "--torch-compile-dynamic": _NO_NEED,
-        "--use-fast-softmax": _NO_NEED,
-        "--use-fused-rmsnorm": _NO_NEED,
-        "--use-fused-sdpa": _NO_NEED,
-        "--use-fused-sdpa-with-recompute": _NO_NEED,
-        "--use-regional-compilation": _NO_NEED,
-        "--use-te-custom-op": _NO_NEED,
-        "--use-torch-compile": _NO_NEED,
-        "--use-torch-compiled-autograd": _NO_NEED,
+        "--torch-compile-dynamic": NO_NEED,
+        "--use-fast-softmax": NO_NEED,
+        "--use-fused-rmsnorm": NO_NEED,
+        "--use-fused-sdpa": NO_NEED,
+        "--use-fused-sdpa-with-recompute": NO_NEED,
+        "--use-regional-compilation": NO_NEED,
+        "--use-te-custom-op": NO_NEED,
+        "--use-torch-compile": NO_NEED,
+        "--use-torch-compiled-autograd": NO_NEED,
         "--verify-checkpoint": "--checkpoint-verify full",
         "--verify-checkpoint-model-type": "",
     },
@@ -114,6 +112,7 @@ FORKS: dict[str, dict[str, str]] = {
         "drop it",
         "--cpu-offloading": "give --cpu-offloading-num-layers alone",
         "--data-dir": _SFT,
+        "--dataset MMAP": "",
         "--dataset": "--data-path names indexed datasets (MMAP), which tools/preprocess_data.py makes; drop "
         "it",
         "--disable-bias-attn-fc": "--disable-bias-linear drops all biases, --add-qkv-bias keeps those of "
@@ -135,7 +134,7 @@ FORKS: dict[str, dict[str, str]] = {
         "--input-len": _GENERATION,
         "--intermediate-size": "--ffn-hidden-size",
         "--keep-last": _SFT,
-        "--max-padding-length": "sequences are as long as --seq-length; drop it",
+        "--max-padding-length": "",
         "--mm-*": _VISION,
         "--moe": "give --num-experts",
         "--moe-expert-parallel-size": "--expert-model-parallel-size",
@@ -168,6 +167,7 @@ FORKS: dict[str, dict[str, str]] = {
         "--top-k": _GENERATION,
         "--top-p": _GENERATION,
         "--train-data": "--data-path names indexed datasets, which tools/preprocess_data.py makes",
+        "--train-mode pretrain": "",
         "--train-mode": "this is pretraining; drop it if it says pretrain",
         "--transformer-timers": "",
         "--transformer-type": "",
@@ -184,7 +184,7 @@ FORKS: dict[str, dict[str, str]] = {
     "Megatron-DeepSpeed": {
         "--aml-data-download-path": "",
         "--checkpoint-in-cpu": "give --cpu-offloading-num-layers, or drop it",
-        "--contigious-checkpointing": _NO_NEED,
+        "--contigious-checkpointing": NO_NEED,
         "--cpu-optimizer": "give --optimizer-cpu-offload, or drop it",
         "--cpu_torch_adam": "give --optimizer-cpu-offload and --use-torch-optimizer-for-cpu-offload, or "
         "drop it",
@@ -202,7 +202,7 @@ FORKS: dict[str, dict[str, str]] = {
         "--ds-sequence-parallel-*": "give --context-parallel-size and --cp-comm-type a2a",
         "--ds_fused_adam": "--optimizer adam",
         "--enable-expert-tensor-parallelism": "give --expert-tensor-parallel-size",
-        "--enable-zbh1-*": _NO_NEED,
+        "--enable-zbh1-*": NO_NEED,
         "--expert-interval": "give --moe-layer-freq as a pattern: as a number it begins with experts, there "
         "they came last",
         "--force-ds-sequence-parallel": "give --context-parallel-size and --cp-comm-type a2a",
@@ -215,7 +215,7 @@ FORKS: dict[str, dict[str, str]] = {
         "--log-optimizer-states-to-tensorboard": _LOGS,
         "--lr-decay-tokens": _TEMPERED,
         "--lr-warmup-tokens": _TEMPERED,
-        "--memory-centric-tiled-linear": _NO_NEED,
+        "--memory-centric-tiled-linear": NO_NEED,
         "--mlp-type": "experts with a dense MLP beside them: give --moe-shared-expert-intermediate-size; "
         "without it "
         "this is another model",
@@ -243,10 +243,10 @@ FORKS: dict[str, dict[str, str]] = {
         "--reset-iteration": "give --finetune, which does not load the optimizer either",
         "--return-data-index": "",
         "--rotary-position-embeddings-theta": "--rotary-base",
-        "--scattered-embeddings": _NO_NEED,
-        "--split-transformers": _NO_NEED,
-        "--synchronize-each-layer": _NO_NEED,
-        "--tile-factor": _NO_NEED,
+        "--scattered-embeddings": NO_NEED,
+        "--split-transformers": NO_NEED,
+        "--synchronize-each-layer": NO_NEED,
+        "--tile-factor": NO_NEED,
         "--tokenizer-type HFTokenizer": "--tokenizer-type HuggingFaceTokenizer",
         "--topk": "--moe-router-topk",
         "--train-data-exact-num-epochs": "give --train-samples",
@@ -259,8 +259,8 @@ FORKS: dict[str, dict[str, str]] = {
         "--universal-checkpoint": "checkpoints load in any layout; drop it",
         "--use-dataset-only": "",
         "--use-flash-attn-*": "--attention-backend flash insists on FlashAttention; drop it",
-        "--use-pin-memory": _NO_NEED,
-        "--use-tutel": _NO_NEED,
+        "--use-pin-memory": NO_NEED,
+        "--use-tutel": NO_NEED,
         "--zero-*": _ZERO,
     },
 }

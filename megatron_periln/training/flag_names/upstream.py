@@ -4,7 +4,7 @@ From the history of megatron/training/arguments.py, between core 0.4 and August 
 value of one (``--ckpt-format zarr``):
 
 - words that start with ``--``: what to give instead, with the same values if it is a flag alone;
-- "": nothing is needed, the flag can be dropped and changes nothing;
+- "": it changes nothing here, and is accepted;
 - other words: what to do, or what is lost.
 
 A name that ends with ``*`` stands for all that begin with it.
