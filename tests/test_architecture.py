@@ -23,7 +23,7 @@ LOWER = {
     "models": {"checkpoints", "norms", "patches"},
     "report": {"monitor"},
     "evaluation": set(),
-    "convert": {"checkpoints", "evaluation", "models", "norms"},
+    "convert": {"checkpoints", "data", "evaluation", "models", "norms"},
     "training": {"checkpoints", "cpu", "data", "models", "monitor", "norms", "patches"},
     "doctor": {"cpu", "data", "training"},
     "studies": {"cpu", "monitor", "training"},

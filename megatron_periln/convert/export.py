@@ -14,9 +14,11 @@ from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import generation_config, model_config
-from megatron_periln.convert.model_folder import SpecialTokens, copy_tokenizer
+from megatron_periln.convert.model_folder import SpecialTokens
 from megatron_periln.convert.safetensors_folder import write_tensors
 from megatron_periln.convert.targets import Target
+from megatron_periln.convert.tokens.texts import data_prefixes
+from megatron_periln.convert.tokens.write import prepare_tokenizer
 from megatron_periln.convert.unsupported import choose_target, refuse_unsupported
 from megatron_periln.convert.weights import exported_tensors
 from megatron_periln.files import new_folder
@@ -38,7 +40,12 @@ class ExportOptions:
     dtype
         Of the exported tensors; None for that of the checkpoint's.
     tokenizer
-        A folder with the tokenizer's files; None for that of the checkpoint's arguments.
+        A folder with the tokenizer's files, or its model file; None for that of the checkpoint's arguments.
+    with_tokenizer
+        Write the tokenizer's files.
+    data
+        Prefixes of indexed datasets that its ids are compared on; None for those of the checkpoint's
+        arguments that are here.
     shard_bytes
         The most that a safetensors file holds.
     verify
@@ -48,6 +55,8 @@ class ExportOptions:
     target: str = "auto"
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
+    with_tokenizer: bool = True
+    data: list[str] | None = None
     shard_bytes: int = 1 << 30
     verify: bool = True
 
@@ -81,11 +90,14 @@ def export(
     say(f"Target {target.name} ({target.architecture}): {why}")
     if getattr(checkpoint.args, "mtp_num_layers", None):
         say("The layers of multi-token prediction are left out: the target has none")
+    prefixes = data_prefixes(options.data, getattr(checkpoint.args, "data_path", None))
     with new_folder(output, flag="--output") as folder:
-        tokens, line = copy_tokenizer(checkpoint.args, options.tokenizer, folder)
+        tokenizer = prepare_tokenizer(checkpoint.args, options.tokenizer, wanted=options.with_tokenizer)
+        conversion = _Conversion(checkpoint, architecture, target, tokenizer.tokens)
+        conversion.write_configuration(folder, dtype)
+        line = tokenizer.write(folder, architecture.vocab_size, architecture.max_positions, prefixes)
         say(f"Tokenizer: {line}")
-        conversion = _Conversion(checkpoint, architecture, target, tokens)
-        size = conversion.write(folder, dtype, options.shard_bytes)
+        size = conversion.write_weights(folder, dtype, options.shard_bytes)
         say(f"Weights: {size:,} bytes in {_name(dtype)}")
         if options.verify:
             conversion.check_parity(folder, dtype, say)
@@ -103,19 +115,22 @@ class _Conversion:
     target: Target
     tokens: SpecialTokens
 
-    def write(self, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
-        """Write the configuration and the weights, and return the number of the weights' bytes."""
+    def write_configuration(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json and generation_config.json."""
         configs = {
             "config.json": model_config(self.architecture, self.target, self.tokens, dtype),
             "generation_config.json": generation_config(self.tokens),
         }
         for name, content in configs.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    def write_weights(self, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+        """Write the weights, and return the number of their bytes."""
         tensors = exported_tensors(self.checkpoint.read, self.architecture, self.target, dtype)
         return write_tensors(folder, tensors, shard_bytes)
 
     def check_parity(self, folder: Path, dtype: torch.dtype, say: Say) -> None:
-        """Compare the logits of the checkpoint and of what `write` wrote, both in fp32.
+        """Compare the logits of the checkpoint and of what was written, both in fp32.
 
         Where rounding to ``dtype`` moves the logits further than the tolerance, an fp32 export is made and
         compared instead, and what was written must be that, rounded.
@@ -128,7 +143,8 @@ class _Conversion:
             return
         with tempfile.TemporaryDirectory(dir=folder) as name:
             exact = Path(name)
-            self.write(exact, torch.float32, 1 << 32)
+            self.write_configuration(exact, torch.float32)
+            self.write_weights(exact, torch.float32, 1 << 32)
             unrounded = parity_check.transformers_outputs(exact, sample)
             parity_check.require_parity(parity_check.compare(unrounded, expected), say)
             parity_check.require_rounded(folder, exact, dtype)

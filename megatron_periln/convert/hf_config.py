@@ -55,15 +55,15 @@ def model_config(
         **{switch: bool(group & architecture.biases) for switch, group in target.bias_switches.items()},
         **target.settings,
         **{name: [value] * architecture.num_layers for name, value in target.layer_settings.items()},
-        **tokens.as_settings(),
+        **tokens.as_settings(target.no_eos),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }
 
 
 def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    """Return what generation_config.json holds."""
-    return {name: value for name, value in tokens.as_settings().items() if value is not None}
+    """Return what generation_config.json holds: what is null there, generation does without."""
+    return tokens.as_settings()
 
 
 def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:

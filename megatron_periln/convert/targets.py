@@ -81,6 +81,9 @@ class Target:
         The setting that holds the norms' epsilon.
     multipliers
         Settings that scale what the model computes, and the attribute of `Architecture` that each is.
+    no_eos
+        The value of ``eos_token_id`` for none: null, but where the configuration takes null for ids of its
+        own.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Target:
     rope_label: str | None = None
     eps_name: str = "rms_norm_eps"
     multipliers: Mapping[str, str] = field(default_factory=dict)
+    no_eos: list[int] | None = None
 
     @property
     def biases(self) -> frozenset[str]:
@@ -125,6 +129,7 @@ TARGETS: dict[str, Target] = {
             bias_switches={"attention_bias": frozenset({"qkv"})},
             interleaved=True,
             partial_rotary=True,
+            no_eos=[],
             names={
                 **_GLOBAL_NAMES,
                 **_ATTENTION_NAMES,

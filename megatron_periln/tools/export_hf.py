@@ -31,7 +31,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the checkpoint")
     parser.add_argument(
-        "--tokenizer", type=Path, help="folder with the tokenizer's files; default: that of the checkpoint"
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="folder with the tokenizer's files, or its model file; default: that of the checkpoint",
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="indexed datasets of which the tokenizer must give the ids; default: the checkpoint's",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -68,6 +78,8 @@ def _export(args: argparse.Namespace) -> None:
         target=args.target,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         tokenizer=args.tokenizer,
+        with_tokenizer=not args.no_tokenizer,
+        data=args.data_path,
         shard_bytes=args.max_shard_size,
         verify=not args.no_verify,
     )

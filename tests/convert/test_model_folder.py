@@ -1,6 +1,7 @@
 """The tokenizer goes along with the model."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -37,7 +38,12 @@ def test_files_and_special_tokens(single_process, tokenizer, tmp_path, given):
     said, output = [], tmp_path / "model"
     options = ExportOptions(tokenizer=tokenizer if given else None, verify=False)
     export(saved.folder, output, options, say=said.append)
-    assert f"Tokenizer: tokenizer files of {tokenizer}; end-of-document token 4" in said
+    (line,) = [line for line in said if line.startswith("Tokenizer: ")]
+    assert re.fullmatch(
+        f"Tokenizer: tokenizer files of {tokenizer}; ids equal on 1[0-9],[0-9]+ texts, 5 tokens' own text; "
+        "end-of-document token 4 </s>",
+        line,
+    )
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert copied < {path.name for path in output.iterdir()}
     assert not (output / "unrelated.txt").exists()
@@ -45,5 +51,5 @@ def test_files_and_special_tokens(single_process, tokenizer, tmp_path, given):
         json.loads((output / name).read_text()) for name in ("config.json", "generation_config.json")
     )
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
-    assert (generation["bos_token_id"], generation["eos_token_id"]) == (3, 4)
+    assert generation == {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": None}
     assert AutoTokenizer.from_pretrained(output)("a").input_ids == [0]

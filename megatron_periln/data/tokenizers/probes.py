@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
-__all__ = ["probe_texts"]
+__all__ = ["probe_texts", "vocabulary_texts"]
 
 _RANGES = (
     *((0x00, 0x20), (0x20, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x600, 0x6FF)),
@@ -70,7 +71,9 @@ _RANDOM_PROBES = 900
 _LONG = 3000
 
 
-def probe_texts(special_tokens: Sequence[str] = (), vocabulary: Sequence[str] = ()) -> list[str]:
+def probe_texts(
+    special_tokens: Sequence[str] = (), vocabulary: Sequence[str] = (), mixtures: int = _RANDOM_PROBES
+) -> list[str]:
     """Return about a thousand texts, the same for the same arguments.
 
     Parameters
@@ -79,6 +82,8 @@ def probe_texts(special_tokens: Sequence[str] = (), vocabulary: Sequence[str] = 
         Strings that a tokenizer treats in a special way.
     vocabulary
         Strings of its vocabulary.
+    mixtures
+        How many of the texts are random mixtures.
     """
     draw = random.Random(0)
     special = [token for token in special_tokens if token]
@@ -103,7 +108,16 @@ def probe_texts(special_tokens: Sequence[str] = (), vocabulary: Sequence[str] = 
     ]
     words = [word for word in vocabulary if word.isprintable() and word.isascii()] or list(_PIECES)
     strings = [string for string in vocabulary if string] or list(_PIECES)
-    return texts + [_mixture(draw, special, words, strings) for _ in range(_RANDOM_PROBES)]
+    return texts + [_mixture(draw, special, words, strings) for _ in range(mixtures)]
+
+
+def vocabulary_texts(strings: Sequence[str]) -> list[str]:
+    """Return every string of a vocabulary alone and with its neighbour, with and without a leading space.
+
+    They tell what mixtures miss: single entries that one of two implementations reads otherwise.
+    """
+    pairs = [left + right for left, right in pairwise(strings)]
+    return [text for string in (*strings, *pairs) for text in (string, f" {string}")]
 
 
 def _mixture(draw: random.Random, special: list[str], words: list[str], strings: list[str]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 
-from megatron_periln.convert.model_folder import copy_tokenizer
 from megatron_periln.data.tokenizers.encoders import choose_encoder
 from megatron_periln.data.tokenizers.megatron_tokenizer import (
     add_tokenizer_args,
@@ -65,34 +63,6 @@ def test_bert_is_that_of_its_file(tmp_path: Path, kind: str, expected: list[int]
     built = build_tokenizer(parse("--tokenizer-type", kind, "--vocab-file", path))
     assert list(built.tokenize("periln Hello World world")) == [2, *expected, 3]
     assert list(built.vocab)[:10] == words  # type: ignore[attr-defined]
-
-
-def test_an_export_has_the_tokenizer(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    files = byte_level_files(tmp_path, 400)
-    output = tmp_path / "model"
-    output.mkdir()
-    (output / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    tokens, line = copy_tokenizer(gpt2(*files), None, output)
-    exported = AutoTokenizer.from_pretrained(output)
-    assert exported(TEXT).input_ids == reference_ids(*files)
-    assert [tokens.eos] == [tokens.bos] == reference_ids(*files, END) == [exported.eos_token_id]
-    assert line == f"GPT2BPETokenizer of {files[0]} and {files[1]}; end-of-document token {tokens.eos}"
-
-
-@pytest.mark.parametrize("missing", ["vocab.json", "special tokens"])
-def test_an_export_says_what_keeps_it_from_the_tokenizer(tmp_path: Path, missing: str) -> None:
-    args = gpt2(*byte_level_files(tmp_path, 300))
-    if missing == "vocab.json":
-        (tmp_path / missing).unlink()
-    else:
-        args.special_tokens = ["<a>"]
-    tokens, line = copy_tokenizer(args, None, tmp_path)
-    assert tokens.eos is None
-    assert re.match(
-        f"no tokenizer files: .*{missing.replace(' ', '-')}.*; --tokenizer FOLDER adds them", line
-    )
 
 
 WRONG = {

@@ -1,0 +1,144 @@
+"""The files of a tokenizer in a model's folder: copied where they do, or made from what training used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_periln.convert.model_folder import TOKENIZER_FILES
+from megatron_periln.convert.tokens import from_sentencepiece, from_tiktoken
+from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
+from megatron_periln.convert.tokens.training_tokenizer import Source, TrainingTokenizer
+
+__all__ = ["Candidate", "candidates"]
+
+_CLASS = "PreTrainedTokenizerFast"
+"""The class for which every transformers takes ``tokenizer.json`` as it is, whatever the ``model_type``."""
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_NAMED = ("unk_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to write the files.
+
+    Parameters
+    ----------
+    name
+        What it is, for people.
+    write
+        Writes the files to a folder.
+    copied
+        It copies files as they are.
+    """
+
+    name: str
+    write: Callable[[Path], None]
+    copied: bool
+
+
+def candidates(source: Source, longest: int) -> list[Candidate]:
+    """Return the ways to write a tokenizer's files, the one that changes least first.
+
+    Parameters
+    ----------
+    source
+        The tokenizer.
+    longest
+        The length of a sequence, in tokens.
+    """
+    tokenizer = source.tokenizer
+    content = _content(tokenizer)
+    found = []
+    if source.folder and ((source.folder / "tokenizer.json").is_file() or content is None):
+        folder = source.folder
+        found.append(Candidate(f"tokenizer files of {folder}", lambda output: _copy(folder, output), True))
+    if content is not None:
+        settings = _settings(source, longest)
+
+        def write(output: Path) -> None:
+            _remove(output)
+            for name, value in (("tokenizer.json", content), ("tokenizer_config.json", settings)):
+                (output / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            if tokenizer.parts.kind == "sentencepiece":  # which llama.cpp reads
+                (output / "tokenizer.model").write_bytes(tokenizer.parts.payload)
+            for name in _TEMPLATES:
+                if source.folder and (source.folder / name).is_file():
+                    shutil.copyfile(source.folder / name, output / name)
+
+        found.append(Candidate(f"tokenizer.json of {tokenizer}, as {_CLASS}", write, False))
+    return found
+
+
+def _copy(folder: Path, output: Path) -> None:
+    _remove(output)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+
+
+def _remove(output: Path) -> None:
+    for name in TOKENIZER_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
+def _content(tokenizer: TrainingTokenizer) -> dict[str, Any] | None:
+    """Return what ``tokenizer.json`` holds; None for a tokenizer that is not made of one.
+
+    Raises
+    ------
+    InexpressibleError
+        If it has a rule for which there is nothing.
+    """
+    parts = tokenizer.parts
+    match parts.kind:
+        case "tokenizers":
+            content = json.loads(parts.payload)
+            return content if parts.settings["add_special_tokens"] else {**content, "post_processor": None}
+        case "sentencepiece":
+            return from_sentencepiece.tokenizer_json(SentencePieceModel.read(parts.payload))
+        case "tiktoken":
+            settings = parts.settings
+            return from_tiktoken.tokenizer_json(
+                parts.payload, settings["pattern"], settings["special_tokens"]
+            )
+    return None
+
+
+def _settings(source: Source, longest: int) -> dict[str, Any]:
+    """Return what ``tokenizer_config.json`` holds."""
+    tokenizer = source.tokenizer
+    tokens = source.training.special_tokens
+    settings: dict[str, Any] = {"tokenizer_class": _CLASS}
+    for name, number in (("bos", tokens.bos), ("eos", tokens.eos), ("pad", tokens.pad)):
+        settings[f"{name}_token"] = source.training.token(number)
+    inner = tokenizer.built._tokenizer.tokenizer
+    if tokenizer.parts.kind == "tokenizers":
+        settings |= {name: str(token) for name in _NAMED if (token := getattr(inner, name, None))}
+        if more := [str(token) for token in getattr(inner, "extra_special_tokens", None) or []]:
+            settings["additional_special_tokens"] = more
+        settings["padding_side"] = inner.padding_side
+        as_text = tokenizer.parts.settings["encode_special_tokens"]
+    else:
+        settings |= {"add_bos_token": False, "add_eos_token": False}
+        if unknown := tokenizer.token(_unknown(tokenizer)):
+            settings["unk_token"] = unknown
+        as_text = tokenizer.parts.kind == "sentencepiece"
+    template = getattr(tokenizer.built, "chat_template", None)
+    if isinstance(template, str):
+        settings["chat_template"] = template
+    return {
+        **settings,
+        "split_special_tokens": as_text,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
+
+
+def _unknown(tokenizer: TrainingTokenizer) -> int | None:
+    number = getattr(tokenizer.built, "unk_id", None)
+    return number if isinstance(number, int) and number >= 0 else None
