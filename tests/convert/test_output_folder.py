@@ -130,7 +130,7 @@ def test_tool_names_the_target_and_why(saved, tool, tmp_path, capsys):
         ("absent", [], "there is no checkpoint; give the folder that --save wrote"),
         ("", ["--ckpt-step", "99"], "there is no iter_0000099"),
         ("iter_0000007", [], "is one checkpoint; give the folder above it"),
-        ("", ["--tokenizer", "absent"], "holds no tokenizer.json; give a tokenizer's folder"),
+        ("", ["--tokenizer", "absent"], "--tokenizer absent: no such folder, nor a file; give a tokenizer's"),
     ],
 )
 def test_bad_input_is_one_clear_error(saved, tool, tmp_path, capsys, load, arguments, message):

@@ -195,7 +195,7 @@ def _given(args: Namespace, given: Path) -> TrainingTokenizer:
         else:
             model = given / "tokenizer.model"
     elif not given.is_file():
-        raise UsageError(f"--tokenizer {given}: no such folder, nor a file")
+        raise UsageError(f"--tokenizer {given}: no such folder, nor a file; give a tokenizer's folder")
     elif kind not in (*_SENTENCEPIECE, "TikTokenizer"):
         kind = "TikTokenizer" if given.suffix == ".json" else "SentencePieceTokenizer"
     values = {**vars(args), "tokenizer_type": kind, "tokenizer_model": str(model)}
