@@ -51,7 +51,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--output-norm-init",
         choices=("ones", "depth-scaled"),
         default="ones",
-        help="output norms' weights start at 1, or at 1/sqrt(num_layers); default: ones",
+        help="start at 1, or at 1/sqrt(num_layers); default: ones",
     )
     group.add_argument(
         "--freeze-output-norm", action="store_true", help="keep output norms' weights at their start"

@@ -27,7 +27,7 @@ BAD_FLAGS = {
             "5 things are wrong with these flags:",
             "--norm-placment peri",
             "'sandwich'",
-            "--fp8-format needs a GPU",
+            "--fp8-format: FP8 and FP4 need a GPU",
             "--openai-gelu",
             "--sft is not part",
         ],
@@ -63,7 +63,10 @@ BAD_FLAGS = {
         "--norm-placement output --fuse-pre-mlp-norm",
         ["--fuse-pre-mlp-norm", "--norm-placement output has not both norms", "drop one of them"],
     ),
-    "fp8 on the CPU": ("--fp8-format hybrid", ["--fp8-format needs a GPU", "--device cpu", "use --bf16"]),
+    "fp8 on the CPU": (
+        "--fp8-format hybrid",
+        ["--fp8-format: FP8 and FP4 need a GPU", "--device cpu; drop it, or give --without-fp8"],
+    ),
     "checkpoint arguments without checkpoint": (
         "--use-checkpoint-args",
         ["--use-checkpoint-args needs a checkpoint", "give --load or --pretrained-checkpoint"],
