@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 20 * 60
+WAYS = ("pre", "peri", "fused-next")
 MONITORED = (
     *("--num-layers", "24", "--hidden-size", "2048", "--num-attention-heads", "16", "--seq-length", "4096"),
     *("--micro-batch-size", "1", "--bf16", "--transformer-impl", "transformer_engine", "--rounds", "12"),
@@ -67,7 +68,7 @@ def tests(*paths: str, limit: int, label: str = "tests", under: tuple[str, ...] 
 
 def checks_on_gpu() -> list[Check]:
     """Return what is run on a GPU, most telling first."""
-    quick = ("--rounds", "12", "--size")
+    quick = ("--rounds", "5", "--size")
     middle, large = (*quick, "1.5B"), (*quick, "3.2B", "--micro-batch-size", "1")
     sweep = ("--sweep", "--hidden-sizes", "2048", "4096", "8192", "--rounds", "2")
     checks = [
@@ -75,6 +76,8 @@ def checks_on_gpu() -> list[Check]:
         script("kernel", "--rounds", "3", limit=240),
         step("1.5B-bf16", *middle, "--profile", memory=70),
         step("1.5B-fp8-delayed", *middle, "--fp8", "delayed", "--profile", memory=70),
+        script("host_time", "--device", "cuda", limit=60),
+        step("1.5B-graphs", *middle, "--variants", "pre", *(f"{way}+graphs" for way in WAYS), memory=70),
         step("400M-bf16", *quick, "400M", "--micro-batch-size", "4"),
         step("3.2B-bf16", *large, memory=110),
         step("3.2B-fp8-delayed", *large, "--fp8", "delayed", memory=110),
@@ -101,6 +104,7 @@ def checks_on_cpu() -> list[Check]:
         script("kernel", *kernel, limit=120),
         script("kernel", *kernel, "--sweep", limit=120, label="kernel-sweep"),
         step("tiny", *tiny, "--variants", "pre", "peri", "peri:triton", "fused-next", "unfused"),
+        script("host_time", "--turns", "1", "--rounds", "1", limit=120),
         script("kernel_resources", "--hidden-sizes", "2048", limit=120),
         script("monitor_cost", *cpu, "--num-layers", "2", "--hidden-size", "64", "--rounds", "2", limit=120),
     ]

@@ -10,8 +10,10 @@ import torch
 __all__ = ["build_gpt", "start_megatron"]
 
 
-def start_megatron(device: str, micro_batch_size: int, num_microbatches: int = 1) -> None:
-    """Start Megatron on ``device``, ``"cuda"`` or ``"cpu"``."""
+def start_megatron(
+    device: str, micro_batch_size: int, num_microbatches: int = 1, *, graphs: bool = False
+) -> None:
+    """Start Megatron on ``device``, ``"cuda"`` or ``"cpu"``; with ``graphs``, generators fit CUDA graphs."""
     if device == "cpu":
         from megatron_periln import cpu
 
@@ -25,7 +27,7 @@ def start_megatron(device: str, micro_batch_size: int, num_microbatches: int = 1
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, use_cudagraphable_rng=graphs)
     batch = micro_batch_size * num_microbatches
     init_num_microbatches_calculator(0, None, batch, micro_batch_size, 1, False)
 

@@ -125,6 +125,7 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.size = options, SIZES[options.size]
+        self.graphs: dict[str, list[Any]] = {}  # of the variants that were captured
         self.model, self.optimizer, self.gpt = self._build()
         shape = (options.micro_batch_size, options.seq_length)
         self.tokens = torch.randint(0, self.size.vocab_size, shape, device="cuda")
@@ -203,10 +204,17 @@ class Trainer:
         return model, get_megatron_optimizer(adam, [model]), gpt
 
     def take(self, variant: str) -> None:
-        """Make the model ``pre``, ``peri``, ``fused-next`` or ``unfused``; ``peri:BACKEND`` if not auto."""
+        """Make the model ``pre``, ``peri``, ``fused-next`` or ``unfused``.
+
+        ``peri:BACKEND`` if its backend isn't auto; ``WAY+graphs`` for layers in CUDA graphs.
+        """
         from megatron_periln.norms import kernels
 
-        way, _, backend = variant.partition(":")
+        name, _, graphs = variant.partition("+")
+        way, _, backend = name.partition(":")
+        if graphs not in ("", "graphs"):
+            raise ValueError(f"unknown variant {variant!r}: a way, or one with +graphs")
+        self._use_graphs(variant if graphs else None)
         kernels.use_backend(backend or "auto")
         for (layer, name, _), bda in zip(self.bdas, self.ways[way], strict=True):
             setattr(layer, name, bda)
@@ -222,6 +230,30 @@ class Trainer:
             if way in ("peri", "fused-next"):
                 layer.self_attn_bda.norm.compute_next(parts[0] if fused else None)
         self.gpt.embedding.norm.bypassed = way == "pre"
+
+    def _use_graphs(self, variant: str | None) -> None:
+        """Have the layers replay the graphs of ``variant``, captured in its first step; None for none.
+
+        A graph holds the modules that a layer had when it was captured: each variant has its own graphs.
+        """
+        from megatron.core.transformer.cuda_graphs import (
+            CudaGraphManager,
+            _CudagraphGlobalRecord,
+            annotate_first_last_layer,
+        )
+
+        layers, config = self.gpt.decoder.layers, self.gpt.config
+        for layer in layers:
+            layer._modules.pop("cudagraph_manager", None)
+        config.cuda_graph_impl = "none" if variant is None else "local"
+        if variant is None:
+            return
+        _CudagraphGlobalRecord.cudagraph_created = variant in self.graphs
+        annotate_first_last_layer(layers)
+        if variant not in self.graphs:
+            self.graphs[variant] = [CudaGraphManager(config) for _ in layers]
+        for layer, manager in zip(layers, self.graphs[variant], strict=True):
+            layer.cudagraph_manager = manager
 
     def step(self) -> Any:
         """Run one training step: microbatches, gradient reduction and Adam; return the losses."""
