@@ -7,6 +7,7 @@ that of megatron_periln/training/parsing.py):
   themselves;
 - ``training/checks.py:MODEL`` and ``training/mask_checks.py:MASKS``: once a checkpoint's arguments are
   adopted (``--use-checkpoint-args``), before Megatron's validation;
+- ``training/packages.py:PACKAGES``: packages that flags need and that are not installed;
 - ``cpu/flags.py:GPU_ONLY``: what ``--device cpu`` has no counterpart of;
 - ``training/evaluation_checks.py:EVALUATION``: once Megatron has validated and completed the arguments.
 

@@ -9,9 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from megatron.core.quantization.utils import load_quantization_recipe
 from megatron.core.transformer.enums import AttnBackend
 
@@ -229,19 +227,6 @@ def _biased_experts(args: Namespace) -> Iterator[str]:
         yield "--num-experts: GELU is not fused with biases of experts; give --no-bias-gelu-fusion"
 
 
-def _asynchronous_saves(args: Namespace) -> Iterator[str]:
-    if not (args.async_save and args.use_persistent_ckpt_worker and args.save is not None):
-        return
-    try:
-        get_async_strategy(args.async_strategy)
-    except ImportError:
-        yield (
-            f"--async-save with --async-strategy {args.async_strategy} needs the package "
-            "nvidia-resiliency-ext, which is not installed, or not in a version that Megatron can use; "
-            "install it, or give --async-strategy mcore"
-        )
-
-
 MODEL: tuple[Check, ...] = (
     _layers,
     _layers_config,
@@ -294,17 +279,10 @@ MODEL: tuple[Check, ...] = (
         "--multiple-validation-sets needs --full-validation; give it too, or drop both",
     ),
     Rule(
-        lambda args: args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS,
-        "--optimizer {optimizer} needs the package emerging-optimizers, which is not installed; "
-        "install it, or choose adam or sgd",
-        {"optimizer": "adam"},
-    ),
-    Rule(
         lambda args: args.dist_ckpt_strictness.startswith("return_"),
         "--dist-ckpt-strictness {dist_ckpt_strictness}: megatron-core's training can't take the "
         "keys that it returns; give log_unexpected or log_all, which print them",
     ),
-    _asynchronous_saves,
 )
 """What can't be built of the model that the flags, or a checkpoint's arguments, describe, or not here."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_periln.cpu.flags import low_precision
 from megatron_periln.data.split import is_divided
+from megatron_periln.training.packages import installed
 from megatron_periln.vocabulary_files import KINDS
 
 __all__ = ["idle_flags", "is_idle"]
@@ -36,6 +37,10 @@ _Condition = Callable[[Namespace], Any]
 def _needs(flag: str, attribute: str | None = None) -> tuple[_Condition, str]:
     name = attribute or flag.removeprefix("--").replace("-", "_")
     return lambda args: getattr(args, name, None), f"it needs {flag}"
+
+
+def _package(name: str, module: str) -> tuple[_Condition, str]:
+    return lambda args: installed(module), f"it needs the package {name}"
 
 
 def _never(reason: str) -> tuple[_Condition, str]:
@@ -135,6 +140,7 @@ _CHECKPOINTS: _Rows = (
         "ckpt_assume_constant_structure|log_progress",
         _needs("--save"),
     ),
+    ("async_save", _needs("--use-persistent-ckpt-worker")),
     ("async_(strategy|ckpt_.*)|use_persistent_ckpt_worker", _needs("--async-save")),
     (
         "no_load_(optim|rng)|ckpt_step|exit_on_missing_checkpoint|ckpt_fully_parallel_load.*|finetune|"
@@ -327,6 +333,8 @@ _FEATURES: _Rows = (
     ("memory_snapshot_path", _needs("--record-memory-history")),
     ("manual_gc_.*", _needs("--manual-gc")),
     ("inprocess_.+(?<!restart)", _needs("--inprocess-restart")),
+    ("inprocess_restart", _package("nvidia-resiliency-ext", "nvidia_resiliency_ext")),
+    ("log_energy", _package("nvidia-ml-py", "pynvml")),
     ("calc_ft_timeouts|ft_num_warmup_iters", _needs("--enable-ft-package")),
     ("straggler_.*|disable_straggler_on_startup", _needs("--log-straggler")),
     ("adlr_autoresume_interval", _needs("--adlr-autoresume")),

@@ -43,6 +43,7 @@ from megatron_periln.training.model_settings import (
     refuse_other_model,
 )
 from megatron_periln.training.norm_backend import choose_norm_backend
+from megatron_periln.training.packages import PACKAGES, save_asynchronously_without_nvrx
 from megatron_periln.training.placement_checkpoint import (
     adopt_saved_placement,
     consumed_samples,
@@ -187,7 +188,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if not problems.texts:
         refuse_other_placement(args, placement)
     changes = without_low_precision(args) if args.without_fp8 else []
-    changes += make_flags_act(args)
+    changes += [*make_flags_act(args), *save_asynchronously_without_nvrx(args)]
     with problems.caught():
         changes += [*accept_the_last_size(args), *translate_rampup(args)]
     adapted: list[str] = []
@@ -195,7 +196,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         problems.find(args, GPU_ONLY)
         adapted = adapt_arguments(args)
     problems.find(args, SIZES, final=True)
-    problems.find(args, (*MODEL, *MASKS))
+    problems.find(args, (*MODEL, *MASKS, *PACKAGES))
     if not problems.texts:
         _tell(args, "Flags that change nothing in this run:", [*problems.harmless, *idle])
         _tell(args, "Flags that act otherwise than in Megatron:", changes)

@@ -59,20 +59,6 @@ def test_an_fp32_residual_needs_norms_that_stand_apart(monkeypatch, pattern):
     refuse(args, MODEL)
 
 
-def test_asynchronous_saves_need_their_package(monkeypatch):
-    """As on a GPU: on the CPU the other writer takes their place."""
-    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
-    flags = f"{ENOUGH} --async-save --use-persistent-ckpt-worker --num-layers 2 --norm-placement pre"
-    monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
-    args = parse_args(add_arguments)
-    with pytest.raises(
-        UsageError, match=r"nvidia-resiliency-ext, which is not installed.* --async-strategy mcore"
-    ):
-        refuse(args, MODEL)
-    args.async_strategy = "mcore"
-    refuse(args, MODEL)
-
-
 LAYERS = "--heterogeneous-layers-config"
 LOCAL = "--transformer-impl local"
 EXPERTS = f"{LOCAL} --num-experts 4 --moe-router-topk 1"

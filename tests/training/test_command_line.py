@@ -207,7 +207,11 @@ def test_only_the_first_rank_speaks(refused):
 
 MISSING_PACKAGES = {
     "optimizer": ("--optimizer muon", "emerging_optimizers", ["emerging-optimizers", "choose adam or sgd"]),
-    "tracking": ("--wandb-project x --wandb-exp-name y", "wandb", ["Python package wandb is not installed"]),
+    "tracking": (
+        "--wandb-project x --wandb-exp-name y",
+        "wandb",
+        ["--wandb-project needs the package wandb", "pip install 'megatron-periln[wandb]'"],
+    ),
 }
 
 
