@@ -13,6 +13,8 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.quantization.utils import load_quantization_recipe
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_periln import cpu
+from megatron_periln.cpu.flags import LOW_PRECISION
 from megatron_periln.errors import UsageError
 from megatron_periln.models.hybrid import why_no_place
 from megatron_periln.norms.arguments import placement_of, why_norms_stay_apart
@@ -28,6 +30,14 @@ _OTHER_TRAINING = {
     "logits_load_dir": ("--logits-load-dir", None),
     "hybrid_context_parallel": ("--hybrid-context-parallel", False),
 }
+
+_WITH_LOW_PRECISION = (
+    "fp8_param_gather",
+    "fp4_param_gather",
+    "moe_router_padding_for_fp8",
+    "moe_router_padding_for_quantization",
+    "reuse_grad_buf_for_mxfp8_param_ag",
+)
 
 _COUNTS = {
     "num_layers": "--num-layers",
@@ -98,6 +108,18 @@ def _other_training(args: Namespace) -> Iterator[str]:
             yield f"{flag} is not part of GPT pretraining with a norm placement; drop it"
 
 
+def _low_precision(args: Namespace) -> Iterator[str]:
+    """Yield what goes with FP8 or FP4, and is given without; ``--device cpu`` refuses it as a whole."""
+    if args.fp8 or args.fp4 or cpu.is_active():
+        return
+    for name in _WITH_LOW_PRECISION:
+        flag, without = LOW_PRECISION[name]
+        if getattr(args, name) != without:
+            setattr(args, name, without)
+            needed = "--fp4-format" if "fp4" in flag else "--fp8-format"
+            yield f"{flag} needs {needed}; give it too, or drop {flag}"
+
+
 def _non_persistent_folder(args: Namespace) -> Iterator[str]:
     if args.non_persistent_ckpt_type != "global" or not args.non_persistent_global_ckpt_dir:
         return
@@ -122,6 +144,7 @@ def _launcher(_: Namespace) -> Iterator[str]:
 
 AS_PARSED: tuple[Check, ...] = (
     _other_training,
+    _low_precision,
     Rule(
         lambda args: args.save and args.save_interval is None,
         "--save needs --save-interval, the iterations between checkpoints",

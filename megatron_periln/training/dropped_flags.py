@@ -51,6 +51,16 @@ DROPPED: tuple[Check, ...] = (
         "mrope, learned_absolute or none",
     ),
     Rule(
+        lambda args: (
+            not args.add_position_embedding
+            and args.position_embedding_type == "learned_absolute"
+            and not args.use_rotary_position_embeddings
+        ),
+        "--no-position-embedding: megatron-core reads --position-embedding-type in its place; give "
+        "--position-embedding-type none, or rope",
+        {"add_position_embedding": True, "position_embedding_type": "none"},
+    ),
+    Rule(
         lambda args: args.relative_attention_num_buckets != 32 or args.relative_attention_max_distance != 128,
         "--relative-attention-num-buckets and --relative-attention-max-distance belong to T5; drop them",
     ),
@@ -160,6 +170,9 @@ def make_flags_act(args: Namespace) -> list[str]:
         Megatron's and ours, before their validation; changed in place. ``embedding_norm`` is True or False.
     """
     lines = []
+    args.add_position_embedding = (
+        True  # --position-embedding-type says which; Megatron takes rope alone beside it
+    )
     if args.eval_interval is None and (args.skip_train or args.full_validation):
         args.eval_interval = sys.maxsize  # at the end alone: Megatron divides by it where it resumes
     elif args.eval_interval is None:

@@ -35,6 +35,19 @@ def check(monkeypatch):
 
 def test_enough_is_enough(check):
     check(ENOUGH)
+    check(f"{ENOUGH} --fp8-format hybrid --fp8-param-gather")
+
+
+def test_what_goes_with_fp8_is_one_message_without(check, monkeypatch):
+    """As on a GPU: the CPU has neither, and says so."""
+    monkeypatch.setattr("megatron_periln.cpu.is_active", lambda: False)
+    with pytest.raises(UsageError, match="3 things are wrong") as refusal:
+        check(
+            f"{ENOUGH} --fp8-param-gather --moe-router-padding-for-quantization "
+            "--reuse-grad-buf-for-mxfp8-param-ag --fp8-recipe blockwise"
+        )
+    for flag in ("--fp8-param-gather", "--moe-router-padding-for-quantization"):
+        assert f"  {flag} needs --fp8-format; give it too, or drop {flag}" in str(refusal.value)
 
 
 def test_an_interval_is_missing(check):

@@ -97,6 +97,13 @@ def test_what_a_norm_cancels_is_not_named_without_the_norm():
     assert "--moe-router-topk-scaling-factor changes" not in trials.parse(f"{trials.GQA} {scaling}")[1]
 
 
+@pytest.mark.parametrize("kind", ["none", "rope", "yarn --rotary-scaling-factor 4"])
+def test_no_position_embedding_says_nothing_beside_its_type(kind):
+    """Megatron refuses it beside any type but rope."""
+    args = arguments("dense", f"--position-embedding-type {kind} --no-position-embedding")
+    assert args == arguments("dense", f"--position-embedding-type {kind}")
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "error"),
     [
@@ -106,6 +113,7 @@ def test_what_a_norm_cancels_is_not_named_without_the_norm():
             "reads it no more; drop it, --norm-placement",
         ),
         ("dense", "--openai-gelu", "reads it no more"),
+        ("dense", "--position-embedding-type learned_absolute --no-position-embedding", "type none, or rope"),
         ("dense", "--dist-ckpt-save-pre-mcore-014", "reads it no more; drop it"),
         ("dense", "--exit-signal-handler-for-dataloader", "give --exit-signal-handler"),
         ("dense", "--rope-scaling-factor 32", "--rope-scaling-factor needs --use-rope-scaling"),

@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_periln.checkpoints import rendezvous
+from megatron_periln.cpu import cuda_surface
 from megatron_periln.errors import RankError, UsageError
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.norms import PERI
@@ -89,14 +90,20 @@ def mistaken_condition():
 
 
 def lost_connection():
-    schedule(lr_decay_steps=Lost())
+    def lose():
+        raise torch.distributed.DistBackendError("NCCL")
+
+    schedule(lr_decay_steps=Compared(lose))
 
 
-class Lost:
-    """Raise an error inside Megatron, when it compares."""
+class Compared:
+    """Call a function inside Megatron, when it compares."""
+
+    def __init__(self, function):
+        self.function = function
 
     def __gt__(self, other):
-        raise torch.distributed.DistBackendError("NCCL")
+        self.function()
 
 
 FAILURES = {
@@ -107,6 +114,10 @@ FAILURES = {
     "a condition": (
         mistaken_condition,
         r"^Megatron fails with these flags: TypeError: .* \(megatron/core/optimizer_param_scheduler.py:\d+\)",
+    ),
+    "no counterpart on the CPU": (
+        lambda: schedule(lr_decay_steps=Compared(lambda: cuda_surface._unmapped())),
+        r"RuntimeError: a CUDA function without .*\(megatron/core/optimizer_param_scheduler.py:\d+\)",
     ),
     "inside torch": (
         lambda: schedule(lr_decay_steps=torch.ones(2)),
