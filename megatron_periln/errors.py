@@ -15,7 +15,15 @@ FLAG = "--traceback"
 
 
 class UsageError(Exception):
-    """Bad input: the message says what was wrong, where, and what to do."""
+    """Bad input: the message says what was wrong, where, and what to do.
+
+    Attributes
+    ----------
+    status
+        What training, which it ends, is to end with.
+    """
+
+    status = 1
 
 
 class RankError(UsageError):

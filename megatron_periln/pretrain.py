@@ -87,7 +87,7 @@ def main() -> None:
     except UsageError as error:
         tell(error, speaks=isinstance(error, RankError) or os.environ.get("RANK", "0") == "0")
         _tell_torchrun(str(error))
-        sys.exit(1)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted: what has been saved is complete", file=sys.stderr, flush=True)

@@ -81,6 +81,15 @@ class Rendezvous:
         except torch.distributed.DistError:  # the store has gone with rank 0, which does not end silently
             return False
 
+    def another_has_spoken(self) -> bool:
+        """Tell whether another rank has met an error and tells of it, so that this one need not."""
+        try:
+            return self.size > 1 and bool(
+                self._store.check(["error/first"]) or self._store.add("error/others", 0)
+            )
+        except torch.distributed.DistError:  # the store has gone with rank 0
+            return False
+
     @staticmethod
     def _poll(condition: Callable[[], bool]) -> bool:
         """Return whether a condition becomes true within a few seconds."""

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.rerun_state_machine import Call, Caller
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -135,4 +136,6 @@ def restrict() -> None:
         value.seek(0)
         load_bytes(self, read_item, value)
 
+    # Named tuples, of a checkpoint that the rerun state machine has saved at a NaN.
+    torch.serialization.add_safe_globals([Call, Caller])
     DefaultLoadPlanner.load_bytes = checked  # type: ignore[method-assign]

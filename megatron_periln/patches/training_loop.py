@@ -18,7 +18,13 @@ from megatron.training import training
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["Observer", "keep_batches_of_validation_and_test_apart", "observe", "skip_validation"]
+__all__ = [
+    "Observer",
+    "before_exit",
+    "keep_batches_of_validation_and_test_apart",
+    "observe",
+    "skip_validation",
+]
 
 
 class Observer(Protocol):
@@ -218,3 +224,28 @@ def _changed(args: Namespace, **changed: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
+
+
+@changes(
+    "megatron.training.training.train_step",
+    why="at a loss or gradient that is NaN a step has a checkpoint saved and the run ended: without `--save` "
+    "too, a TypeError about paths, and with weights that are NaN themselves. There is no hook to say "
+    "otherwise, or what has happened",
+    until="patches/test_training_loop.py::test_upstream_still_saves_at_a_nan_wherever_it_may_be",
+)
+def before_exit(decide: Callable[[int, list[Any], bool, int], tuple[bool, int]]) -> None:
+    """Let ``decide`` see on every rank the step with which a run ends, because of what the step gave.
+
+    It is given the iteration, from 1 on, the model, whether the loop is to save a checkpoint, and the status
+    with which it is to exit, and returns the latter two.
+    """
+    train_step = training.train_step
+
+    def last_step(*args: Any, iteration: int, **kwargs: Any) -> Any:
+        result = train_step(*args, iteration=iteration, **kwargs)
+        losses, skipped, should_checkpoint, should_exit, exit_code, *others = result
+        if should_exit:
+            should_checkpoint, exit_code = decide(iteration + 1, args[2], should_checkpoint, exit_code)
+        return losses, skipped, should_checkpoint, should_exit, exit_code, *others
+
+    training.train_step = last_step

@@ -127,7 +127,7 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> Loss:
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     tokens = mask.sum().detach().to(torch.int)
-    _validate(loss)
+    _validate(loss.detach().clone())  # for later: pipelines free the loss itself
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import time
 from argparse import Namespace
@@ -16,6 +17,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import guard, local
+from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.errors import UsageError
 from megatron_periln.files import allow_open_files
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
@@ -29,6 +31,7 @@ from megatron_periln.patches import checkpoint_choice, fixes, training_loop
 from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.cudnn_check import cudnn_in_one_line, refuse_old_cudnn
 from megatron_periln.training.datasets.gpt_datasets import check_data, train_valid_test_datasets
+from megatron_periln.training.divergence import Divergence
 from megatron_periln.training.evaluation_checks import why_no_validation
 from megatron_periln.training.forward_step import forward_step
 from megatron_periln.training.parsing import parse
@@ -36,6 +39,11 @@ from megatron_periln.training.placement_checkpoint import refuse_other_local_pla
 from megatron_periln.training.refusals import refusals_in_one_line
 
 __all__ = ["embedding_ranks", "model_config_of", "run"]
+
+# How gloo and NCCL, and the store of the ranks, tell that another rank is gone.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection reset|Broken pipe|Socket closed|remote process exited"
+)
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
@@ -102,7 +110,13 @@ def run(program_start: float) -> None:
 
         install(args)
     try:
-        with cudnn_in_one_line(args), refusals_in_one_line(args), _explained_schedule():
+        with (
+            cudnn_in_one_line(args),
+            refusals_in_one_line(args),
+            _explained_schedule(),
+            Divergence(args).in_one_line(),
+            _silent_where_another_rank_speaks(args),
+        ):
             wrapped_pretrain(
                 configuration,
                 train_valid_test_datasets,
@@ -117,6 +131,17 @@ def run(program_start: float) -> None:
         if args.exit_signal_handler:
             # Python would restore the default while it ends, and a late signal make a saved run fail.
             signal.signal(args.exit_signal, signal.SIG_IGN)
+
+
+@contextmanager
+def _silent_where_another_rank_speaks(args: Namespace) -> Iterator[None]:
+    """End with status 1 where the connection to a rank is lost that has told of its error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _LOST.search(str(error)) and Rendezvous(args).another_has_spoken():
+            raise SystemExit(1) from error
+        raise
 
 
 @contextmanager

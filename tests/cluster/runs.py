@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "examples" / "slurm"
 LAST = 24
 MODEL = f"{COMMON} {ARCHITECTURES['dense']} --norm-placement peri --use-distributed-optimizer"
-MODEL += f" --dist-ckpt-optim-fully-reshardable --eval-iters 0 --train-iters {LAST}"
+MODEL += f" --dist-ckpt-optim-fully-reshardable --eval-iters 0 --train-iters {LAST} --num-workers 2"
 _INSIDE = str(Path(__file__).with_name("inside"))
 _STEP = re.compile(r"step (\d+): (\S+) (\S+)\n")
 

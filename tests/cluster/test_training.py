@@ -10,6 +10,7 @@ from tests.cluster.hosts import until
 from tests.cluster.runs import LAST, ROOT
 
 RANK = "python[0-9.]* -u -m megatron_periln.pretrain"
+TORCHRUN = "python[0-9.]* -m torch.distributed.run"
 
 
 def assert_same(run, reference):
@@ -82,6 +83,25 @@ def test_killed_rank_and_crashed_node(cluster, trainer, undisturbed):
     cluster.wait_for_nodes()
 
 
+def test_killed_torchrun(cluster, trainer, undisturbed):
+    """Its ranks end with it, while they save asynchronously, and their data workers with them."""
+    number, run = trainer.submit(
+        "launcher",
+        "--save-interval 2 --async-save --use-persistent-ckpt-worker",
+        "--nodes=2",
+        slow=0.7,
+    )
+    run.wait_for(6)
+    cluster.on("node2", "pkill", "-KILL", "-f", f"^[^ ]*{TORCHRUN}")
+    run.wait_for(8, start=1)
+    assert cluster.on("node2", "pgrep", "-c", "-f", RANK).strip() == "9", (
+        "a rank, two workers for each of three datasets, the writer and its queue: none of the killed one's"
+    )
+    job = cluster.wait(number)
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 1)
+    assert_same(run, undisturbed("", 2))
+
+
 def test_cancelled_with_a_slow_checkpoint(cluster, trainer, undisturbed):
     """Its save takes longer than torchrun and SLURM wait; a job that depends on it goes on."""
     number, run = trainer.submit("cancelled", "--save-interval 1000", "--nodes=2", slow=1, SLOW_SAVE="45")
@@ -102,7 +122,7 @@ def test_srun_and_asynchronous_saves(cluster, trainer, undisturbed):
     """A rank a task; the save that the warning asks for is whole before the ranks end."""
     number, run = trainer.submit(
         "srun",
-        "--save-interval 2 --async-save",
+        "--save-interval 2 --async-save --use-persistent-ckpt-worker",
         "--nodes=2",
         "--ntasks-per-node=1",
         script="pretrain_srun.sbatch",

@@ -153,3 +153,27 @@ def test_there_is_no_test_of_no_batches(monkeypatch):
     upstream.build_iterators("provider")
     assert upstream.build_loaders("provider") == ("train", None, "test")
     assert args.do_test is False
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_step_that_ends_a_run_may_be_left_unsaved(monkeypatch, last):
+    result = ({}, True, True, last, 16 if last else 0, None, None, 0)
+    monkeypatch.setattr(training, "train_step", lambda *args, **kwargs: result)
+    seen = []
+
+    def decide(*given):
+        seen.append(given)
+        return False, 17
+
+    training_loop.before_exit(decide)
+    step = training.train_step("forward", "data", ["model"], "optimizer", iteration=4, pg_collection="groups")
+    assert step == (({}, True, False, True, 17, None, None, 0) if last else result)
+    assert seen == ([(5, ["model"], True, 16)] if last else [])
+
+
+def test_upstream_still_saves_at_a_nan_wherever_it_may_be():
+    """Once the loop asks for ``--save`` here, and whether the weights are finite, the change may go."""
+    train = inspect.getsource(training.train)
+    assert "        if should_checkpoint:\n            save_checkpoint_and_time(" in train
+    step = inspect.getsource(training.train_step)
+    assert "if should_exit:\n        return {}, True, should_checkpoint, should_exit, exit_code," in step

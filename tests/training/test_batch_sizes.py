@@ -29,6 +29,12 @@ def test_batches_grow_as_asked_and_go_on_growing_after_a_resume(jobs):
     assert resumed.curve == straight.curve[8:]
 
 
+def test_the_ramp_of_a_recipe(jobs):
+    """Apertus's, shrunk: megatron-core alone trains with 8 from the start."""
+    flags = "--global-batch-size 8 --rampup-batch-size 4 4 8 --train-iters 3"
+    assert batch_sizes(jobs.run("ramp-of-a-recipe", f"{MODEL} {flags}")) == {0: 4, 4: 4, 8: 8}
+
+
 def arguments(**changes):
     given = {"rampup_batch_size": ["2", "2", "24"], "global_batch_size": 6, "seq_length": 64}
     given |= {"step_batch_size_schedule": None, "decrease_batch_size_if_needed": False}
