@@ -129,7 +129,9 @@ def _vocabulary_of(data_path: list[str]) -> int | None:
     from megatron_periln.data.indexed.sidecar import Sidecar, is_sidecar, sidecar_path
 
     sidecars = (sidecar_path(word) for word in data_path)
-    return next((Sidecar.read(path).tokenizer["vocab_size"] for path in sidecars if is_sidecar(path)), None)
+    return next(
+        (Sidecar.read_summary(path).tokenizer["vocab_size"] for path in sidecars if is_sidecar(path)), None
+    )
 
 
 def count_described_parameters(args: Namespace) -> int | None:

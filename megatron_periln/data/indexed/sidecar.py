@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,9 @@ _TOKENIZER: dict[str, Any] = {
     "encoder": str,
 }
 _INPUT: dict[str, Any] = {"path": str, "bytes": int}
+# What grows with the number of input files. It stands last, so that others need not read it.
+_LISTS: dict[str, type] = {"command": list, "inputs": list, "plan": dict}
+_HEAD_BYTES = 1 << 16
 _SHA256: dict[str, Any] = {"bin": str, "idx": str}
 
 
@@ -93,7 +97,9 @@ class Sidecar:
 
     def to_json(self) -> str:
         """Return the sidecar as indented JSON with a line end."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        fields = dataclasses.asdict(self)
+        lists = {name: fields.pop(name) for name in _LISTS}
+        return json.dumps({**fields, **lists}, indent=2) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write to ``path``; an old file there is replaced at once.
@@ -115,10 +121,22 @@ class Sidecar:
         PreprocessError
             If the file cannot be read, is malformed, is of a newer format, or lacks a field.
         """
+        return cls._of(path, lambda: json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def read_summary(cls, path: str | Path) -> Sidecar:
+        """Read ``path`` as `read` does, but for what lists input files: ``inputs``, ``command`` and ``plan``.
+
+        They may be tens of thousands, in every part of a dataset.
+        """
+        return cls._of(path, lambda: _summary(Path(path)))
+
+    @classmethod
+    def _of(cls, path: str | Path, load: Callable[[], Any]) -> Sidecar:
         try:
             if (size := Path(path).stat().st_size) > MOST_BYTES:
                 raise PreprocessError(f"{path}: {size} bytes, too many for the sidecar of a dataset")
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = load()
         except OSError as error:
             raise PreprocessError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
@@ -138,6 +156,17 @@ class Sidecar:
         for number, item in enumerate(content["inputs"]):
             _check_fields(path, item, _INPUT, f"inputs[{number}].")
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+
+
+def _summary(path: Path) -> Any:
+    with path.open("rb") as stream:
+        head, found, _ = stream.read(_HEAD_BYTES).partition(f',\n  "{next(iter(_LISTS))}": '.encode())
+    content = {name: kind() for name, kind in _LISTS.items()}
+    if found:
+        content |= json.loads(head + b"}")
+    if content.keys() >= {field.name for field in dataclasses.fields(Sidecar)}:
+        return content
+    return json.loads(path.read_text(encoding="utf-8"))  # of an earlier version, or no sidecar
 
 
 def sidecar_path(prefix: str | Path) -> Path:

@@ -86,7 +86,7 @@ def check_data(args: Namespace) -> None:
 def _other_tokenizer(args: Namespace, prefix: str, info: IndexedDatasetInfo) -> str | None:
     """Return what the dataset's sidecar, if it has one, says of its tokenizer, if that is another."""
     try:
-        sidecar = Sidecar.read(sidecar_path(prefix))
+        sidecar = Sidecar.read_summary(sidecar_path(prefix))
     except PreprocessError:  # none, or of a later version
         return None
     if (sidecar.sequences, sidecar.dtype) != (info.sequences, str(info.dtype)):  # of what was here before

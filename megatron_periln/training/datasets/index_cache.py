@@ -136,7 +136,7 @@ def content_of(prefix: str) -> Content:
     bin_, idx = (Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx"))
     sizes = [bin_.st_size, idx.st_size]
     try:
-        sidecar, written = Sidecar.read(sidecar_path(prefix)), sidecar_path(prefix).stat().st_mtime_ns
+        sidecar, written = Sidecar.read_summary(sidecar_path(prefix)), sidecar_path(prefix).stat().st_mtime_ns
         itemsize = np.dtype(sidecar.dtype).itemsize
     except (PreprocessError, OSError, TypeError):  # none that can be read
         pass

@@ -10,6 +10,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -46,6 +47,50 @@ def test_what_is_written_is_read(path: Path) -> None:
     assert is_sidecar(path)
     assert json.loads(path.read_text())["format_version"] == 1
     assert list(path.parent.iterdir()) == [path]
+
+
+MANY = dataclasses.replace(
+    SIDECAR,
+    command=["preprocess_data.py", "--input", *map(str, range(20_000))],
+    inputs=[{"path": f"in/{number}.jsonl", "bytes": 1} for number in range(20_000)],
+    plan={"the input": list(range(20_000))},
+)
+
+
+def test_a_summary_reads_no_more_of_many_inputs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MANY.write(path)
+    assert path.stat().st_size > 1 << 20
+    read: list[int] = []
+    opened = Path.open
+
+    def counting(self: Path, *given: Any, **more: Any) -> Any:
+        stream = opened(self, *given, **more)
+        original = stream.read
+        stream = MagicMock(wraps=stream)
+        stream.__enter__.return_value = stream
+        stream.read.side_effect = lambda *size: read.append(*size) or original(*size)
+        return stream
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", counting)
+        summary = Sidecar.read_summary(path)
+    assert read == [1 << 16]
+    assert summary == dataclasses.replace(MANY, command=[], inputs=[], plan={})
+
+
+def test_a_summary_of_an_earlier_version(path: Path) -> None:
+    """Its lists stand among the other fields."""
+    edited(path, **{name: getattr(MANY, name) for name in ("command", "inputs", "plan")}, created="then")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: content[name] for name in sorted(content)}, indent=2))
+    summary = Sidecar.read_summary(path)
+    assert (summary.tokens, summary.tokenizer, summary.created) == (MANY.tokens, MANY.tokenizer, "then")
+
+
+def test_a_summary_of_damage_is_refused(path: Path) -> None:
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(PreprocessError, match="malformed JSON"):
+        Sidecar.read_summary(path)
 
 
 def test_fields_of_later_versions_are_tolerated(path: Path) -> None:
