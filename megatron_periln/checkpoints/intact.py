@@ -37,7 +37,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def choose_intact_checkpoint(args: Namespace) -> None:
+def choose_intact_checkpoint(args: Namespace) -> bool:
     """Check the checkpoint that ``args`` would load; have an older one loaded if it is broken.
 
     All ranks share the reading, and rank 0 tells in a line which is broken, which file, and which is
@@ -50,19 +50,23 @@ def choose_intact_checkpoint(args: Namespace) -> None:
     args
         Megatron's and ours, parsed. ``ckpt_step`` and ``pretrained_checkpoint`` may change.
 
+    Returns
+    -------
+    bool
+        Whether it is a local checkpoint, whose arguments are known once it is loaded.
+
     Raises
     ------
     UsageError
         On every rank, if there is a checkpoint and none is intact.
     """
     if args.enable_msc:
-        return
+        return False
     ranks = Rendezvous(args)
     newest_local = local.newest_intact(args, ranks)
     _go_on_rather_than_start_anew(args, ranks, newest_local)
     flag = loads_from(args)
-    if getattr(args, flag) is not None:
-        _choose(args, flag, ranks, newest_local)
+    return getattr(args, flag) is not None and not _choose(args, flag, ranks, newest_local)
 
 
 def _go_on_rather_than_start_anew(args: Namespace, ranks: Rendezvous, newest_local: int) -> None:
@@ -93,7 +97,8 @@ def _go_on_rather_than_start_anew(args: Namespace, ranks: Rendezvous, newest_loc
     args.pretrained_checkpoint = None
 
 
-def _choose(args: Namespace, load_arg: str, ranks: Rendezvous, newest_local: int) -> None:
+def _choose(args: Namespace, load_arg: str, ranks: Rendezvous, newest_local: int) -> bool:
+    """Choose among checkpoints that all ranks share; return False if a local one is as new or newer."""
     folder, flag = Path(getattr(args, load_arg)), f"--{load_arg.replace('_', '-')}"
     error, listed = ranks.broadcast(_listed(args, load_arg) if ranks.rank == 0 else None)
     if error is not None:
@@ -102,7 +107,7 @@ def _choose(args: Namespace, load_arg: str, ranks: Rendezvous, newest_local: int
     if args.ckpt_step and newest_local > args.ckpt_step:
         checkpoint_choice.replace_non_persistent({newest_local: -1})
     elif newest_local >= max((one.iteration for one in found), default=0):
-        return
+        return False
     broken: list[str] = []
     for candidate in found:
         name = candidate.path.name if candidate.path.parent == folder else str(candidate.path)
@@ -113,13 +118,14 @@ def _choose(args: Namespace, load_arg: str, ranks: Rendezvous, newest_local: int
             if broken and ranks.rank == 0:
                 print(f"{flag} {folder}: {'; '.join(broken)}; using {name}", flush=True)
             take(args, load_arg, candidate)
-            return
+            return True
         broken.append(f"{name} is broken: {reason}")
     if broken:
         raise UsageError(
             f"{flag} {folder}: {'; '.join(broken)}; restore a file that is named, give another {flag}, "
             "or load it as it is with --checkpoint-verify off"
         )
+    return True
 
 
 def _listed(args: Namespace, load_arg: str) -> tuple[str | None, list[tuple[str, bool]]]:

@@ -169,7 +169,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     UsageError
         As `parse` does.
     """
-    problems = problems or Problems()
+    problems, from_local = problems or Problems(), False
     idle = idle_flags(args, parser)
     problems.find(args, SIZES, final=True)  # once more with a checkpoint's: until then, ranks would wait
     problems.find(args, (*AS_PARSED, *DROPPED))
@@ -177,7 +177,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         problems.final |= args.use_checkpoint_args  # the model is not known
     else:
         put_back(args)
-        choose_intact_checkpoint(args)
+        from_local = choose_intact_checkpoint(args)
         if args.use_checkpoint_args:
             _adopt_checkpoint(args, parser)
     if args.vocab_file or args.merge_file:
@@ -204,7 +204,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if args.rerun_mode == "report_stats":
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
     if not problems.final:
-        _try(args, problems, {line.partition(" ")[0] for line in adapted})
+        _try(args, problems, {line.partition(" ")[0] for line in adapted}, from_local=from_local)
     problems.refuse()
     with refusals_in_one_line(args):
         validate_args(args)
@@ -213,14 +213,15 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     saved = saved_arguments(args, load_arg)
     refuse_other_model(args, saved, str(path.parent if path else args.load))
     data_order.remember(saved)
-    check_batch_sizes(args, consumed_samples(args))
+    if not from_local:  # else it is done once that is loaded, which says how many samples it has seen
+        check_batch_sizes(args, consumed_samples(args))
     check_monitor(args)
     if reason := why_no_validation(args):
         _tell(args, "There is no evaluation while training:", [reason])
     choose_norm_backend(args)
 
 
-def _try(args: Namespace, problems: Problems, adapted: set[str]) -> None:
+def _try(args: Namespace, problems: Problems, adapted: set[str], *, from_local: bool) -> None:
     """Find what Megatron's validation refuses, and what is wrong once it has completed the arguments.
 
     Parameters
@@ -231,6 +232,8 @@ def _try(args: Namespace, problems: Problems, adapted: set[str]) -> None:
         Gets what is found.
     adapted
         The names of arguments that ``--device cpu`` has changed.
+    from_local
+        Whether the run goes on from a local checkpoint.
     """
     trial = try_validation(args)
     problems.cause = problems.cause or trial.error
@@ -242,7 +245,8 @@ def _try(args: Namespace, problems: Problems, adapted: set[str]) -> None:
         return
     problems.find(trial.args, EVALUATION)
     with problems.caught():
-        check_batch_sizes(trial.args, consumed_samples(trial.args))
+        if not from_local:
+            check_batch_sizes(trial.args, consumed_samples(trial.args))
     with problems.caught():
         check_monitor(trial.args)
 

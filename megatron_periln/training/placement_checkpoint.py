@@ -10,6 +10,7 @@ from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
+from megatron_periln.training.batch_sizes import check_batch_sizes
 from megatron_periln.training.datasets import data_order
 from megatron_periln.training.model_settings import refuse_other_model
 
@@ -54,10 +55,11 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
 def refuse_other_local_placement(args: Namespace, placement: NormPlacement, saved: Namespace) -> None:
     """Refuse to load a local checkpoint with the arguments ``saved``, as `refuse_other_placement` does.
 
-    It is what the run goes on from.
+    It is what the run goes on from: the batch sizes still to come are checked too.
     """
     _refuse_another(args, "load", Path(args.non_persistent_local_ckpt_dir) / "local", saved, placement)
     refuse_other_model(args, saved, args.non_persistent_local_ckpt_dir)
+    check_batch_sizes(args, 0 if args.finetune else getattr(saved, "consumed_train_samples", 0))
     data_order.remember(saved)
 
 

@@ -82,6 +82,8 @@ def settings(folder, **others):
     vars(args).update(allow_model_changes=False, moe_use_upcycling=False, hybrid_layer_pattern=None)
     vars(args).update(position_embedding_type="rope", add_bias_linear=False)
     vars(args).update(swiglu=True, quick_geglu=False, squared_relu=False)
+    vars(args).update(seq_length=1, micro_batch_size=4, data_parallel_size=1, gtp_weight_remat_size=1)
+    vars(args).update(step_batch_size_schedule=None)
     vars(args).update(layernorm_zero_centered_gamma=False, layernorm_epsilon=1e-5, **others)
     return args
 
@@ -177,3 +179,15 @@ def test_a_file_that_cannot_be_read_is_one_line(manager):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(RankError, match=f"^{path} can't be read: .*; delete the local checkpoints"):
         manager.load()
+
+
+@pytest.mark.parametrize(("schedule", "fits"), [("0:2 8:4", True), ("0:4 8:6", False)])
+def test_only_batch_sizes_to_come_must_fit(tmp_path, schedule, fits):
+    """Those that the local checkpoint has behind it were looked at, as if there were none."""
+    args = settings(tmp_path, step_batch_size_schedule=schedule)
+    trained = saved(consumed_train_samples=8)
+    if fits:
+        refuse_other_local_placement(args, PERI, trained)
+        return
+    with pytest.raises(UsageError, match="the global batch size of 6 after 8 samples is not divisible"):
+        refuse_other_local_placement(args, PERI, trained)

@@ -2,11 +2,14 @@
 
 import re
 from argparse import Namespace
+from importlib.util import find_spec
 
 import pytest
 
 from megatron_periln.errors import UsageError
+from megatron_periln.training import parsing
 from megatron_periln.training.batch_sizes import accept_the_last_size, check_batch_sizes, translate_rampup
+from tests.training import flag_trials
 from tests.training.model import MODEL
 
 RAMP = f"{MODEL} --global-batch-size 6 --rampup-batch-size 2 2 24 --train-iters 11 --save-interval 8"
@@ -33,6 +36,38 @@ def test_the_ramp_of_a_recipe(jobs):
     """Apertus's, shrunk: megatron-core alone trains with 8 from the start."""
     flags = "--global-batch-size 8 --rampup-batch-size 4 4 8 --train-iters 3"
     assert batch_sizes(jobs.run("ramp-of-a-recipe", f"{MODEL} {flags}")) == {0: 4, 4: 4, 8: 8}
+
+
+@pytest.mark.skipif(find_spec("nvidia_resiliency_ext") is None, reason="no nvidia-resiliency-ext here")
+def test_two_ranks_go_on_from_local_checkpoints_where_the_schedule_is(jobs):
+    """With micro-batches that the first batch size of the schedule, which is behind, could not have."""
+    saves = "--non-persistent-save-interval 4 --non-persistent-ckpt-type local"
+    ramp = f"{MODEL} --global-batch-size 4 --rampup-batch-size 2 2 4 --train-iters 6 --micro-batch-size 1"
+    straight = jobs.run("local", f"{ramp} {saves} --non-persistent-local-ckpt-dir {jobs.folder / 'disk'}", 2)
+    assert list(batch_sizes(straight).values()) == [2, 2, 4, 4, 4, 4]
+    disk = f"--non-persistent-local-ckpt-dir {jobs.folder / 'disk'} --load {jobs.folder / 'none'}"
+    for size in (1, 2):
+        resumed = jobs.run(
+            f"local-{size}", f"{ramp} --micro-batch-size {size} {saves} {disk} --no-load-rng", 2
+        )
+        assert [point["iteration"] for point in resumed.curve] == [5, 6]
+        losses = [point["lm loss"] for point in resumed.curve]
+        assert losses == pytest.approx([point["lm loss"] for point in straight.curve[4:]], abs=2e-6)
+
+
+@pytest.mark.parametrize(("from_local", "refused"), [(True, False), (False, True)])
+def test_a_local_checkpoint_says_later_which_sizes_are_to_come(monkeypatch, tmp_path, from_local, refused):
+    """Its samples are not known before it is loaded: all sizes were taken for sizes to come."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(parsing, "choose_intact_checkpoint", lambda args: from_local)
+    flags = "--norm-placement peri --micro-batch-size 4 --step-batch-size-schedule 0:2␣32:4"
+    flags = f"~--global-batch-size ~--micro-batch-size {flags}"
+    if not refused:
+        flag_trials.parse(flags)
+        return
+    with pytest.raises(UsageError, match="the global batch size of 2 after 0 samples is not divisible"):
+        flag_trials.parse(flags)
 
 
 def arguments(**changes):
