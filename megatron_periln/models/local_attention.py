@@ -4,8 +4,8 @@ Upstream's local spec refuses sequence parallelism, zero-centered gamma and an f
 in its norms (``WrappedTorchNorm``, megatron/core/transformer/torch_norm.py), and context
 parallelism and multi-latent attention in its attention (``DotProductAttention``,
 megatron/core/transformer/dot_product_attention.py), which also forgets any mask it is given where
-there is a window. Where a configuration asks for one of these, and only there, the spec gets the
-modules below instead.
+there is a window; and norms of queries that latent attention does not compress. Where a configuration
+asks for one of these, and only there, the spec gets the modules below instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_periln.models.attention_masks import fold_masks
+from megatron_periln.models.query_norm import LocalLatentAttention, norms_whole_queries
 from megatron_periln.models.specs import substitute
 from megatron_periln.norms import InputNorm
 
@@ -117,6 +119,8 @@ def complete_local_spec(spec: Any, config: TransformerConfig) -> Any:
         table[WrappedTorchNorm] = InputNorm
     if config.context_parallel_size > 1 or config.multi_latent_attention or config.window_size is not None:
         table[DotProductAttention] = LocalAttention
+    if config.transformer_impl == "local" and norms_whole_queries(config):
+        table[MLASelfAttention] = LocalLatentAttention
     if config.attention_backend == AttnBackend.local:
         table[TEDotProductAttention] = table.get(DotProductAttention, DotProductAttention)
     return substitute(spec, table) if table else spec

@@ -15,6 +15,8 @@ ARCHITECTURES = {
         --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall""",
     "mla": f"""{_MODERN} --multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16
         --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
+    "mla, whole queries": f"""{_MODERN} --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 16
+        --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
     "mtp": f"{_MODERN} --mtp-num-layers 1",
 }
 
@@ -131,6 +133,7 @@ def _cases():
     yield Case("peri", layout="TP2xPP2+SP", options="fused norms")
     yield Case("peri", layout="DP2", options="overlap, fused norms", variant=distributed)
     yield Case("peri", "mla", "CP2")
+    yield Case("peri", "mla, whole queries", "TP2+SP")
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")
     yield Case("peri", layout="TP2xPP2+SP", variant="depth-scaled, epsilon")

@@ -68,13 +68,14 @@ class Jobs:
 
     def __init__(self, folder, data):
         self.folder, self.data = folder, data
+        paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.parallel.forkserver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1"},
         )
         assert json.loads(self.server.stdout.readline()) == "ready"
 
@@ -114,11 +115,18 @@ class Jobs:
             "environment": environment or {},
             "timeout": timeout,
         }
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        finished = Finished(folder, **json.loads(self.server.stdout.readline()))
-        if finished.left:
-            raise AssertionError(f"{name} has left processes: {finished.left}:\n{finished.log[-6000:]}")
+        finished = self.submit(job)
         if succeeds and any(finished.exit_codes):
             raise AssertionError(f"{name} ended with {finished.exit_codes}:\n{finished.log[-6000:]}")
+        return finished
+
+    def submit(self, job):
+        """Run a job as the server takes it; return what came of it, failed or not, if no process is left."""
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        finished = Finished(Path(job["folder"]), **json.loads(self.server.stdout.readline()))
+        if finished.left:
+            raise AssertionError(
+                f"{finished.folder.name} has left processes: {finished.left}:\n{finished.log[-6000:]}"
+            )
         return finished
