@@ -20,6 +20,7 @@ COMMANDS = {
         "megatron_periln.pretrain",
         "train a GPT with a norm placement (with torchrun: its -m)",
     ),
+    "launch": ("megatron_periln.launch", "torchrun, without its own traceback after an error of a rank"),
     "preprocess-data": ("megatron_periln.tools.preprocess_data", "tokenize text into indexed datasets"),
     "merge-datasets": ("megatron_periln.tools.merge_datasets", "merge indexed datasets"),
     "inspect-dataset": ("megatron_periln.tools.inspect_dataset", "say what a dataset holds, and verify it"),

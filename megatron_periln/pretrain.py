@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_periln import flag_files
 from megatron_periln.endings.children import be_a_child, end_children, keep_no_orphans
 from megatron_periln.endings.in_time import ends_in_time
-from megatron_periln.endings.launcher import end_with_launcher
+from megatron_periln.endings.launcher import end_with_launcher, wait_for_launcher
 from megatron_periln.errors import FLAG, TRACEBACK, RankError, UsageError, tell
 from megatron_periln.package_versions import refuse_version_mismatch
 
@@ -85,8 +85,11 @@ def main() -> None:
 
         run(PROGRAM_START)
     except UsageError as error:
-        tell(error, speaks=isinstance(error, RankError) or os.environ.get("RANK", "0") == "0")
+        speaks = isinstance(error, RankError) or os.environ.get("RANK", "0") == "0"
+        tell(error, speaks=speaks)
         _tell_torchrun(str(error))
+        if not speaks:
+            wait_for_launcher()
         sys.exit(error.status)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

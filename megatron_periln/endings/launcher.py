@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
-__all__ = ["end_with_launcher"]
+__all__ = ["end_with_launcher", "wait_for_launcher"]
+
+_SECONDS = 10  # between the same error on two ranks, one of which tells of it
 
 
 def end_with_launcher() -> None:
@@ -18,6 +22,17 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "pidfd_open"):
         threading.Thread(target=_wait_for_end_of, args=(os.getppid(),), daemon=True).start()
+
+
+def wait_for_launcher() -> None:
+    """Wait to be ended by torchrun, some seconds at most; without one, return at once.
+
+    For a rank that leaves it to another to tell of an error: torchrun ends all ranks as soon as one has
+    ended, and the other may not have spoken.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        time.sleep(_SECONDS)
 
 
 def _wait_for_end_of(launcher: int) -> None:

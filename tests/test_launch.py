@@ -1,0 +1,53 @@
+"""What a job says of an error is one line, on one rank, whichever rank is the first to end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_periln.launch", "--standalone", "--max-restarts", "0", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_error_of_two_ranks_is_one_line():
+    job = run("--nproc-per-node", "2", "-m", "megatron_periln.pretrain", "@absent.flags")
+    assert job.returncode == 1
+    assert "Traceback" not in job.stderr
+    (line,) = [line for line in job.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: flag file absent.flags: No such file or directory")
+
+
+def test_a_rank_that_could_say_nothing_is_named(tmp_path):
+    killed = tmp_path / "killed.sh"
+    killed.write_text("kill -9 $$\n")
+    job = run("--nproc-per-node", "1", "--no-python", "sh", str(killed))
+    assert job.returncode == 1
+    assert "Traceback" not in job.stderr
+    assert job.stderr.splitlines()[-1].startswith("error: rank 0 (local rank 0, process ")
+    assert "ended with SIGKILL" in job.stderr
+
+
+def test_a_rank_that_is_not_to_speak_leaves_time_to_the_one_that_is(tmp_path):
+    """torchrun ends that one as soon as a rank has ended: its line was lost if another was faster."""
+    file = tmp_path / "error.json"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RANK": "1",
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_ERROR_FILE": str(file),
+    }
+    command = [sys.executable, "-m", "megatron_periln.pretrain", "@absent.flags"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as rank:
+        while not file.exists() and rank.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        rank.send_signal(signal.SIGTERM)
+        assert (rank.wait(), rank.stderr.read()) == (1, "")
