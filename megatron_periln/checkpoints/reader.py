@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
+from megatron_periln.checkpoints.sources import NON_PERSISTENT, iteration_of, tracker_of
 from megatron_periln.errors import UsageError
 
 __all__ = ["Checkpoint"]
@@ -53,13 +55,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
-        wanted = Namespace(load=str(folder), ckpt_step=step)
+        wanted = Namespace(load=str(_holds(folder, step)), ckpt_step=step)
         path = checkpoint_path(wanted)
         if path is None:
-            raise UsageError(
-                f"--load {folder}: there is no checkpoint; give the folder that --save wrote, "
-                "which holds latest_checkpointed_iteration.txt"
-            )
+            raise UsageError(f"--load {folder}: {_what_is_there(folder)}")
         if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
             raise UsageError(
                 f"--load {folder}: {path.name} is not a distributed checkpoint; load it with Megatron and "
@@ -108,6 +107,37 @@ class Checkpoint:
         if not isinstance(entry, TensorStorageMetadata):
             raise UsageError(f"{self.path} has no tensor {key}, which its arguments promise")
         return entry
+
+
+def _holds(folder: Path, step: int | None) -> Path:
+    """Return the folder to read: that of non-persistent checkpoints in it if there are no others."""
+    inner = folder / NON_PERSISTENT
+    persistent = tracker_of(folder) is not None or (step and (folder / f"iter_{step:07d}").is_dir())
+    if persistent or tracker_of(inner) is None:
+        return folder
+    print(f"--load {folder}: no persistent checkpoint, so that in {inner.name} is read", file=sys.stderr)
+    return inner
+
+
+def _what_is_there(folder: Path) -> str:
+    """Return what there is instead of a checkpoint that can be read, and what to do."""
+    if found := sorted(number for path in folder.glob("iter_*") if (number := iteration_of(path))):
+        return (
+            "there is no latest_checkpointed_iteration.txt, but checkpoints of iteration "
+            f"{', '.join(map(str, found))}; give --ckpt-step {found[-1]}"
+        )
+    if files := [*folder.glob("*/iter_*_local.pt"), *folder.glob("iter_*_local.pt")]:
+        iterations = sorted({int(path.name.split("_")[1]) for path in files})
+        return (
+            f"there are local checkpoints alone (--non-persistent-ckpt-type local), of iteration "
+            f"{', '.join(map(str, iterations))}: each rank's own file, which only as many ranks can read; go "
+            f"on with the run, with --non-persistent-local-ckpt-dir {folder} and a --save-interval that "
+            "saves a persistent one, and give its --save folder"
+        )
+    return (
+        "there is no checkpoint; give the folder that --save wrote, which holds "
+        "latest_checkpointed_iteration.txt"
+    )
 
 
 class _Into(DefaultLoadPlanner):

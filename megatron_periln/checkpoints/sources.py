@@ -22,6 +22,7 @@ from megatron_periln.errors import UsageError
 from megatron_periln.patches import checkpoint_choice
 
 __all__ = [
+    "NON_PERSISTENT",
     "Candidate",
     "candidates",
     "is_complete",
@@ -32,6 +33,9 @@ __all__ = [
     "take",
     "tracker_of",
 ]
+
+NON_PERSISTENT: str = checkpointing._NON_PERSISTENT_CKPT_SUBDIR
+"""The folder of global non-persistent checkpoints within ``--load`` and ``--save``."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def non_persistent_folder(args: Namespace, load_arg: str = "load") -> Path | Non
     if args.non_persistent_global_ckpt_dir:
         return Path(args.non_persistent_global_ckpt_dir)
     folder = getattr(args, load_arg)
-    return None if folder is None else Path(folder) / checkpointing._NON_PERSISTENT_CKPT_SUBDIR
+    return None if folder is None else Path(folder) / NON_PERSISTENT
 
 
 def named_non_persistent(args: Namespace, load_arg: str = "load") -> int | None:

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_periln.checkpoints.intact import choose_intact_checkpoint
 from megatron_periln.checkpoints.manifest import MANIFEST
+from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path
 from megatron_periln.errors import UsageError
 from megatron_periln.megatron_arguments import megatron_arguments
@@ -178,3 +179,40 @@ def test_a_killed_run_goes_on_from_it_to_the_bit(jobs, killed, straight):
     job = jobs.run("killed-goes-on", f"{MODEL} {PERI} {more}")
     assert job.curve == straight.curve[4:]
     assert "removing iter_0000005, whose saving did not end" in job.log
+
+
+def test_tools_read_it_where_there_is_no_other(killed, capsys):
+    """They said that there was no checkpoint."""
+    found = Checkpoint(killed)
+    assert found.path == killed / INNER / "iter_0000004"
+    assert found.read("decoder.final_layernorm.weight").shape == (64,)
+    assert f"--load {killed}: no persistent checkpoint, so that in {INNER} is read" in capsys.readouterr().err
+    assert Checkpoint(killed, 4).path == found.path
+    with pytest.raises(UsageError, match=f"{INNER}: there is no iter_0000009, but .*another --ckpt-step"):
+        Checkpoint(killed, 9)
+
+
+def test_tools_read_the_persistent_one_where_there_is_one(both, capsys):
+    assert Checkpoint(both).path == both / "iter_0000003"
+    assert Checkpoint(both, 1).path == both / "iter_0000001"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["0/iter_0000008_0_local.pt", "1/iter_0000008_1_local.pt"],
+            "local checkpoints .*iteration 8: ",
+        ),
+        (["iter_0000008_0_local.pt"], "local checkpoints alone .* and a --save-interval"),
+        (["iter_0000002/.metadata", "iter_0000008/.metadata"], "iteration 2, 8; give --ckpt-step 8"),
+        (["notes.txt"], "there is no checkpoint; give the folder that --save wrote"),
+    ],
+)
+def test_tools_say_what_there_is_instead(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UsageError, match=f"--load {tmp_path}: .*{message}"):
+        Checkpoint(tmp_path)
