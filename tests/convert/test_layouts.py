@@ -37,7 +37,7 @@ def test_export_of_tensor_and_pipeline_parallel_checkpoint(trained, single_proce
     assert said[0].startswith("Target glm4")
     (parity,) = [line for line in said if line.startswith("Parity check")]
     assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
-    assert "the checkpoint was trained with NullTokenizer; --tokenizer FOLDER adds them" in said[1]
+    assert "the checkpoint was trained with NullTokenizer; --tokenizer PATH adds them" in said[1]
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].shape == (256, 64)
     assert tensors["model.layers.3.self_attn.k_proj.bias"].shape == (48,)
