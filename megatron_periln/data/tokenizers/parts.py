@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_periln.data.tokenizers.megatron_tokenizer import Tokenizer
 __all__ = ["Parts", "take_apart"]
 
 _LIBRARIES = "megatron.core.tokenizers.text.libraries."
+_SAMPLE = 4000
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,20 @@ class Parts:
         As in ``ResolvedTokenizer``.
     special_tokens
         The strings that it treats in a special way.
-    vocabulary
-        Some strings of its vocabulary.
+    strings
+        The strings of its vocabulary by id; empty where they are not known.
     """
 
     kind: str
     payload: bytes = b""
     settings: dict[str, Any] = field(default_factory=dict)
     special_tokens: list[str] = field(default_factory=list)
-    vocabulary: list[str] = field(default_factory=list)
+    strings: list[str] = field(default_factory=list)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Some of the strings."""
+        return self.strings[:: max(1, len(self.strings) // _SAMPLE)]
 
 
 def take_apart(tokenizer: Tokenizer) -> Parts:
@@ -93,8 +98,8 @@ def _hugging_face(inner: Any) -> Parts | None:
         "encode_special_tokens": bool(outer.split_special_tokens),
     }
     special = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    sample = [backend.decode([token], skip_special_tokens=False) for token in _sample(vocabulary)]
-    return Parts("tokenizers", content.encode(), settings, special, sample)
+    strings = [backend.decode([token], skip_special_tokens=False) for token in vocabulary]
+    return Parts("tokenizers", content.encode(), settings, special, strings)
 
 
 def _sentencepiece(inner: Any) -> Parts | None:
@@ -109,7 +114,7 @@ def _sentencepiece(inner: Any) -> Parts | None:
         model.serialized_model_proto(),
         {},
         special,
-        _sample([piece for _, piece in pieces]),
+        [piece for _, piece in pieces],
     )
 
 
@@ -120,9 +125,5 @@ def _tiktoken(inner: Any) -> Parts | None:
         return None
     lines = [f"{base64.b64encode(token).decode()} {rank}\n".encode() for rank, (token, _) in enumerate(ranks)]
     settings = {"pattern": inner.tokenizer._pat_str, "special_tokens": list(inner.special_tokens)}
-    vocabulary = [token.decode(errors="ignore") for token, _ in _sample(ranks)]
-    return Parts("tiktoken", b"".join(lines), settings, settings["special_tokens"], vocabulary)
-
-
-def _sample(items: Sequence[Any], number: int = 4000) -> list[Any]:
-    return list(items[:: max(1, len(items) // number)])
+    strings = [token.decode(errors="ignore") for token, _ in ranks]
+    return Parts("tiktoken", b"".join(lines), settings, settings["special_tokens"], strings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 __all__ = ["probe_texts", "vocabulary_texts"]
 
@@ -69,6 +69,7 @@ _PIECES = (
 )
 _RANDOM_PROBES = 900
 _LONG = 3000
+_LAST = 256
 
 
 def probe_texts(
@@ -114,10 +115,24 @@ def probe_texts(
 def vocabulary_texts(strings: Sequence[str]) -> list[str]:
     """Return every string of a vocabulary alone and with its neighbour, with and without a leading space.
 
-    They tell what mixtures miss: single entries that one of two implementations reads otherwise.
+    They tell what mixtures miss: single entries that one of two implementations reads otherwise. Of the last
+    strings, which may have been appended, those that overlap are laid over each other too: which of two
+    merges comes first where both are as good.
     """
     pairs = [left + right for left, right in pairwise(strings)]
-    return [text for string in (*strings, *pairs) for text in (string, f" {string}")]
+    overlapping = _overlapping(strings[-_LAST:])
+    return [text for string in (*strings, *pairs, *overlapping) for text in (string, f" {string}")]
+
+
+def _overlapping(strings: Sequence[str]) -> list[str]:
+    """Return the texts that end in one string and begin with another, which share what is between."""
+    texts = []
+    for left, right in permutations(strings, 2):
+        for shared in range(min(len(left), len(right)) - 1, 0, -1):
+            if left.endswith(right[:shared]):
+                texts.append(left + right[shared:])
+                break
+    return texts
 
 
 def _mixture(draw: random.Random, special: list[str], words: list[str], strings: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_periln.data.tokenizers import cache
 from megatron_periln.data.tokenizers.encoders.gigatoken import convert_sentencepiece
-from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid
+from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid, difference_on_vocabulary
 from megatron_periln.data.tokenizers.megatron_tokenizer import (
     Tokenizer,
     add_tokenizer_args,
@@ -104,7 +104,8 @@ def wrap_tokenizer(
         args=args,
         _built=[tokenizer],
     )
-    return replace(resolved, differing=characters_to_avoid(resolved))
+    resolved = replace(resolved, differing=characters_to_avoid(resolved))
+    return replace(resolved, unlike=difference_on_vocabulary(resolved, parts.strings))
 
 
 def _probe(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[str, list[int]]]:
@@ -122,7 +123,7 @@ def _probe(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[str, list[int]]
 def _to_entry(resolved: ResolvedTokenizer) -> dict[str, bytes]:
     facts = {
         name: getattr(resolved, name)
-        for name in ("kind", "vocab_size", "eod", "digest", "description", "settings", "differing")
+        for name in ("kind", "vocab_size", "eod", "digest", "description", "settings", "differing", "unlike")
     }
     files = {
         "facts.json": json.dumps(facts).encode(),

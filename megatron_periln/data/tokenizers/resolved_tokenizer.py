@@ -39,8 +39,10 @@ class ResolvedTokenizer:
     accelerated
         The tokenizer in the format of the fast encoder where making that takes time.
     differing
-        Code points that the fast encoder takes for another kind of character than the library does; None
-        where that could not be found out.
+        Code points that the fast encoder takes for another kind of character than the library does, or
+        normalizes otherwise; None where that could not be found out.
+    unlike
+        Where the fast encoder gives other ids than the library on entries of the vocabulary; None if nowhere.
     probes
         Texts with the token ids that Megatron's tokenizer gives them.
     args
@@ -56,6 +58,7 @@ class ResolvedTokenizer:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     accelerated: bytes | None = field(default=None, repr=False)
     differing: tuple[int, ...] | None = field(default=(), repr=False)
+    unlike: str | None = field(default=None, repr=False)
     probes: tuple[tuple[str, list[int]], ...] = field(default=(), repr=False)
     args: Namespace | None = field(default=None, repr=False)
     _built: list[Tokenizer] = field(default_factory=list, repr=False)

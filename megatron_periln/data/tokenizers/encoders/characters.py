@@ -2,28 +2,42 @@
 
 Tokenizers split texts at letters, digits, punctuation and white space, as the Unicode tables of their
 libraries know them; and those are of different Unicode versions. Token ids rarely show it: here the
-tokenizer gets a vocabulary in which they always do.
+tokenizer gets a vocabulary in which they always do. The same with normalization (NFC), which puts marks in an
+order and composes them with what they stand on: tokenizers 0.23 does so by the table of Unicode 9.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import unicodedata
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from megatron_periln.data.tokenizers.encoders.base import BatchEncoder, Encoded
 from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 
-__all__ = ["ASSIGNABLE", "GuardedEncoder", "differing_characters", "with_telling_vocabulary"]
+__all__ = [
+    "ASSIGNABLE",
+    "GuardedEncoder",
+    "differing_characters",
+    "differing_marks",
+    "unknown_characters",
+    "with_normalization_alone",
+    "with_telling_vocabulary",
+]
 
 _MARKS = b"\"aA1 \n'"
 ASSIGNABLE = (range(0x80, 0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000))
 """Code points beyond ASCII that Unicode has assigned or may assign: what is compared."""
 _UNASSIGNED = (0x50000, 0xF0000, 0x100000, 0x10FFFF)
 _BATCH = 1 << 14
+_FIRST_MARK, _LAST_MARK = "\u0334", "\u0345"
+"""Marks of the lowest and of the highest class: in an order, they stand before and behind all others."""
+_TOGETHER = 64
 
 
 class GuardedEncoder:
@@ -81,14 +95,79 @@ def differing_characters(fast: BatchEncoder, exact: BatchEncoder) -> list[int]:
         part = points[start : start + _BATCH]
         marks = _MARKS.decode()
         texts = ["".join(chr(point) + mark for mark in marks) + chr(point) * 2 for point in part]
-        (ids, lengths), (expected, expected_lengths) = fast.encode(texts), exact.encode(texts)
-        if np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths):
-            continue
-        ours = np.split(ids, np.cumsum(lengths)[:-1])
-        theirs = np.split(expected, np.cumsum(expected_lengths)[:-1])
-        rows = zip(part, ours, theirs, strict=True)
-        differing += [point for point, left, right in rows if not np.array_equal(left, right)]
+        differing += _differing(fast, exact, part, texts)
     return differing
+
+
+def differing_marks(fast: BatchEncoder, exact: BatchEncoder) -> list[int]:
+    """Return the code points that two encoders normalize differently: give one an order, or compose it.
+
+    Parameters
+    ----------
+    fast, exact
+        Encoders of one tokenizer, as `with_normalization_alone` returns it.
+    """
+    known = [point for part in ASSIGNABLE for point in part if not 0x20000 <= point < 0xE0000]
+    pairs = (unicodedata.decomposition(chr(point)).split() for point in known)
+    composed = [
+        (int(pair[0], 16), int(pair[1], 16)) for pair in pairs if len(pair) == 2 and pair[0][0] != "<"
+    ]
+    units = [(point, text) for point in known for text in _with_other_marks(chr(point))]
+    units += [(second, f"a{chr(first)}{chr(second)}") for first, second in composed]
+    differing: set[int] = set()
+    for start in range(0, len(units), _BATCH):
+        groups = [units[at : at + _TOGETHER] for at in range(start, start + _BATCH, _TOGETHER)]
+        suspects = _differing(fast, exact, groups, ["".join(text for _, text in group) for group in groups])
+        alone = [unit for group in suspects for unit in group]
+        differing.update(point for point, _ in _differing(fast, exact, alone, [text for _, text in alone]))
+    return sorted(differing)
+
+
+def _with_other_marks(character: str) -> tuple[str, str]:
+    return f"a{character}{_FIRST_MARK}", f"a{_LAST_MARK}{character}"
+
+
+def _differing[Item](
+    fast: BatchEncoder, exact: BatchEncoder, items: list[Item], texts: list[str]
+) -> list[Item]:
+    """Return those of the items whose texts two encoders give different ids."""
+    (ids, lengths), (expected, expected_lengths) = fast.encode(texts), exact.encode(texts)
+    if np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths):
+        return []
+    ours = np.split(ids, np.cumsum(lengths)[:-1])
+    theirs = np.split(expected, np.cumsum(expected_lengths)[:-1])
+    rows = zip(items, ours, theirs, strict=True)
+    return [item for item, left, right in rows if not np.array_equal(left, right)]
+
+
+def unknown_characters() -> list[int]:
+    """Return the code points that this Python's table lacks: newer ones may compose, unknown with what."""
+    return [point for point in range(0x80, 0x20000) if unicodedata.category(chr(point)) == "Cn"]
+
+
+def with_normalization_alone(resolved: ResolvedTokenizer) -> ResolvedTokenizer | None:
+    """Return a tokenizer that gives the bytes of normalized texts; None for one that does not normalize."""
+    if resolved.kind != "tokenizers" or b'"NFC"' not in resolved.payload:
+        return None
+    content: dict[str, Any] = {
+        **dict.fromkeys(("truncation", "padding", "post_processor", "decoder")),
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            **{"type": "ByteLevel", "add_prefix_space": False},
+            **{"trim_offsets": True, "use_regex": True},
+        },
+        "model": {
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "type": "BPE",
+            "vocab": {name: byte for byte, name in enumerate(_byte_names())},
+            "merges": [],
+        },
+    }
+    settings = {**resolved.settings, "add_special_tokens": False, "unsupported": None}
+    return replace(resolved, payload=json.dumps(content).encode(), settings=settings)
 
 
 def with_telling_vocabulary(resolved: ResolvedTokenizer) -> ResolvedTokenizer | None:

@@ -13,6 +13,9 @@ from megatron_periln.data.tokenizers.encoders.base import BatchEncoder, Encoded,
 from megatron_periln.data.tokenizers.encoders.characters import (
     GuardedEncoder,
     differing_characters,
+    differing_marks,
+    unknown_characters,
+    with_normalization_alone,
     with_telling_vocabulary,
 )
 from megatron_periln.data.tokenizers.encoders.gigatoken import GigatokenEncoder
@@ -22,6 +25,7 @@ from megatron_periln.data.tokenizers.encoders.libraries import (
     TikTokenEncoder,
     TokenizersEncoder,
 )
+from megatron_periln.data.tokenizers.probes import vocabulary_texts
 from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
 
@@ -31,6 +35,7 @@ __all__ = [
     "available_encoders",
     "characters_to_avoid",
     "choose_encoder",
+    "difference_on_vocabulary",
     "first_difference",
     "open_encoder",
 ]
@@ -45,6 +50,7 @@ ENCODERS: dict[str, Callable[[ResolvedTokenizer], BatchEncoder]] = {
 """The encoders by name."""
 
 _differing: dict[tuple[str, bytes, str], tuple[int, ...]] = {}
+_VOCABULARY_BATCH = 1 << 14
 _BATCH_SIZES = (1, 2, 3, 7, 64)
 
 
@@ -141,7 +147,7 @@ def first_difference(encoder: BatchEncoder, reference: BatchEncoder, texts: list
 
 
 def characters_to_avoid(resolved: ResolvedTokenizer) -> tuple[int, ...] | None:
-    """Return the code points that gigatoken takes for another kind of character than the library does.
+    """Return the code points that gigatoken takes for something else than the library does.
 
     None if that cannot be found out. It takes some seconds.
     """
@@ -149,26 +155,64 @@ def characters_to_avoid(resolved: ResolvedTokenizer) -> tuple[int, ...] | None:
         return None
     try:
         GigatokenEncoder(resolved)
-        telling = with_telling_vocabulary(resolved)
-        if telling is None:
-            return ()
-        split = (telling.kind, telling.payload, repr(telling.settings))
-        if split not in _differing:
-            exact = ENCODERS[resolved.kind](telling)
-            _differing[split] = tuple(differing_characters(GigatokenEncoder(telling), exact))
-        return _differing[split]
+        found: set[int] = set()
+        for telling, differing in (
+            (with_telling_vocabulary(resolved), differing_characters),
+            (with_normalization_alone(resolved), differing_marks),
+        ):
+            if telling is None:
+                continue
+            split = (telling.kind, telling.payload, repr(telling.settings))
+            if split not in _differing:
+                exact = ENCODERS[resolved.kind](telling)
+                _differing[split] = tuple(differing(GigatokenEncoder(telling), exact))
+            found.update(_differing[split])
+        return tuple(sorted(found))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # a panic in an encoder written in Rust is no Exception
         return None
 
 
+def difference_on_vocabulary(resolved: ResolvedTokenizer, strings: Sequence[str]) -> str | None:
+    """Return how gigatoken's ids differ from the library's on the entries of a vocabulary; None if nowhere.
+
+    Each is encoded alone and with its neighbour, with and without a leading space. It takes some seconds.
+    """
+    if "gigatoken" not in available_encoders(resolved):
+        return None
+    try:
+        encoder = _with_exact(GigatokenEncoder(resolved), resolved)
+    except EncoderUnavailableError:
+        return None
+    exact = ENCODERS[resolved.kind](resolved)
+    texts = vocabulary_texts(strings)
+    try:
+        for start in range(0, len(texts), _VOCABULARY_BATCH):
+            if found := first_difference(encoder, exact, texts[start : start + _VOCABULARY_BATCH]):
+                return found
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in an encoder written in Rust is no Exception
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None
+
+
 def _guarded(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
     if resolved.differing is None:
         raise EncoderUnavailableError("it could not be found out how it splits texts")
-    if not resolved.differing:
+    if resolved.unlike:
+        raise EncoderUnavailableError(f"it is not exact for its vocabulary: {resolved.unlike}")
+    return _with_exact(encoder, resolved)
+
+
+def _with_exact(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
+    characters = list(resolved.differing or ())
+    if with_normalization_alone(resolved):
+        characters += unknown_characters()
+    if not characters:
         return encoder
-    return GuardedEncoder(encoder, ENCODERS[resolved.kind](resolved), list(resolved.differing))
+    return GuardedEncoder(encoder, ENCODERS[resolved.kind](resolved), characters)
 
 
 def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
