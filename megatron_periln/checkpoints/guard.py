@@ -131,9 +131,10 @@ def tidy(folder: Path) -> None:
     for path in folder.glob("iter_*"):
         if path.is_symlink() or not path.is_dir() or iteration_of(path) is None:
             continue
-        names = {inner.name for inner in path.iterdir()}
-        unfinished = any(name.endswith(".distcp") for name in names) and ".metadata" not in names
-        if not names or (unfinished and MANIFEST not in names):
+        if any((path / name).exists() for name in (MANIFEST, ".metadata")):
+            continue  # without a look at its files, which may be tens of thousands
+        names = [inner.name for inner in path.iterdir()]
+        if not names or any(name.endswith(".distcp") for name in names):
             print(f"--save {folder}: removing {path.name}, whose saving did not end", flush=True)
             _discard(path)
     for path in folder.glob(f"{_DISCARDED}*"):

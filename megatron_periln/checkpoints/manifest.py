@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 
 from megatron_periln.checkpoints.sums import SIDECAR, read_sidecar, sum_file
@@ -18,6 +19,8 @@ MANIFEST = "manifest.json"
 
 _VERSION = 1
 _THREADS = min(4, os.cpu_count() or 1)
+_MOST_AT_ONCE = 64
+"""Files that a thread looks at before it asks for more, where there are many."""
 
 
 class BrokenCheckpointError(Exception):
@@ -85,12 +88,15 @@ class Manifest:
         OSError
             If the folder can't be read.
         """
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+        there = set(_names(folder))
+        names = sorted(name for name in there if Path(name).name != MANIFEST and not name.endswith(SIDECAR))
+
+        def describe(some: list[str]) -> list[CheckpointFile]:
+            return [_describe(folder, name, sums, summed=f"{name}{SIDECAR}" in there) for name in some]
+
         with ThreadPoolExecutor(_THREADS) as threads:
-            entries = threads.map(
-                lambda path: _describe(folder, path, sums), (path for path in paths if path.suffix != SIDECAR)
-            )
-            return cls(tuple(entries))
+            parts = threads.map(describe, map(list, batched(names, _at_once(names))))
+            return cls(tuple(entry for part in parts for entry in part))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -111,11 +117,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put the manifest in its place, whole, and remove the sidecars."""
-        content = {"version": _VERSION, "files": [asdict(entry) for entry in self.files]}
-        write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+        files = ",\n".join(json.dumps(vars(entry)) for entry in self.files)
+        write_text(folder / MANIFEST, f'{{"version": {_VERSION}, "files": [\n{files}\n]}}\n')
         sync(folder)
-        for path in folder.rglob(f"*{SIDECAR}"):
-            path.unlink()
+        for name in _names(folder):
+            if name.endswith(SIDECAR):
+                os.unlink(os.path.join(folder, name))  # noqa: PTH108, PTH118
 
     @property
     def size(self) -> int:
@@ -137,18 +144,39 @@ class Manifest:
         _each(by_size[part::parts], lambda entry: entry.check_sum(folder))
 
 
-def _describe(folder: Path, path: Path, sums: bool) -> CheckpointFile:
-    name, size = str(path.relative_to(folder)), path.stat().st_size
-    written = read_sidecar(path)
+def _names(folder: Path, within: str = "") -> Iterator[str]:
+    """Yield the paths of all files within a folder; strings, since there may be tens of thousands."""
+    with os.scandir(os.path.join(folder, within)) as entries:  # noqa: PTH118
+        for entry in entries:
+            name = os.path.join(within, entry.name)  # noqa: PTH118
+            if entry.is_dir(follow_symlinks=False):
+                yield from _names(folder, name)
+            elif entry.is_file():
+                yield name
+
+
+def _describe(folder: Path, name: str, sums: bool, *, summed: bool) -> CheckpointFile:
+    path = os.path.join(folder, name)  # noqa: PTH118
+    size = os.stat(path).st_size  # noqa: PTH116
+    written = read_sidecar(path) if summed else None
     if written is None:
-        sync(path)
-        return CheckpointFile(name, size, sum_file(path) if sums else None)
+        sync(Path(path))
+        return CheckpointFile(name, size, sum_file(Path(path)) if sums else None)
     if written[0] != size:
         raise BrokenCheckpointError(f"{name} has {size:,} bytes instead of {written[0]:,}")
     return CheckpointFile(name, size, written[1] if sums else None)
 
 
-def _each(entries: Iterable[CheckpointFile], check: object) -> None:
+def _each(entries: Sequence[CheckpointFile], check: Callable[[CheckpointFile], None]) -> None:
+    def check_some(some: Iterable[CheckpointFile]) -> None:
+        for entry in some:
+            check(entry)
+
     with ThreadPoolExecutor(_THREADS) as threads:
-        for _ in threads.map(check, entries):  # type: ignore[arg-type]
+        for _ in threads.map(check_some, batched(entries, _at_once(entries))):
             pass
+
+
+def _at_once(files: Sequence[object]) -> int:
+    """Return how many of the files a thread takes at once; all are busy to the end."""
+    return max(1, min(_MOST_AT_ONCE, len(files) // (16 * _THREADS)))

@@ -31,10 +31,11 @@ def sum_file(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def read_sidecar(path: Path) -> tuple[int, str] | None:
+def read_sidecar(path: str | Path) -> tuple[int, str] | None:
     """Return the size and checksum of what was written to ``path``, None if nobody summed it."""
     try:
-        size, crc = path.with_name(f"{path.name}{SIDECAR}").read_text().split()
+        with open(f"{path}{SIDECAR}") as stream:  # noqa: PTH123
+            size, crc = stream.read().split()
         return int(size), crc
     except (FileNotFoundError, ValueError):
         return None
