@@ -75,9 +75,9 @@ def main() -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     end_with_launcher()
-    keep_no_orphans()
     try:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
+        keep_no_orphans()
         refuse_version_mismatch()
         choose_device(sys.argv[1:])
         # After the line above, which decides what "cuda" is while Megatron is imported.

@@ -199,7 +199,8 @@ if [ "$(stalls "$began")" -ge "$MAX_STALLS" ]; then
     die "$MAX_STALLS starts in a row came no further than iteration $began: see the logs in $job_folder"
 fi
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-flags=(--tensorboard-dir "$run/tensorboard" "@$job_folder/flags" --save "$run/checkpoints" --exit-signal-handler)
+flags=(--tensorboard-dir "$run/tensorboard" "@$job_folder/flags" --save "$run/checkpoints"
+    --exit-signal-handler --exit-signal SIGTERM)
 # Other nodes may have local checkpoints where this one has none.
 if [ -n "$(newest)" ] || { [ "$restart" -gt 0 ] && [ "$(given --non-persistent-ckpt-type)" = local ]; }; then
     flags+=(--load "$run/checkpoints")

@@ -50,10 +50,12 @@ def are_ending() -> bool:
 def keep_no_orphans() -> None:
     """Have the kernel kill what this process forks from now on, as soon as this process is gone.
 
-    Also if that is killed and can't see to anything. Systems other than Linux have no such order.
+    Also if that is killed and can't see to anything. Systems other than Linux have no such order. With
+    ``--inprocess-restart`` nothing is done: the process that nvidia-resiliency-ext starts beside a rank is to
+    tell the others of its end.
     """
     global _registered
-    if _registered or not sys.platform.startswith("linux"):
+    if _registered or not sys.platform.startswith("linux") or "--inprocess-restart" in sys.argv:
         return
     _registered = True
     os.register_at_fork(before=_note_parent, after_in_child=_end_with_forking_process)

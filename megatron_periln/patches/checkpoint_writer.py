@@ -43,7 +43,8 @@ def open_with(opener: Callable[..., Any]) -> None:
 @changes(
     f"{_STRATEGIES}.async_utils.PersistentAsyncCaller._get_process",
     why="a rank waits at a queue for the process that writes its checkpoints, and so forever if that process "
-    "is killed, as when memory runs short. Megatron has no hook for its start, from which on it is watched",
+    "is killed, as when memory runs short; at its end, for what it has put there to be read, too. Megatron "
+    "has no hook for its start, from which on it is watched",
     until="patches/test_checkpoint_writer.py::test_upstream_still_waits_for_a_writer_that_is_gone",
 )
 def when_started(call: Callable[[Any], None]) -> None:
@@ -54,6 +55,9 @@ def when_started(call: Callable[[Any], None]) -> None:
         before = cls._persistent_process
         process = get_process(*args, **kwargs)
         if process is not before:
+            # Python would wait for the queues to be read when a rank that has failed ends.
+            for queue in (cls._persistent_queue, cls._persistent_preload_q):
+                queue.cancel_join_thread()
             call(process)
         return process
 

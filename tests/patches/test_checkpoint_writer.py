@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import queue
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,10 @@ def test_upstream_still_opens_its_files_by_the_name_of_the_builtin():
 
 
 def test_the_process_is_told_of_when_it_is_started(monkeypatch):
-    caller, told = async_utils.PersistentAsyncCaller, []
+    caller, told, cancelled = async_utils.PersistentAsyncCaller, [], []
+    for name in ("_persistent_queue", "_persistent_preload_q"):
+        queue_ = SimpleNamespace(cancel_join_thread=partial(cancelled.append, name))
+        monkeypatch.setattr(caller, name, queue_)
 
     def get_process(cls, rank):
         cls._persistent_process = cls._persistent_process or f"of rank {rank}"
@@ -64,6 +68,7 @@ def test_the_process_is_told_of_when_it_is_started(monkeypatch):
     checkpoint_writer.when_started(told.append)
     assert [caller._get_process(3), caller._get_process(3)] == ["of rank 3"] * 2
     assert told == ["of rank 3"]
+    assert cancelled == ["_persistent_queue", "_persistent_preload_q"]
 
 
 def test_upstream_still_waits_for_a_writer_that_is_gone(monkeypatch):
