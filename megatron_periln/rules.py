@@ -9,7 +9,8 @@ that of megatron_periln/training/parsing.py):
   adopted (``--use-checkpoint-args``), before Megatron's validation;
 - ``training/packages.py:PACKAGES``: packages that flags need and that are not installed;
 - ``cpu/flags.py:GPU_ONLY``: what ``--device cpu`` has no counterpart of;
-- ``training/evaluation_checks.py:EVALUATION``: once Megatron has validated and completed the arguments.
+- ``training/evaluation_checks.py:EVALUATION`` and ``training/graph_checks.py:GRAPHS``: once Megatron has
+  validated and completed the arguments.
 
 A rule that needs more than a predicate and a text is a function that yields the texts of what it finds. Every
 rule must bear arguments that another rule has found fault with: only `Rule.instead` says what they would be.

@@ -24,7 +24,7 @@ from megatron_periln.monitor.layer_sums import (
 )
 from megatron_periln.monitor.statistics import STREAM_MAX_ABS, SUBLAYERS
 from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PostNorm
-from megatron_periln.patches.transformer_layers import replace_bda
+from megatron_periln.patches.transformer_layers import replace_bda, without_graphs
 
 __all__ = ["recomputing", "watched"]
 
@@ -34,6 +34,8 @@ _BDAS = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 @contextmanager
 def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) -> Iterator[None]:
     """Add what passes through ``layers`` to ``sums``, for as long as the context lasts.
+
+    Layers in CUDA graphs run without them meanwhile.
 
     Parameters
     ----------
@@ -46,6 +48,7 @@ def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) ->
         Global layer numbers; those that other ranks hold are ignored.
     """
     with ExitStack() as stack:
+        stack.enter_context(without_graphs(chunks))
         for chunk in chunks:
             decoder: Any = chunk.decoder
             if decoder.pre_process and 0 in layers:

@@ -67,8 +67,8 @@ def check_monitor(args: Namespace) -> None:
     for name, flag in _BLIND.items():
         if getattr(args, name, False):
             raise UsageError(f"--monitor-layers does not see layers under {flag}; drop one of them")
-    if getattr(args, "cuda_graph_impl", "none") != "none":
-        raise UsageError("--monitor-layers does not see layers in CUDA graphs; drop it or --cuda-graph-impl")
+    if reason := _why_no_step_without_graphs(args):
+        raise UsageError(f"--monitor-layers {reason}; drop it or --cuda-graph-impl")
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         raise UsageError("--monitor-layers does not know --gtp-weight-remat-size; drop one of them")
     if args.monitor_stop_on is not None and args.save is None:
@@ -83,6 +83,20 @@ def check_monitor(args: Namespace) -> None:
             raise UsageError("--monitor-layers has no file to write to: give --monitor-file or --save")
         args.monitor_file = str(Path(args.save) / FILE_NAME)
     _check_file(Path(args.monitor_file))
+
+
+def _why_no_step_without_graphs(args: Namespace) -> str | None:
+    """Return why a step can't run without its CUDA graphs, so that layers are seen; None if it can."""
+    graphs = getattr(args, "cuda_graph_impl", "none")
+    if graphs == "none":
+        return None
+    if graphs == "full_iteration":
+        return "does not see layers where the whole step is one CUDA graph"
+    if getattr(args, "fp8", None) or getattr(args, "fp4", None):
+        return "needs steps without CUDA graphs, which hold the scales of FP8 and FP4"
+    if graphs == "local" and args.num_experts and args.cuda_graph_modules:
+        return "does not see layers of which Megatron's own CUDA graphs hold parts"
+    return None
 
 
 def _check_file(path: Path) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["gather_before_graphs", "keep_grad_mode_of_caller", "replace_bda", "wrap_embedding_reads"]
+__all__ = [
+    "gather_before_graphs",
+    "keep_grad_mode_of_caller",
+    "replace_bda",
+    "without_graphs",
+    "wrap_embedding_reads",
+]
 
 _LAYER = "megatron.core.transformer.transformer_layer.TransformerLayer"
 _MTP_LAYER = "megatron.core.transformer.multi_token_prediction.MultiTokenPredictionLayer"
@@ -56,6 +62,29 @@ def replace_bda(layer: Any, name: str, bda: Callable[..., Any]) -> Callable[[], 
     original = getattr(layer, name)
     setattr(layer, name, bda)
     return functools.partial(setattr, layer, name, original)
+
+
+@changes(
+    f"{_LAYER}.cudagraph_manager",
+    f"{_LAYER}.cuda_graphs",
+    why="a layer that has CUDA graphs replays them: no Python runs, hooks neither. A step whose layers the "
+    "monitor sees runs without them",
+    until="patches/test_transformer_layers.py::test_upstream_still_replays_the_graphs_of_every_step",
+)
+@contextlib.contextmanager
+def without_graphs(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Run the layers of model chunks without their CUDA graphs, for as long as the context lasts.
+
+    Those of a whole iteration, and of parts of mixtures of experts with Megatron's own graphs, are elsewhere.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in [module for chunk in chunks for module in chunk.modules()]:
+            if (manager := module._modules.pop("cudagraph_manager", None)) is not None:
+                stack.callback(setattr, module, "cudagraph_manager", manager)
+            if graphs := getattr(module, "cuda_graphs", None):
+                module.cuda_graphs = []  # type: ignore[assignment]
+                stack.callback(setattr, module, "cuda_graphs", graphs)
+        yield
 
 
 @changes(

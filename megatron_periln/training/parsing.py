@@ -33,6 +33,7 @@ from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.datasets import data_order
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
 from megatron_periln.training.evaluation_checks import EVALUATION, why_no_validation
+from megatron_periln.training.graph_checks import GRAPHS
 from megatron_periln.training.idle_flags import idle_flags
 from megatron_periln.training.lenient import parse_leniently
 from megatron_periln.training.mask_checks import MASKS
@@ -243,7 +244,7 @@ def _try(args: Namespace, problems: Problems, adapted: set[str], *, from_local: 
         problems.add(f"{why}: {refusal.text}")
     if trial.args is None:
         return
-    problems.find(trial.args, EVALUATION)
+    problems.find(trial.args, (*EVALUATION, *GRAPHS))
     with problems.caught():
         if not from_local:
             check_batch_sizes(trial.args, consumed_samples(trial.args))

@@ -39,7 +39,13 @@ def test_defaults(tmp_path):
         ("--monitor-stop-on nan", {}, "give --no-check-for-nan-in-loss-and-grad too"),
         ("", {"use_megatron_fsdp": True}, "under --use-megatron-fsdp; drop one"),
         ("", {"overlap_moe_expert_parallel_comm": True}, "under --overlap-moe-expert-parallel-comm"),
-        ("", {"cuda_graph_impl": "local"}, "CUDA graphs; drop it or --cuda-graph-impl"),
+        ("", {"cuda_graph_impl": "full_iteration"}, "the whole step is one CUDA graph; drop it or --cuda-"),
+        ("", {"cuda_graph_impl": "transformer_engine", "fp8": "hybrid"}, "the scales of FP8"),
+        (
+            "",
+            {"cuda_graph_impl": "local", "num_experts": 8, "cuda_graph_modules": ["moe_router"]},
+            "layers of which Megatron's own CUDA graphs hold parts",
+        ),
         ("", {"gtp_weight_remat_size": 2}, "--gtp-weight-remat-size"),
     ],
 )
@@ -47,6 +53,11 @@ def test_mistakes_are_named(tmp_path, monkeypatch, flags, megatron, message):
     monkeypatch.setattr(os, "access", lambda path, _: not str(path).startswith("/proc"))
     with pytest.raises(UsageError, match=message):
         checked(tmp_path, *flags.split(), **megatron)
+
+
+@pytest.mark.parametrize("graphs", ["local", "transformer_engine"])
+def test_layers_in_graphs_are_seen(tmp_path, graphs):
+    checked(tmp_path, cuda_graph_impl=graphs, num_experts=None, cuda_graph_modules=[])
 
 
 def test_nothing_is_checked_without_a_monitor(tmp_path):

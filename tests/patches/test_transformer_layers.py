@@ -68,3 +68,46 @@ def test_upstream_still_reads_the_embedding_in_two_places():
         if inspect.isfunction(method) and re.search(r"\bembedding\(", inspect.getsource(method))
     }
     assert reading == {"_get_embeddings", "forward_single_position"}
+
+
+class ReplayedError(Exception):
+    """A graph was replayed."""
+
+
+class Graphs(torch.nn.Module):
+    """Stands for what replays a layer's graphs."""
+
+    def forward(self, *_, **__):
+        raise ReplayedError
+
+
+def give_graphs(model, implementation):
+    layer = model.decoder.layers[1]
+    layer.config.cuda_graph_impl = implementation
+    if implementation == "local":
+        layer.cudagraph_manager = Graphs()
+    else:
+        model.decoder.cuda_graphs = model.decoder.layers[0].cuda_graphs = []
+        layer.cuda_graphs = [Graphs()]
+        layer._te_cuda_graph_replay = layer.cuda_graphs[0].forward  # upstream's needs Transformer Engine
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_upstream_still_replays_the_graphs_of_every_step(implementation):
+    model = small.build("peri")
+    give_graphs(model, implementation)
+    with pytest.raises(ReplayedError):
+        small.run(model)
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_layers_run_without_their_graphs_for_a_while(implementation):
+    model = small.build("peri")
+    expected = small.run(model)
+    give_graphs(model, implementation)
+    keys = set(model.state_dict())
+    with transformer_layers.without_graphs([model]):
+        assert torch.equal(small.run(model), expected)
+    assert set(model.state_dict()) == keys
+    with pytest.raises(ReplayedError):
+        small.run(model)
