@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from megatron_periln.errors import UsageError
 from megatron_periln.rules import Problems
-from megatron_periln.training.flag_names.explain import close_spelling, find_former
+from megatron_periln.training.flag_names.explain import Former, close_spelling, find_former
 
 __all__ = ["parse_leniently"]
 
@@ -46,27 +46,38 @@ def parse_leniently(
         except ArgumentError as error:
             words = _without_wrong_value(words, error, parser, problems)
             continue
-        renamed = [words_of for flag in _by_flag(unknown) if (words_of := _explain(flag, parser, problems))]
-        if not renamed:
+        formers = []
+        for flag in _by_flag(unknown):
+            if former := find_former(flag):
+                formers.append(former)
+            else:
+                _suggest(flag, parser, problems)
+        _explain(formers, problems)
+        if not any(former.instead for former in formers):
             return args
-        gone = [flag for flag in _by_flag(unknown) if find_former(flag)]
+        gone = [list(former.given) for former in formers]
         words = [word for flag in _by_flag(words) if flag not in gone for word in flag]
-        words += [word for words_of in renamed for word in words_of]
+        words += [word for former in formers for word in former.instead or ()]
 
 
-def _explain(flag: list[str], parser: ArgumentParser, problems: Problems) -> tuple[str, ...] | None:
-    """Say what an unknown flag may be; return what it is called here, if that is known."""
-    if former := find_former(flag):
+def _explain(formers: Sequence[Former], problems: Problems) -> None:
+    """Say what flags are in another Megatron, those together of which the same is to be said."""
+    together: dict[str, list[str]] = {}
+    for former in formers:
         if former.harmless:
             problems.harmless.append(str(former))
-            return None
-        problems.add(f"unrecognized arguments: {former}")
-        return former.instead
+        else:
+            together.setdefault(former.meaning, []).append(" ".join(former.given))
+    for meaning, given in together.items():
+        problems.add(f"unrecognized arguments: {', '.join(given)}: {meaning}")
+
+
+def _suggest(flag: list[str], parser: ArgumentParser, problems: Problems) -> None:
+    """Say which flag may be meant by one that is unknown."""
     known = [option for action in parser._actions for option in action.option_strings]
     near = close_spelling(flag[0].partition("=")[0], known)
     meant = f"did you mean {near}? " if near else ""
     problems.add(f"unrecognized arguments: {' '.join(flag)}; {meant}{_HELP}")
-    return None
 
 
 def _without_wrong_value(

@@ -151,6 +151,16 @@ def test_all_of_them_are_said_at_once_and_the_rest_is_checked_as_they_are_called
     assert args.lr_wsd_decay_style == "minus_sqrt"
 
 
+def test_the_same_is_said_once():
+    """As of the flags of Apertus for its optimizer, and for its loss."""
+    words = "--goldfish-loss --goldfish-k 50 --ademamix-alpha 8 --num-layers 3 --ademamix-beta3 0.9"
+    said = parse(words)[1].texts
+    assert [text.split(": of swiss-ai")[0] for text in said] == [
+        "unrecognized arguments: --goldfish-loss, --goldfish-k 50",
+        "unrecognized arguments: --ademamix-alpha 8, --ademamix-beta3 0.9",
+    ]
+
+
 def test_a_value_that_nobody_had_is_still_wrong():
     problems = parse("--lr-wsd-decay-style sqrt")[1]
     assert ["invalid choice: 'sqrt'" in text for text in problems.texts] == [True]

@@ -36,8 +36,13 @@ class Former:
     instead: tuple[str, ...] | None
     harmless: bool = False
 
+    @property
+    def meaning(self) -> str:
+        """Whose it is, and what to do."""
+        return f"{self.owners}; {self.advice}"
+
     def __str__(self) -> str:
-        return f"{' '.join(self.given)}: {self.owners}; {self.advice}"
+        return f"{' '.join(self.given)}: {self.meaning}"
 
 
 def _tables() -> Iterable[tuple[str, dict[str, str]]]:
