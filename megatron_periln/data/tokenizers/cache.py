@@ -18,7 +18,17 @@ from megatron_periln.files import new_folder
 from megatron_periln.version import __version__
 from megatron_periln.vocabulary_files import KINDS
 
-__all__ = ["MAX_BYTES", "cache_folder", "content_key", "own_code", "read_entry", "versions", "write_entry"]
+__all__ = [
+    "MAX_BYTES",
+    "cache_folder",
+    "content_key",
+    "files_digest",
+    "own_code",
+    "read_entry",
+    "settings_of",
+    "versions",
+    "write_entry",
+]
 
 _PACKAGES = ("megatron-core", "transformers", "tokenizers", "tiktoken", "sentencepiece", "gigatoken")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
@@ -53,15 +63,27 @@ def own_code() -> list[Path]:
     return sorted(Path(__file__).parent.rglob("*.py"))
 
 
-def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
-    """Return the key of a tokenizer: a sha256 of its files, its flags, and the versions and code in use.
+def settings_of(args: Namespace, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of tokenizer flags that have an effect, by name (``dest``).
 
     Parameters
     ----------
     args
-        The tokenizer flags.
+        The tokenizer flags, and maybe others.
     flags
-        The names (``dest``) of the flags that make up the key, with their defaults.
+        The names of those that have an effect, or may have one, with their defaults.
+    """
+    names = [name for name in flags if name not in _FLAGS_WITHOUT_EFFECT]
+    return {name: getattr(args, name, flags[name]) for name in names}
+
+
+def files_digest(args: Namespace, flags: Mapping[str, Any]) -> str | None:
+    """Return a sha256 of a tokenizer's files and settings, wherever the files are and whatever reads them.
+
+    Parameters
+    ----------
+    args, flags
+        As of `settings_of`.
 
     Returns
     -------
@@ -69,28 +91,39 @@ def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
     type of which Megatron fetches the files that no flag names, files that cannot be read, or a folder with
     more than half a gigabyte beside the weights.
     """
-    digest = hashlib.sha256(json.dumps(versions()).encode())
-    for source in own_code():
-        digest.update(source.read_bytes())
-    values = {name: getattr(args, name, default) for name, default in flags.items()}
-    for name in _FLAGS_WITHOUT_EFFECT:
-        values.pop(name, None)
-    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    named = [value for name in _PATHS if (value := values.get(name))]
-    if not named or (args.tokenizer_type in KINDS and not values.get("vocab_file")):
+    values = settings_of(args, flags)
+    named = {name: str(value) for name in _PATHS if (value := values.pop(name, None))}
+    if not named or (args.tokenizer_type in KINDS and "vocab_file" not in named):
         return None
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     try:
-        for value in named:
+        for name, value in named.items():
             path = Path(value) if Path(value).exists() else _hub_snapshot(value)
             if path is None or (files := _files(path)) is None:
                 return None
             # AutoTokenizer may read the kind of model from the folder's name.
-            digest.update(str(path.absolute()).encode())
+            digest.update(f"\0{name}\0{Path(value).absolute().name if path.is_dir() else ''}".encode())
             for file in files:
                 content = hashlib.sha256(file.read_bytes()).hexdigest()
-                digest.update(f"\0{file.name}\0{content}".encode())
+                digest.update(f"\0{file.name if path.is_dir() else ''}\0{content}".encode())
     except OSError:
         return None
+    return digest.hexdigest()
+
+
+def content_key(args: Namespace, flags: Mapping[str, Any]) -> str | None:
+    """Return the key of an entry: a tokenizer's files and settings, where they are, versions and code in use.
+
+    Parameters and what is returned are those of `files_digest`.
+    """
+    files = files_digest(args, flags)
+    if files is None:
+        return None
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for source in own_code():
+        digest.update(source.read_bytes())
+    places = [str(Path(value).absolute()) for name in _PATHS if (value := getattr(args, name, None))]
+    digest.update(json.dumps([files, settings_of(args, flags), places], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -43,12 +43,12 @@ def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
         If a file is missing or Megatron cannot build the tokenizer from what it holds.
     """
     check_tokenizer_files(args)
-    flags = vars(add_tokenizer_args(ArgumentParser()).parse_args([]))
+    flags = _flags()
     key = cache.content_key(args, flags)
     if key and (found := _from_entry(key, args)):
         return found
     tokenizer = build_tokenizer(args)
-    resolved = wrap_tokenizer(tokenizer, args, key=key)
+    resolved = wrap_tokenizer(tokenizer, args)
     # Not if the files changed meanwhile, except by the hub's download.
     after = cache.content_key(args, flags)
     if after and (key is None or after == key) and resolved.kind != "megatron":
@@ -56,9 +56,12 @@ def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
     return resolved
 
 
-def wrap_tokenizer(
-    tokenizer: Tokenizer, args: Namespace | None = None, *, key: str | None = None
-) -> ResolvedTokenizer:
+def _flags() -> dict[str, Any]:
+    """Return the names of the tokenizer flags, with their defaults."""
+    return vars(add_tokenizer_args(ArgumentParser()).parse_args([]))
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, args: Namespace | None = None) -> ResolvedTokenizer:
     """Find out what a tokenizer of Megatron's is made of.
 
     Parameters
@@ -67,8 +70,6 @@ def wrap_tokenizer(
         Megatron's object; any other object with its methods becomes one of kind ``megatron``.
     args
         The flags it was built from.
-    key
-        What identifies its files.
     """
     try:
         eod: int | None = end_of_document(tokenizer)
@@ -77,25 +78,22 @@ def wrap_tokenizer(
     parts = take_apart(tokenizer)
     kind, payload, settings = parts.kind, parts.payload, parts.settings
     name = args.tokenizer_type if args else type(tokenizer).__name__
-    # The sidecars of datasets hold digests in which one setting has its first name.
-    first_names = {"obstacle" if name == "unsupported" else name: value for name, value in settings.items()}
-    identity: list[Any] = [kind, tokenizer.vocab_size, eod, first_names, cache.versions()]
+    identity: list[Any] = [kind, tokenizer.vocab_size, eod]
     probes: list[tuple[str, list[int]]] = []
     if kind == "megatron":
-        identity += [
-            name,
-            key,
-            None if key or not args else sorted((k, str(v)) for k, v in vars(args).items()),
-        ]
+        # Neither versions nor code: a run that is resumed, or datasets that are merged, may be of several.
+        identity += [name, args and (cache.files_digest(args, _flags()) or cache.settings_of(args, _flags()))]
     else:
+        # The sidecars of datasets hold digests in which one setting has its first name.
+        first = {"obstacle" if name == "unsupported" else name: value for name, value in settings.items()}
         probes = _probe(tokenizer, probe_texts(parts.special_tokens, parts.vocabulary))
-        identity += [hashlib.sha256(payload).hexdigest(), probes]
+        identity += [first, cache.versions(), hashlib.sha256(payload).hexdigest(), probes]
     model = (args.tokenizer_model or args.vocab_file) if args else None
     resolved = ResolvedTokenizer(
         kind=kind,
         vocab_size=int(tokenizer.vocab_size),
         eod=eod,
-        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        digest=hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest(),
         description=f"{name} {model}" if model else name,
         payload=payload,
         settings=settings,

@@ -280,6 +280,35 @@ def test_what_only_megatron_can_do_is_left_to_it(cache: Path, tokenizers: dict[s
     assert choose_encoder(null).encoder.encode(["1 2", "3"])[0].tolist() == [1, 2, 3]
 
 
+def test_what_only_megatron_can_do_is_known_by_its_files_and_settings_alone(
+    tmp_path: Path, tokenizers: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit of ours, or another version, made another tokenizer of it: no resuming, no merging."""
+    import shutil
+
+    class Letters:
+        vocab_size, eod = 300, None
+        tokenize = list
+
+    flags = [*tokenizers["sentencepiece"][:2], "--tokenizer-sentencepiece-legacy"]
+    (tmp_path / "elsewhere").mkdir()
+    model = Path(shutil.copy(tokenizers["sentencepiece"][3], tmp_path / "elsewhere" / "model"))
+
+    def digest(*more: object) -> str:
+        return wrap_tokenizer(Letters(), parse([*flags, "--tokenizer-model", *map(str, more)])).digest
+
+    first = digest(tokenizers["sentencepiece"][3])
+    monkeypatch.setattr(tokenizer_cache, "versions", lambda: {"tokenizers": "0"})
+    monkeypatch.setattr(tokenizer_cache, "own_code", list)
+    assert digest(model) == first
+    others = {digest(model, "--tokenizer-special-tokens", "<a>"), digest("some/unknown-name")}
+    model.write_bytes(model.read_bytes() + b" ")
+    assert len({first, *others, digest(model)}) == 4
+    settled = parse([*flags, "--tokenizer-model", "some/unknown-name"])
+    settled.output_prefix = "a flag that is no tokenizer's"
+    assert wrap_tokenizer(Letters(), settled).digest in others
+
+
 def test_any_object_with_megatrons_methods() -> None:
     class Letters:
         vocab_size = 300
