@@ -18,8 +18,13 @@ KNOWN = frozenset(symbol.rpartition(".")[2] for patch in PATCHES for symbol in p
 # Attributes whose names are common: of objects that have nothing to do with Megatron or torch.
 COMMON = {"open", "pickle", "fork", "to", "type", "cuda", "load", "empty", "compile", "accelerator"}
 # A tokenizer library is imported without another one that it does not need: no change to Megatron or torch.
-# What they change is a stand-in for awkward, and copies of configurations and datasets of our own class.
-OTHER = {"data/tokenizers/encoders/gigatoken.py", "training/datasets/index_cache.py"}
+# What they change is a stand-in for awkward, and copies of configurations and datasets of our own class; and
+# configurations for as long as it takes to find all that they refuse of a copy of the arguments.
+OTHER = {
+    "data/tokenizers/encoders/gigatoken.py",
+    "training/datasets/index_cache.py",
+    "training/refusals/trial.py",
+}
 NO_PATCHES = {
     "add_product",
     "apply",
@@ -31,6 +36,8 @@ NO_PATCHES = {
     "surface",
     "why_unreadable",
     "adapt_arguments",
+    "low_precision",
+    "without_low_precision",
 }
 
 
