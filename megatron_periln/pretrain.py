@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,19 @@ def _tell_torchrun(cause: str) -> None:
             Path(file).write_text(json.dumps({"message": message}))
 
 
+def _failure(end: SystemExit) -> UsageError | None:
+    """Return what to tell of an end without a status; None for one that is none.
+
+    Megatron leaves by ``sys.exit()``, with status 0, where it can't go on, and by ``exit()``, which is
+    Python's, once it has converted a checkpoint.
+    """
+    *_, (frame, line) = traceback.walk_tb(end.__traceback__)
+    _, inside, file = frame.f_code.co_filename.rpartition("/megatron/")
+    if end.code is not None or not inside:
+        return None
+    return UsageError(f"Megatron ended this run, as failed (megatron/{file}:{line}); the log says why above")
+
+
 def main() -> None:
     """Run the command line; exit with status 1 and one line on standard error for bad input.
 
@@ -91,6 +105,11 @@ def main() -> None:
         if not speaks:
             wait_for_launcher()
         sys.exit(error.status)
+    except SystemExit as end:
+        if (failure := _failure(end)) is None:
+            raise
+        tell(failure, speaks=os.environ.get("RANK", "0") == "0")
+        sys.exit(1)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted: what has been saved is complete", file=sys.stderr, flush=True)

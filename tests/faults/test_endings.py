@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -102,6 +103,16 @@ def test_the_second_of_two_ranks(jobs, end, statuses, last):
     )
     assert job.exit_codes == statuses, job.log
     assert saved(job.folder / "checkpoints") == last
+
+
+def test_megatron_s_own_way_out(jobs, tmp_path):
+    """It leaves by ``sys.exit()``, with status 0, where it can't go on; with 0 the next job would start."""
+    flags = f"{MODEL} --load {tmp_path} --exit-on-missing-checkpoint"
+    job = jobs.run("missing", flags, 2, succeeds=False)
+    assert job.exit_codes == [1, 1], job.log
+    (error,) = [line for line in job.log.splitlines() if line.startswith("error:")]
+    assert re.fullmatch(r".*, as failed \(megatron/training/checkpointing.py:\d+\); the log says .*", error)
+    assert "exiting" in job.log[: job.log.index(error)]
 
 
 @pytest.fixture

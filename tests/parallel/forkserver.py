@@ -115,7 +115,7 @@ def run_job(job):
             time.sleep(0.01)
         if any(codes.values()):  # ranks that wait for a failed one would wait for minutes
             deadline = min(deadline, time.monotonic() + 5)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (left := members(groups)) and time.monotonic() < deadline:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
