@@ -87,10 +87,11 @@ _OFF: dict[str, Mapping[str, object]] = {
         "pipeline_model_parallel_comm_backend": None,
         "use_ring_exchange_p2p": False,
     },
-    "there are no streams of a GPU": {
+    "there are no streams and no memory of a GPU": {
         "high_priority_stream_groups": [],
         "high_priority_a2a_comm_stream": False,
         "gpu_sniff_test_interval": None,
+        "record_memory_history": False,
     },
     "the alltoall dispatcher takes the place of DeepEP, HybridEP and NCCL EP": {
         "moe_enable_deepep": False,
@@ -124,6 +125,9 @@ REPLACED: tuple[tuple[str, tuple[str, ...], object, str], ...] = (
     ("ckpt_format", ("fsdp_dtensor", "torch_dcp"), "torch_dist", "it is that of FSDP"),
 )
 """The same for arguments of which other values stay: argument, values that change, value there, reason."""
+
+# Transformer Engine's.
+_BACKENDS = {"flash", "fused", "unfused"}
 
 LOW_PRECISION: dict[str, tuple[str, object]] = {
     "fp8": ("--fp8-format", None),
@@ -243,6 +247,10 @@ def adapt_arguments(args: Namespace) -> list[str]:
         if asked in values:
             setattr(args, name, value)
             changes.append(f"{name} {asked} -> {value} ({reason})")
+    backend = getattr(args, "attention_backend", None)
+    if isinstance(backend, enum.Enum) and backend.name in _BACKENDS:
+        args.attention_backend = type(backend)["auto"]  # which Megatron defines, and this is read before it
+        changes.append(f"attention_backend {backend.name} -> auto (attention is that of local layers)")
     return changes
 
 

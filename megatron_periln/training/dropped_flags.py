@@ -66,8 +66,9 @@ DROPPED: tuple[Check, ...] = (
     ),
     Rule(
         lambda args: args.use_rope_scaling and not _rope(args),
-        "--use-rope-scaling scales --position-embedding-type rope alone; with --multi-latent-attention give "
-        "--rope-type yarn and --rotary-scaling-factor",
+        "--use-rope-scaling scales --position-embedding-type rope alone; drop it, and with "
+        "--multi-latent-attention give --rope-type yarn and --rotary-scaling-factor",
+        {"use_rope_scaling": False},
     ),
     Rule(
         lambda args: args.rope_scaling_factor != 8.0 and not args.use_rope_scaling,
@@ -170,9 +171,8 @@ def make_flags_act(args: Namespace) -> list[str]:
         Megatron's and ours, before their validation; changed in place. ``embedding_norm`` is True or False.
     """
     lines = []
-    args.add_position_embedding = (
-        True  # --position-embedding-type says which; Megatron takes rope alone beside it
-    )
+    # --position-embedding-type says whether there are; beside False, Megatron takes no type but rope.
+    args.add_position_embedding = True
     if args.eval_interval is None and (args.skip_train or args.full_validation):
         args.eval_interval = sys.maxsize  # at the end alone: Megatron divides by it where it resumes
     elif args.eval_interval is None:

@@ -4,7 +4,9 @@ import enum
 
 import pytest
 
-from megatron_periln.cpu.flags import COUNTERPARTS, REPLACED
+from megatron_periln.cpu.flags import COUNTERPARTS, REPLACED, adapt_arguments
+from megatron_periln.rules import Problems
+from megatron_periln.training import parsing
 from tests.training import flag_trials as trials
 
 pytestmark = pytest.mark.usefixtures("single_process", "launched")
@@ -31,7 +33,7 @@ GIVEN = """
     --use-grouped-gemm-for-dense-mlp --use-grouped-gemm-for-shared-expert --moe-single-grouped-weight
     --moe-single-grouped-bias --flash-attention-version 3 --log-max-attention-logit
     --cross-entropy-fusion-impl te --deterministic-mode --use-megatron-fsdp --ckpt-format fsdp_dtensor
-    --init-model-with-meta-device
+    --init-model-with-meta-device --attention-backend fused --record-memory-history
 """
 EXCLUSIVE = {"external_cuda_graph": "--external-cuda-graph", "use_torch_fsdp2": "--use-torch-fsdp2"}
 SAME = "--moe-token-dispatcher-type alltoall --use-distributed-optimizer"
@@ -65,6 +67,20 @@ def test_so_it_is_for_what_excludes_another(name):
     given, said = arguments(EXCLUSIVE[name])
     assert given == expected
     assert f"\n  {name} True -> False (" in said
+
+
+def test_what_comes_of_these_changes_is_not_put_to_megatron():
+    args = trials.parser().parse_args(f"{trials.COMMON} {trials.MODELS['dense']}".split())
+    args.rank, args.world_size = 0, 1
+    adapt_arguments(args)
+    args.fine_grained_activation_offloading = True
+    problems = Problems()
+    parsing._try(args, problems, {"transformer_impl"}, from_local=False)
+    text, *_ = [text for text in problems.texts if "offloading" in text]
+    assert text.startswith(
+        "--device cpu can't have these flags, for it changes transformer_impl: "
+        "--fine-grained-activation-offloading"
+    )
 
 
 def test_a_run_without_fp8_is_one_in_bf16():

@@ -9,7 +9,6 @@ of this package are faults and keep their traceback, and so does any error once 
 from __future__ import annotations
 
 import importlib.util
-import re
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.errors import FLAG, RankError, UsageError
-from megatron_periln.training.refusals.statements import Statement, flags_of, line_of, statement_at
+from megatron_periln.training.refusals.statements import Statement, flags_of, names_at, statement_at
 
 __all__ = ["in_words", "one_line", "refusals_in_one_line", "why_refused"]
 
@@ -124,11 +123,7 @@ def _why_failed(error: Exception) -> str | None:
     if not known or not _is_of_megatron(known[-1][0]):
         return None
     frame, line = known[-1]
-    names = {
-        name
-        for frame, line in known[-3:]
-        for name in re.findall(r"\b(?:args|config)\.(\w+)", line_of(frame.f_code.co_filename, line))
-    }
+    names = {name for frame, line in known[-3:] for name in names_at(frame.f_code.co_filename, line)}
     flags = flags_of(names, given=True)
     reading = f", reading {', '.join(flags)}" if flags else ""
     kind = type(error).__name__

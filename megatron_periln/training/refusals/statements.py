@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.training.arguments import add_megatron_arguments
 
-__all__ = ["Statement", "flags_of", "line_of", "names_in", "refusing_statements", "statement_at"]
+__all__ = ["Statement", "flags_of", "names_at", "names_in", "refusing_statements", "statement_at"]
 
 # Of a configuration, and the arguments that it takes them from where they have another name.
 _ARGUMENTS = {
@@ -96,19 +96,20 @@ def statement_at(path: str, line: int) -> Statement | None:
     return min(around, key=lambda statement: len(statement.lines), default=None)
 
 
-def line_of(path: str, line: int) -> str:
-    """Return the source of the simple statement, or of the head of a compound one, that a line is in."""
+def names_at(path: str, line: int) -> frozenset[str]:
+    """Return what the statement that a line is in reads, and the nearest condition around it."""
     try:
         tree = ast.parse(Path(path).read_text())
     except (OSError, SyntaxError, ValueError):
-        return ""
+        return frozenset()
     around = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
-    inner = min(around, key=lambda node: (node.end_lineno or node.lineno) - node.lineno, default=None)
-    return "" if inner is None else ast.unparse(inner)
+    around.sort(key=lambda node: (node.end_lineno or node.lineno) - node.lineno)
+    conditions = [node.test for node in around if isinstance(node, ast.If)]
+    return frozenset[str]().union(*map(names_in, [*around[:1], *conditions[:1]]))
 
 
 @functools.cache
