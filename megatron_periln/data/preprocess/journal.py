@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 
 from megatron_periln.data.readers.documents import BadDocument, Place
 from megatron_periln.files import sync
@@ -95,12 +96,15 @@ class Record:
 
     def without_bad(self) -> Record:
         """Return the same without the documents that were skipped."""
-        return replace(self, bad=[])
+        return replace(self, bad=[]) if self.bad else self
 
     @classmethod
-    def from_json(cls, line: str) -> Record:
-        """Read one line."""
-        content = json.loads(line)
+    def from_json(cls, line: Any) -> Record:
+        """Read one line, text or UTF-8."""
+        try:
+            content = orjson.loads(line)
+        except ValueError:  # a path that is not UTF-8, which orjson refuses, or a line that was cut off
+            content = json.loads(line)
         content["sizes"] = {key: Size(*size) for key, size in content["sizes"].items()}
         content["bad"] = [
             BadDocument(Place(*place), kind, reason, text)
@@ -171,16 +175,16 @@ def read_journal(path: Path) -> tuple[list[Record], bool]:
     """
     with path.open("rb") as lines:
         complete = any(line.rstrip() == COMPLETE.encode() for line in lines)
-    return [record.without_bad() for record in _records(path)], complete
+    return [record.without_bad() for record, _ in _records(path)], complete
 
 
 def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
     """Write a journal with the first ``chunks`` of that at ``path``, and bring it to the disk."""
-    with to.open("w", encoding="utf-8") as stream:
-        for record in _records(path):
+    with to.open("wb") as stream:
+        for record, line in _records(path):
             if record.number < chunks:
-                stream.write(record.to_json())
-        stream.write((COMPLETE + "\n") * complete)
+                stream.write(line)
+        stream.write(f"{COMPLETE}\n".encode() * complete)
     sync(to)
 
 
@@ -196,12 +200,12 @@ def bad_documents(path: Path) -> Iterator[BadDocument]:
             start += len(line)
         for number in sorted(starts):
             stream.seek(starts[number])
-            yield from Record.from_json(stream.readline().decode()).bad
+            yield from Record.from_json(stream.readline()).bad
 
 
-def _records(path: Path) -> Iterator[Record]:
-    """Yield the chunks of a journal as they stand there."""
+def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """Yield the chunks of a journal as they stand there, with their lines."""
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last line, or one cut off
-                yield Record.from_json(line.decode())
+                yield Record.from_json(line), line.rstrip(b"\n") + b"\n"

@@ -79,17 +79,27 @@ def write_part(location: Location, part: Part) -> int:
     return checksum
 
 
+def read_all(descriptor: int, size: int, offset: int) -> bytes:
+    """Return ``size`` bytes of an open file, fewer at its end; the system gives 2 GiB at once at most."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def checksum_of(location: Location, size: Size, dtype: np.dtype) -> int | None:
     """Return the CRC-32 of what lies where a part of ``size`` was written; None if less lies there."""
     checksum = 0
     itemsizes = (dtype.itemsize, np.dtype(np.int32).itemsize, np.dtype(np.int64).itemsize)
     for suffix, start, length, itemsize in zip(_SUFFIXES, location.start, size, itemsizes, strict=True):
         try:
-            with open(location.stem + suffix, "rb") as stream:  # noqa: PTH123 (a stem is no Path)
-                stream.seek(start * itemsize)
-                data = stream.read(length * itemsize)
+            descriptor = os.open(location.stem + suffix, os.O_RDONLY)  # a journal may have 10^5 chunks
         except FileNotFoundError:
             return None
+        try:
+            data = read_all(descriptor, length * itemsize, start * itemsize)
+        finally:
+            os.close(descriptor)
         if len(data) < length * itemsize:
             return None
         checksum = zlib.crc32(data, checksum)

@@ -27,7 +27,7 @@ SIZES = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).map(l
 
 BAD = st.builds(
     BadDocument,
-    st.builds(Place, st.text(), st.none() | st.integers(0), st.none() | st.integers(1)),
+    st.builds(Place, st.text(), st.none() | st.integers(0, 1 << 62), st.none() | st.integers(1, 1 << 62)),
     st.text(),
     st.text(),
     st.none() | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")),
@@ -40,10 +40,10 @@ RECORDS = st.lists(
         number=st.integers(0, 9),
         sizes=st.dictionaries(st.text(), SIZES),
         checksums=st.dictionaries(st.text(), st.integers(0, 1 << 32)),
-        empty=st.dictionaries(st.text(), st.integers(0)),
-        bytes=st.integers(0),
-        weight=st.integers(0),
-        skipped=st.dictionaries(st.text(), st.integers(1)),
+        empty=st.dictionaries(st.text(), st.integers(0, 1 << 62)),
+        bytes=st.integers(0, 1 << 62),
+        weight=st.integers(0, 1 << 62),
+        skipped=st.dictionaries(st.text(), st.integers(1, 1 << 62)),
         bad=st.lists(BAD, max_size=3),
     ),
     min_size=1,
