@@ -108,7 +108,8 @@ def main() -> None:
    TensorBoard      tensorboard --logdir {folder}
    checkpoints      {folder}/*/checkpoints, logs {folder}/*/train.log
 
-   Try next: make quickstart PLACEMENTS="peri output"
+   Try next: python tools/export_hf.py --load {folder / placements[-1]}/checkpoints --output my-model
+             make quickstart PLACEMENTS="peri output"
              @{FLAGS} holds the flags; add yours after it"""
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_periln.convert.tokens.sentencepiece_model import Kind, SentencePieceModel
 from megatron_periln.convert.tokens.training_tokenizer import TrainingTokenizer
 from megatron_periln.data.indexed.decoding import decode_documents
+from megatron_periln.data.indexed.format import IndexedDatasetError
 from megatron_periln.data.indexed.index_arrays import IndexArrays
 from megatron_periln.data.tokenizers.probes import probe_texts, vocabulary_texts
 from megatron_periln.errors import UsageError
@@ -43,6 +44,8 @@ _MIXTURES = 10_000
 _DOCUMENTS = 200
 _DOCUMENT_TOKENS = 512
 _JOINED = 200
+_START, _ENOUGH = 16, 5
+"""How many tokens of a document its text must give again, and of how many documents one at least."""
 _ROOTS = 64
 _REPEATED = 60
 
@@ -140,12 +143,20 @@ def data_prefixes(given: list[str] | None, saved: list[str] | str | None) -> lis
         If there is no dataset of a given prefix.
     """
     names = given or ([saved] if isinstance(saved, str) else saved or [])
-    prefixes = [name for name in names if Path(f"{name}.idx").is_file()]
+    prefixes = [name for name in names if Path(f"{name}.idx").is_file() and (given or _is_readable(name))]
     if given:
         absent = [name for name in names if name not in prefixes and not _is_number(name)]
         if absent:
             raise UsageError(f"--data-path {absent[0]}: there is no {absent[0]}.idx; give a dataset's prefix")
     return prefixes[:8]
+
+
+def _is_readable(prefix: str) -> bool:
+    try:
+        IndexArrays.open(prefix)
+    except IndexedDatasetError:
+        return False
+    return True
 
 
 def _is_number(text: str) -> bool:
@@ -157,7 +168,18 @@ def _is_number(text: str) -> bool:
 
 
 def _documents(training: TrainingTokenizer, prefix: str, shared_by: int) -> list[str]:
+    """Return the texts of documents, if it is the tokenizer that their ids are from."""
     number = max(1, _DOCUMENTS // shared_by)
     dataset = IndexArrays.open(prefix)
-    decoded = decode_documents(dataset, training.built, number, _DOCUMENT_TOKENS)
+    decoded = list(decode_documents(dataset, training.built, number, _DOCUMENT_TOKENS))
+    (added,) = training.encode([""])
+    starts = [(document.text, document.ids[:_START]) for document in decoded if len(document.ids) > _START]
+    if not added and len(starts) >= _ENOUGH:  # a tokenizer that adds tokens to a text finds them in it too
+        again = [ids[:_START] for ids in training.encode([text for text, _ in starts])]
+        same = sum(ids == start for ids, (_, start) in zip(again, starts, strict=True))
+        if same * _ENOUGH < len(starts):
+            raise UsageError(
+                f"the data of {prefix} are not from {training}: it gives the ids of {same} of {len(starts)} "
+                f"documents; the first begins {starts[0][1][:5]}, and its text would {again[0][:5]}"
+            )
     return [document.text for document in decoded]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from sentencepiece import SentencePieceProcessor
 
 from megatron_periln.convert.model_folder import SpecialTokens
 from megatron_periln.convert.targets import TARGETS
@@ -23,6 +24,7 @@ from tests.convert.test_transformers_4 import VARIABLE
 from tests.convert.tokens.kinds import (
     END,
     KINDS,
+    LINES,
     QUICKSTART,
     hugging_face,
     parse,
@@ -281,22 +283,41 @@ def test_without_files_the_special_tokens_are_named_all_the_same(tmp_path):
     assert "was trained with NullTokenizer" in exported.write(tmp_path, SIZE, LONGEST, [])
 
 
+def write_data(prefix, documents):
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for ids in documents:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
 def test_documents_of_the_data_are_compared(tmp_path):
     source = find_tokenizer(pieces(tmp_path / "tokenizer"), None)
     documents = ["def f(x):\n    return x\n", "  two\nlines  "]
-    prefix = str(tmp_path / "data")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for ids in source.training.encode(documents):
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(f"{prefix}.idx")
+    prefix = write_data(tmp_path / "data", source.training.encode(documents))
     found = texts_for(source.training, [prefix])
     assert found.documents == 2
     assert found.texts[-2:] == documents
-    assert data_prefixes(None, ["0.3", prefix, "0.7", "nowhere"]) == [prefix]
+    (tmp_path / "damaged.idx").write_bytes(b"nothing")
+    damaged = str(tmp_path / "damaged")
+    assert data_prefixes(None, ["0.3", prefix, "0.7", "nowhere", damaged]) == [prefix]
     assert data_prefixes([prefix], ["nowhere"]) == [prefix]
     assert data_prefixes(None, None) == []
     with pytest.raises(UsageError, match=r"--data-path nowhere: there is no nowhere\.idx"):
         data_prefixes(["nowhere"], [prefix])
+
+
+def test_data_of_another_tokenizer_are_noticed(tmp_path):
+    """As where a file was trained anew at the path that the checkpoint names."""
+    source = find_tokenizer(pieces(tmp_path / "tokenizer"), None)
+    texts = [line * 5 for line in LINES if len(line) > 30][:20]
+    texts_for(source.training, [write_data(tmp_path / "its own", source.training.encode(texts))])
+    other = SentencePieceProcessor(model_proto=sentencepiece_model([text[::-1] for text in LINES]))
+    prefix = write_data(tmp_path / "another's", other.encode(texts))
+    with pytest.raises(
+        UsageError, match=r"are not from SentencePieceTokenizer .*: it gives the ids of \d of"
+    ):
+        texts_for(source.training, [prefix])
 
 
 def test_texts_have_every_feature_and_every_token(sources):
