@@ -4,12 +4,16 @@ import json
 import re
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.tokens import texts
+from megatron_periln.tools.export_hf import main
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
+from tests.convert.tokens.kinds import pieces
 
 
 @pytest.fixture
@@ -53,3 +57,22 @@ def test_files_and_special_tokens(single_process, tokenizer, tmp_path, given):
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
     assert generation == {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": None}
     assert AutoTokenizer.from_pretrained(output)("a").input_ids == [0]
+
+
+def test_a_sentencepiece_export_talks(single_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "_MIXTURES", 400)
+    flags = pieces(tmp_path / "tokenizer", vocab_size=140, byte_fallback=False)
+    named = f" --tokenizer-type SentencePieceTokenizer --tokenizer-model {flags.tokenizer_model}"
+    checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags + named)
+    output = tmp_path / "model"
+    assert main(["--load", str(tmp_path / "checkpoint"), "--output", str(output), "--no-verify"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"; ids equal on [\d,]+ texts, 140 tokens' own text; end-of-document token 2 </s>\n", said
+    )
+    tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
+    encoded = tokenizer("def wrap(", return_tensors="pt")
+    assert encoded.input_ids[0].tolist() == SentencePieceProcessor(flags.tokenizer_model).encode("def wrap(")
+    generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(generated[0]).startswith("def wrap(")
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == model.config.eos_token_id == 2
