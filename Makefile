@@ -24,7 +24,7 @@ RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
 .PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
-.PHONY: gpu-wheels parallelism pictures lint install constraints clean
+.PHONY: gpu-wheels parallelism recipes pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -64,6 +64,9 @@ gpu-wheels:  ## Fetch the wheels that gpu-check needs into WHEELS
 
 parallelism: install  ## Write docs/parallelism.md from what the layout tests reach
 	MEGATRON_PERILN_REPORT=docs/parallelism.md $(PY) -m pytest tests/parallel/test_layouts.py
+
+recipes: install  ## Train all public recipes of tests/recipes, and write docs/recipes.md
+	$(PY) -m tests.recipes.page
 
 pictures: install  ## Take docs/images from the last quickstart's report; needs Chromium
 	$(PY) -m tests.report.browser "$$(ls -t runs/quickstart/*/report.html | head -n 1)" --output docs/images

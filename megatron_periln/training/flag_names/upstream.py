@@ -44,7 +44,8 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "--decoder-tp-comm-overlap": _VISION,
         "--disable-chunked-prefill": _INFERENCE,
         "--disable-vision-class-token": _VISION,
-        "--enable-gpt-oss": _MODELOPT,
+        "--enable-gpt-oss": "",  # but in post-training, as the next
+        "--export-force-local-attention": "",
         "--export-*": _MODELOPT,
         "--finetune-data-split": _MODELOPT,
         "--finetune-hf-dataset": _MODELOPT,
