@@ -26,7 +26,7 @@ LOWER = {
     "convert": {"checkpoints", "data", "evaluation", "models", "norms"},
     "training": {"checkpoints", "cpu", "data", "models", "monitor", "norms", "patches"},
     "doctor": {"cpu", "data", "training"},
-    "studies": {"cpu", "monitor", "training"},
+    "studies": {"cpu", "data", "monitor", "training"},
     "tools": {"convert", "cpu", "data", "evaluation", "report"},
 }
 """What each folder may import; files of the top level that are no folder's are free to all."""

@@ -104,6 +104,8 @@ def _task_of_array() -> str:
 
 def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     """Run those of ``folders`` that are not done; return the names of those that failed."""
+    for folder in folders:
+        folder.refuse_other_data()
     left = [folder for folder in folders if folder.read()["status"] not in DONE]
     if not left:
         return []

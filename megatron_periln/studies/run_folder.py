@@ -14,6 +14,7 @@ from megatron_periln.errors import UsageError
 from megatron_periln.files import try_lock, write_text
 from megatron_periln.monitor.lines import FILE_NAME
 from megatron_periln.monitor.reading import Run, read_run
+from megatron_periln.studies.data_files import changed_since, data_files
 from megatron_periln.studies.measures import broken_off, measure
 from megatron_periln.studies.study import StudyRun
 
@@ -55,6 +56,21 @@ class RunFolder:
             )
         return state
 
+    def refuse_other_data(self) -> None:
+        """Refuse a run whose data or tokenizer have changed: what was trained is of those before.
+
+        Raises
+        ------
+        UsageError
+            Naming them.
+        """
+        before = self.read().get("data", {})
+        if changed := changed_since(before, data_files(self.run.flags)):
+            raise UsageError(
+                f"{self.path}: holds a run on what {', '.join(changed)} held then, and it has changed; give "
+                "another --output, or remove that folder"
+            )
+
     def lock(self) -> int | None:
         """Take the folder: return the descriptor that locks it while open, None if another process has it.
 
@@ -87,6 +103,7 @@ class RunFolder:
                 "attempts": state.get("attempts", 0) + 1,
                 "started": time.time(),
                 "earlier": earlier,
+                "data": data_files(self.run.flags),
                 **about,
             }
         )

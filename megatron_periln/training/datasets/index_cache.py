@@ -25,9 +25,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
-from megatron_periln.data.indexed.format import HEADER
-from megatron_periln.data.indexed.sidecar import Sidecar, sidecar_path
-from megatron_periln.errors import PreprocessError, UsageError
+from megatron_periln.data.indexed.content import Content, content_of
+from megatron_periln.errors import UsageError
 from megatron_periln.files import locked, sync
 
 __all__ = ["BlendedDataset", "Builder", "GPTDataset", "GPTDatasetConfig", "content_of", "contents_of"]
@@ -36,7 +35,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNFINISHED = "unfinished-"
 _ABANDONED_AFTER = 3600.0
 """Seconds."""
-Content = dict[str, Any]
 Indices = tuple[Any, ...]
 
 
@@ -125,29 +123,6 @@ def contents_of(prefixes: Iterable[str]) -> dict[str, Content]:
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
-
-
-def content_of(prefix: str) -> Content:
-    """Return what tells the data of an indexed dataset from others: no more work for a large one.
-
-    The checksums in its sidecar, if that is of these files: not older than they, and of their size.
-    Else their sizes and times.
-    """
-    bin_, idx = (Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx"))
-    sizes = [bin_.st_size, idx.st_size]
-    try:
-        sidecar, written = Sidecar.read_summary(sidecar_path(prefix)), sidecar_path(prefix).stat().st_mtime_ns
-        itemsize = np.dtype(sidecar.dtype).itemsize
-    except (PreprocessError, OSError, TypeError):  # none that can be read
-        pass
-    else:
-        described = [
-            sidecar.tokens * itemsize,
-            HEADER.size + 12 * sidecar.sequences + 8 * (sidecar.documents + 1),
-        ]
-        if written >= max(bin_.st_mtime_ns, idx.st_mtime_ns) and described == sizes:
-            return {"bytes": sizes, "sha256": [sidecar.sha256["bin"], sidecar.sha256["idx"]]}
-    return {"bytes": sizes, "modified": [bin_.st_mtime_ns, idx.st_mtime_ns]}
 
 
 def _counts(dataset: IndexedDataset) -> Content:
