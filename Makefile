@@ -17,9 +17,11 @@ export OMP_NUM_THREADS ?= 1
 # A folder of tests at a time in each process.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8
 
-# For gpu-check: a folder of wheels for a machine without network, whose python3 has torch; cpu for a dry run.
+# For gpu-check: tests or benchmarks; a folder of wheels for a machine without network, whose python3 has torch;
+# --rehearse to run it on the CPU.
+HALF ?= tests
 WHEELS ?=
-DEVICE ?= cuda
+FLAGS ?=
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
@@ -44,7 +46,7 @@ test-faults: install  ## Kill training ranks at random 30 times, and damage chec
 	MEGATRON_PERILN_FAULT_ROUNDS=30 MEGATRON_PERILN_FAULT_SEED=$(SEED) $(PY) -m pytest tests/faults tests/checkpoints
 
 test-gpu: install  ## The tests that need a GPU
-	MEGATRON_PERILN_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu
+	MEGATRON_PERILN_TEST_DEVICE=cuda MEGATRON_PERILN_TEST_IN_ORDER=1 $(PYTEST) --maxschedchunk 1 tests/gpu
 
 test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image and try it: minutes, and an engine
 	MEGATRON_PERILN_TEST_DOCKER=1 $(PY) -m pytest tests/docker
@@ -55,8 +57,8 @@ test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and r
 test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
 	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
 
-gpu-check: $(if $(WHEELS),,install)  ## All tests and benchmarks for the GPU, in 20 minutes: WHEELS, DEVICE, RESULTS
-	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS))
+gpu-check: $(if $(WHEELS),,install)  ## Tests, then benchmarks, on a GPU: 6 minutes each: HALF, WHEELS, RESULTS, FLAGS
+	$(GPU_PYTHON) benchmarks/gpu_check.py --half $(HALF) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(FLAGS)
 
 gpu-wheels:  ## Fetch the wheels that gpu-check needs into WHEELS
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt \

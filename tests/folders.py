@@ -3,12 +3,17 @@
 Its own groups of tests would do, but pytest 9.2 takes no notice of them (pytest-xdist #1386).
 """
 
+import os
+
 import pytest
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadScheduling, LoadScopeScheduling
+
+    if os.environ.get("MEGATRON_PERILN_TEST_IN_ORDER") == "1":  # gpu-check: the most telling first
+        return LoadScheduling(config, log)
 
     class Folders(LoadScopeScheduling):
         def _split_scope(self, nodeid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from megatron_periln.doctor.rows import Row
 from megatron_periln.doctor.software import Answers
@@ -68,13 +70,19 @@ def _step(options: Namespace, index: int) -> Row:
     return Row(CHECK, "failed", where + (cause[0] if cause else end), "" if told else "see the other rows")
 
 
+def _free_port() -> int:
+    """Return a port that no connection is given meanwhile: below the range from which port 0 would choose."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 def _alone(index: int) -> dict[str, str]:
     """Return the environment of a job of one rank, on one of this process's GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(index + 1)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Not torchrun's, nor a store that it has started.
     theirs = ("TORCHELASTIC", "GROUP_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
@@ -84,7 +92,7 @@ def _alone(index: int) -> dict[str, str]:
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_free_port()),
         "CUDA_VISIBLE_DEVICES": "" if visible == "" else gpus[index],
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
