@@ -33,9 +33,9 @@ from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
 from megatron_periln.training.datasets import data_order
 from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
 from megatron_periln.training.evaluation_checks import EVALUATION, why_no_validation
+from megatron_periln.training.flag_names.lenient import parse_leniently
 from megatron_periln.training.graph_checks import GRAPHS
 from megatron_periln.training.idle_flags import idle_flags
-from megatron_periln.training.lenient import parse_leniently
 from megatron_periln.training.mask_checks import MASKS
 from megatron_periln.training.model_settings import (
     add_model_arguments,

@@ -9,8 +9,8 @@ import pytest
 from megatron_periln.rules import Problems
 from megatron_periln.training.flag_names.explain import close_spelling, find_former
 from megatron_periln.training.flag_names.forks import FORKS
+from megatron_periln.training.flag_names.lenient import parse_leniently
 from megatron_periln.training.flag_names.upstream import NEWER, UPSTREAM
-from megatron_periln.training.lenient import parse_leniently
 from tests.training import flag_trials as trials
 
 TABLES = [*UPSTREAM.values(), NEWER, *FORKS.values()]

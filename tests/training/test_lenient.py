@@ -6,7 +6,7 @@ import pytest
 
 from megatron_periln.errors import UsageError
 from megatron_periln.rules import Problems
-from megatron_periln.training.lenient import parse_leniently
+from megatron_periln.training.flag_names.lenient import parse_leniently
 
 
 def parse(words):
