@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
@@ -87,8 +88,10 @@ def _batch(data_iterator: Iterator[Any] | None, vp_stage: int | None, *, trainin
     )
 
 
-def _packed_sequences(batch: Batch) -> PackedSeqParams | None:
-    """Describe the documents within a packed batch, for attention that must not cross them."""
+def _packed_sequences(batch: Batch, micro_batch_size: int) -> PackedSeqParams | None:
+    """Describe the documents within a packed batch, for layers that must not cross them."""
+    args = get_args()
+    mamba = Symbols.MAMBA in (args.hybrid_layer_pattern or "")
     lengths, longest = batch["cu_seqlens"], batch["max_seqlen"]
     if lengths is None or longest is None:
         return None
@@ -105,7 +108,9 @@ def _packed_sequences(batch: Batch) -> PackedSeqParams | None:
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=int(longest.item()),
         max_seqlen_kv=int(longest.item()),
-        tokens_per_sample=get_args().seq_length,
+        tokens_per_sample=args.seq_length,
+        # By which Mamba layers start anew with each document; attention and gated delta nets take the bounds.
+        total_tokens=micro_batch_size * args.seq_length if mamba else None,
     )
 
 
@@ -183,7 +188,10 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     with _straggler_detector(bdata=True):
         batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), training=model.training)
-        packed = _packed_sequences(batch)
+        args = get_args()
+        packed = _packed_sequences(
+            batch, args.micro_batch_size if model.training else args.eval_micro_batch_size
+        )
     timers("batch-generator").stop()
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     loss_mask: Any = batch["loss_mask"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_periln.rules import Check, Rule
@@ -42,7 +43,24 @@ def _window(args: Namespace) -> Iterator[str]:
         )
 
 
+def _states_across_documents(args: Namespace) -> Iterator[str]:
+    """Find layers that read no mask: their state passes from one document to the next."""
+    if not _masks_documents(args):
+        return
+    carrying = sorted({Symbols.MAMBA, Symbols.GDN} & set(args.hybrid_layer_pattern or ""))
+    if args.experimental_attention_variant == "gated_delta_net":
+        carrying.append("gated_delta_net")
+    if carrying:
+        yield (
+            f"--reset-attention-mask: layers of {' and '.join(carrying)} read no mask, and carry their state "
+            "from one document to the next; give --dataloader-inter-document-masking, which they heed, or "
+            "drop it"
+        )
+        args.reset_attention_mask = False
+
+
 MASKS: tuple[Check, ...] = (
+    _states_across_documents,
     Rule(
         lambda args: args.window_attn_skip_freq is not None and args.window_size is None,
         "--window-attn-skip-freq says which layers have a window: give --window-size too",

@@ -77,3 +77,19 @@ def test_spiky_loss_is_reported_and_the_run_goes_on(checks, caplog):
     assert "Spiky loss" not in caplog.text
     loss_function(torch.ones(2, 3), LOSSES * 11)
     assert "Spiky loss" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "documents"),
+    [("M*-", [[0] * 3 + [1] * 2 + [2] * 3]), ("G*-", None), (None, None)],
+)
+def test_mamba_layers_know_which_document_a_token_is_of(monkeypatch, pattern, documents):
+    """Two samples of four tokens: without the number of all tokens their states crossed every document."""
+    args = Namespace(seq_length=4, hybrid_layer_pattern=pattern)
+    monkeypatch.setattr(forward_step, "get_args", lambda: args)
+    monkeypatch.setattr(forward_step, "update_seqlen_stats_from_cu_seqlens", lambda lengths: None)
+    bounds = torch.tensor([[0, 3, 5, 8]], dtype=torch.int32)
+    batch = {"cu_seqlens": bounds, "max_seqlen": torch.tensor([3]), "cu_seqlens_padded": None}
+    packed = forward_step._packed_sequences(batch, 2)
+    assert packed.cu_seqlens_q.tolist() == [0, 3, 5, 8]
+    assert (packed.seq_idx if documents is None else packed.seq_idx.tolist()) == documents

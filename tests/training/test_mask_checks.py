@@ -24,6 +24,14 @@ def check(monkeypatch, flags):
         ("--reset-attention-mask", "no effect on Transformer Engine's causal attention"),
         (f"--reset-attention-mask {LOCAL} --bf16", "no effect on the fused softmax"),
         (f"--reset-attention-mask {LOCAL} --no-create-attention-mask-in-dataloader", "drop one of them"),
+        (
+            "--reset-attention-mask --hybrid-layer-pattern M*-G",
+            "layers of G and M read no mask",
+        ),
+        (
+            f"--reset-attention-mask {LOCAL} --experimental-attention-variant gated_delta_net",
+            "layers of gated_delta_net read no mask, and carry their state from one document to the next",
+        ),
         (f"--dataloader-inter-document-masking {LOCAL}", "use --reset-attention-mask with local attention"),
         ("--window-size 8", "--window-size 8: give how many tokens before and after"),
         ("--window-size (-2,0)", "--window-size -2,0: give how many tokens before and after"),
@@ -45,6 +53,8 @@ def test_a_mask_that_attention_would_not_have_is_refused(monkeypatch, flags, err
         f"--reset-attention-mask {LOCAL} --bf16 --no-masked-softmax-fusion",
         "--reset-attention-mask --attention-backend local",
         "--dataloader-inter-document-masking --reset-attention-mask",
+        "--dataloader-inter-document-masking --hybrid-layer-pattern M*-G",
+        f"--reset-attention-mask {LOCAL} --hybrid-layer-pattern *-",
         "--window-size 8,0 --window-attn-skip-freq 2",
         "--window-size (-1,0) --window-attn-skip-freq [1,0]*2",
     ],
