@@ -33,7 +33,8 @@ def end_children() -> None:
     if children:
         # torch's handler raises an error for each data worker that is killed, and what torch does at the end
         # of Python would wait for messages that they were sending.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if data := sys.modules.get("torch.utils.data._utils"):
             data.python_exit_status = True  # type: ignore[attr-defined]
     for child in children:

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_periln.training.divergence import Divergence
+from megatron_periln.training.divergence import Divergence, DivergenceError
 from tests.training.model import MODEL
 
 FLAGS = f"{MODEL} --mock-data --norm-placement pre --save-interval 2"
@@ -127,6 +127,31 @@ def test_a_run_that_goes_on_repeats_the_step(jobs):
     assert again.exit_codes == [16], again.log
     (line, *_), (other, *_) = (one_line(job).split(", and again") for job in (first, again))
     assert other.partition("; to compare it, start again on another GPU; it is not saved.")[0] == line
+
+
+def evaluate(message):
+    """Be where Megatron is as it evaluates, by name."""
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize(("function", "where"), [(evaluate, " in the evaluation after it"), (None, "")])
+def test_a_nan_that_is_an_error(monkeypatch, function, where):
+    """With ``--rerun-mode disabled``, and wherever Megatron evaluates."""
+    monkeypatch.setattr("megatron_periln.patches.training_loop.before_exit", lambda decide: None)
+    args = Namespace(rank=0, world_size=1, curr_iteration=4, lr=1e-3, norm_placement="peri", save=None)
+    message = (
+        "Rank 0, node a, device 0, iteration 7: Unexpected result nan (message='found NaN in local forward "
+    )
+    said = rf"iteration 5: the loss is nan on rank 0 \({NODE}\){where}; it is not saved"
+    with pytest.raises(DivergenceError, match=said) as info, Divergence(args).in_one_line():
+        (function or train)(f"{message}loss calculation')")
+    assert info.value.status == 1
+    with pytest.raises(RuntimeError, match="another"), Divergence(args).in_one_line():
+        evaluate("another")
+
+
+def train(message):
+    raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(
