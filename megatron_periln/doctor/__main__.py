@@ -53,7 +53,9 @@ def _node_checks(flags: Namespace, answers: software.Answers) -> list[tuple[str,
 
 def _check_node(flags: Namespace) -> list[Row]:
     checks = _node_checks(flags, software.probe(flags))
-    return [row for name, check in checks for row in run_check(name, check, flags.timeout)]
+    # The step's own limit, which has its row, comes first.
+    longer = {model_step.CHECK: flags.timeout + 10}
+    return [row for name, check in checks for row in run_check(name, check, longer.get(name, flags.timeout))]
 
 
 def _check_ranks(flags: Namespace, here: ThisRank, node: str, rows: list[Row]) -> tuple[list[Row], bool]:
