@@ -72,11 +72,11 @@ BAD_FLAGS = {
         ["--use-checkpoint-args needs a checkpoint", "give --load or --pretrained-checkpoint"],
     ),
     "refused by Megatron twice": (
-        "--seq-length 128 --reuse-grad-buf-for-mxfp8-param-ag",
+        "--seq-length 128 --load-main-params-from-ckpt",
         [
             "2 things are wrong with these flags",
             "--max-position-embeddings, --seq-length: max_position_embeddings",
-            "--reuse-grad-buf-for-mxfp8-param-ag: Reuse grad buffer only",
+            "--load-main-params-from-ckpt must be used with",
         ],
     ),
     "experts on too few ranks": (
@@ -129,7 +129,7 @@ BAD_FLAGS = {
     ),
     "heterogeneous layers of another kind": (
         """--heterogeneous-layers-config-encoded-json '{"block_configs": []}'""",
-        ["--heterogeneous-layers-config-path: not such a file as Megatron reads", "hidden_act"],
+        ["--heterogeneous-layers-config-encoded-json: 0 block_configs for --num-layers 2"],
     ),
     "latent experts on the CPU": (
         "--num-experts 4 --moe-latent-size 32",
