@@ -156,14 +156,20 @@ def norm_add_backward(
         rows = start + tl.arange(0, tile_rows)
         mask = (rows < n_rows)[:, None] & (columns < hidden)[None, :]
         grad = load_rows(grad_out, rows, columns, grad_out_stride, mask, compute_dtype)
+        # What is read comes first, so that it is in flight together: no load is moved across the exchange of
+        # sums between warps, nor across stores. With LayerNorm registers don't suffice for that.
+        if mean is None:
+            x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
+        # Rows from `n_rows` on have rstd 0 and gradient 0, and add nothing to any sum.
+        r = tl.load(rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
         if grad_normed is not None:
             # Through the next norm: ẑ = (out - next_mean) next_rstd, k = grad_normed next_weight,
             # g = grad_out + next_rstd (k - ẑ mean(k ẑ) - mean(k)).
             above = load_rows(grad_normed, rows, columns, grad_normed_stride, mask, compute_dtype)
             z = load_rows(out, rows, columns, hidden, mask, compute_dtype)
+            next_r = tl.load(next_rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
             if next_mean is not None:
                 z -= tl.load(next_mean + rows, mask=rows < n_rows, other=0.0)[:, None]
-            next_r = tl.load(next_rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
             z *= next_r
             weighted = above * (load_vector(next_weight, columns, hidden, compute_dtype) + weight_offset)
             grad_z = weighted - z * (tl.sum(weighted * z, 1) / hidden)[:, None]
@@ -176,9 +182,8 @@ def norm_add_backward(
                 next_weight_sum += above * z  # d next_weight = Σ grad_normed ẑ
             if next_bias_partials is not None:
                 next_bias_sum += above  # d next_bias = Σ grad_normed
-        x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
-        # Rows from `n_rows` on have rstd 0 and gradient 0, and add nothing to any sum.
-        r = tl.load(rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
+        if mean is not None:
+            x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
         if sublayer_bias is not None:
             x += load_vector(sublayer_bias, columns, hidden, compute_dtype)
         if mean is not None:
