@@ -85,19 +85,20 @@ class TrainingTokenizer:
         return [[int(number) for number in self.built.tokenize(text)] for text in texts]
 
     def token_texts(self) -> list[str]:
-        """Return the text of each token by its id; what is no whole character is replaced."""
+        """Return the text of each token by its id; what is no whole character is replaced or left out."""
+        if self.parts.kind == "tiktoken":
+            return [*self.parts.special_tokens, *self.parts.strings]
+        if self.parts.strings:
+            return self.parts.strings
         inner = self.built._tokenizer.tokenizer
-        numbers = range(self.built.vocab_size)
-        match self.parts.kind:
-            case "tokenizers":
-                decode = inner.backend_tokenizer.decode
-                return [decode([number], skip_special_tokens=False) for number in numbers]
-            case "sentencepiece":
-                return [inner.id_to_piece(number).replace("▁", " ") for number in numbers]
-            case "tiktoken":
-                words = map(inner.decode_single_token_bytes, numbers)
-                return [word.decode(errors="replace") for word in words]
-        return [inner.decode([number]) for number in numbers]
+        return [inner.decode([number]) for number in range(self.built.vocab_size)]
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        if self.parts.kind == "tokenizers":  # whose ids may have gaps
+            return max(self.built._tokenizer.tokenizer.get_vocab().values()) + 1
+        return int(self.built.vocab_size)
 
     def token(self, number: int | None) -> str | None:
         """Return the name of a token."""

@@ -67,10 +67,11 @@ class ExportedTokenizer:
         """
         if self.source is None:
             return f"no tokenizer files: {self.reason}"
-        size = int(self.source.training.built.vocab_size)
+        size = self.source.training.size
         if size > vocab_size:
             raise UsageError(
-                f"the tokenizer has {size:,} ids, and the model's vocabulary {vocab_size:,}; {_WITHOUT}"
+                f"the tokenizer has ids up to {size - 1:,}, and the model's vocabulary {vocab_size:,}; "
+                f"{_WITHOUT}"
             )
         return _write_proven(self.source, folder, longest, texts_for(self.source.training, prefixes))
 

@@ -267,9 +267,24 @@ def test_what_is_no_tokenizer(tmp_path):
         load([folder], ["a"])
 
 
+def test_ids_may_have_gaps(tmp_path):
+    flags = hugging_face(tmp_path / "tokenizer", "PreTrainedTokenizerFast")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 5000
+    path.write_text(json.dumps(content))
+    training = find_tokenizer(flags, None).training
+    assert (training.size, training.built.vocab_size, len(training.token_texts())) == (5001, 900, 900)
+    with pytest.raises(
+        UsageError, match=r"the tokenizer has ids up to 5,000, and the model's vocabulary 4,096"
+    ):
+        write(flags, model_folder(tmp_path / "model"))
+
+
 def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
     exported = prepare_tokenizer(pieces(tmp_path / "tokenizer"), None)
-    with pytest.raises(UsageError, match=r"the tokenizer has \d+ ids, and the model's vocabulary 100;"):
+    with pytest.raises(UsageError, match=r"the tokenizer has ids up to \d+, and the model's vocabulary 100;"):
         exported.write(tmp_path, 100, LONGEST, [])
 
 
