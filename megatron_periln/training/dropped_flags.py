@@ -135,6 +135,11 @@ DROPPED: tuple[Check, ...] = (
         "--use-te-activation-func and --use-transformer-engine-op-fuser",
     ),
     Rule(
+        lambda args: args.use_mup and args.mup_width_mult != 1.0,
+        "--mup-width-mult: megatron-core takes --hidden-size over --mup-base-hidden-size for it; drop it",
+        {"mup_width_mult": 1.0},
+    ),
+    Rule(
         lambda args: args.checkpoint_activations,
         "--checkpoint-activations: megatron-core ends without a word for the scheduler; give "
         "--recompute-activations, or --recompute-granularity and --recompute-method",

@@ -86,7 +86,6 @@ MODEL_SETTINGS = frozenset(
         "mup_base_hidden_size",
         "mup_embedding_mult",
         "mup_output_mult",
-        "mup_width_mult",
         "no_rope_freq",
         "normalization",
         "num_attention_heads",

@@ -44,7 +44,8 @@ def write(flags):
         "`tests/training/test_flags.py` runs",
         "each on small dense, mixture-of-experts, latent-attention and hybrid models; a flag that a new",
         "Megatron adds fails it until tests/training/flags.json says what it does. This page is written from",
-        "that table by `python -m tests.training.flag_page`.",
+        "that table by `python -m tests.training.flag_page`. Those that change the model are",
+        "looked for in the specs of Transformer Engine's layers too, which needs no Transformer Engine.",
     ]
     for effect, (title, text) in EFFECTS.items():
         entries = {flag: entry for flag, entry in sorted(flags.items()) if entry["effect"] == effect}

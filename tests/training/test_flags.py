@@ -3,6 +3,7 @@
 A flag that Megatron adds fails the first test until someone has said what it does.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -12,15 +13,20 @@ from pathlib import Path
 import megatron.core
 import megatron.training
 import pytest
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
 from megatron.core.optimizer import OptimizerConfig, emerging_optimizers
 
 import megatron_periln
 from megatron_periln.errors import UsageError
+from megatron_periln.models.gpt import placed_layer_spec
 from megatron_periln.training.model_settings import MODEL_SETTINGS
 from tests.training import flag_trials as trials
 from tests.training.flag_page import PAGE, write
 
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
+# As on a GPU, but for what asks whether there is one, or for Transformer Engine's version.
+TE = "--bf16 --norm-backend torch --no-rope-fusion"
 REFUSALS = (UsageError, AssertionError, NotImplementedError, ValueError, ImportError)
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -155,6 +161,36 @@ def test_what_needs_a_gpu_changes_nothing_in_silence_here(try_flag):
         for model in trials.MODELS:
             if (found := try_flag(flag, model)) & {"model", "training"}:
                 wrong[flag, model] = found
+    assert not wrong, listed(wrong)
+
+
+def with_transformer_engine(flags):
+    """Return what the configuration and the layers of Transformer Engine would be, and what was named."""
+    args, said = trials.parse(f"{TE} {flags}", te=True)
+    config = trials.model_config_of(args)
+    spec = (
+        placed_layer_spec(config, base=config.transformer_layer_spec) if not args.hybrid_layer_pattern else 0
+    )
+    return trials.describe(config), trials.describe(spec), said
+
+
+def test_what_changes_the_model_reaches_transformer_engine_s_layers(monkeypatch):
+    """By the structure of its specs, which needs no Transformer Engine; or is refused, or named."""
+    for module in (gpt_layer_specs, moe_module_specs):
+        monkeypatch.setattr(module, "TESpecProvider", TESpecProvider)
+    without = functools.cache(lambda given: with_transformer_engine(given)[:2])
+    wrong = {}
+    for flag, entry in FLAGS.items():
+        if entry["effect"] not in ("model", "device"):
+            continue
+        on = entry.get("on", "moe" if "-moe-" in flag else "mla" if "-mla-" in flag else "dense").split()
+        given = f"{trials.MODELS[on[0]]} {entry.get('with', '')}"
+        try:
+            *built, said = with_transformer_engine(f"{given} {entry['give']}")
+        except REFUSALS:
+            continue
+        if tuple(built) == without(given) and f"\n  {flag} (" not in said:
+            wrong[flag] = on[0]
     assert not wrong, listed(wrong)
 
 
