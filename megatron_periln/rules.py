@@ -5,8 +5,9 @@ that of megatron_periln/training/parsing.py):
 
 - ``training/checks.py:AS_PARSED`` and ``training/dropped_flags.py:DROPPED``: what the flags say by
   themselves;
-- ``training/checks.py:MODEL`` and ``training/mask_checks.py:MASKS``: once a checkpoint's arguments are
-  adopted (``--use-checkpoint-args``), before Megatron's validation;
+- ``training/refusals/needed.py:NEEDED`` and ``SCHEDULE``, ``training/checks.py:MODEL`` and
+  ``training/mask_checks.py:MASKS``: once a checkpoint's arguments are adopted
+  (``--use-checkpoint-args``), before Megatron's validation;
 - ``training/packages.py:PACKAGES``: packages that flags need and that are not installed;
 - ``cpu/flags.py:GPU_ONLY``: what ``--device cpu`` has no counterpart of;
 - ``training/evaluation_checks.py:EVALUATION`` and ``training/graph_checks.py:GRAPHS``: once Megatron has

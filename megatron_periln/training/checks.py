@@ -87,6 +87,14 @@ def _divisions(args: Namespace) -> Iterator[str]:
             expert_tensor * experts * pipeline,
         ),
     ]
+    model_parallel = tensor * pipeline * args.context_parallel_size
+    varies = args.rampup_batch_size or args.step_batch_size_schedule or args.decrease_batch_size_if_needed
+    varies = varies or args.tensor_parallel_num_weight_shards  # which data-parallel ranks share
+    if args.micro_batch_size and not varies and args.world_size % model_parallel == 0:
+        step = args.micro_batch_size * (args.world_size // model_parallel)
+        divisions.append(
+            ("--global-batch-size", args.global_batch_size, "--micro-batch-size x data-parallel size", step)
+        )
     if args.sequence_parallel:
         divisions.append(("--seq-length", args.seq_length, "--tensor-model-parallel-size", tensor))
     for dividend_name, dividend, divisor_name, divisor in divisions:

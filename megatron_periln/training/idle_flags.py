@@ -364,7 +364,13 @@ _FEATURES: _Rows = (
     ),
     ("head_lr_mult|data_sharding", _never("it belongs to vision models")),
     ("bert_binary_head|mask_prob|short_seq_prob|sample_rate|titles_.*", _never("it belongs to BERT and T5")),
-    ("encoder_seq_length|decoder_seq_length|decoder_num_layers", _never("it belongs to BERT and T5")),
+    ("decoder_seq_length|decoder_num_layers", _never("it belongs to BERT and T5")),
+    (
+        "recompute_granularity",
+        (lambda args: not args.recompute_activations, "--recompute-activations makes it selective"),
+    ),
+    ("lr_wsd_decay_samples", (lambda args: not args.train_iters, "--train-iters counts iterations")),
+    ("lr_wsd_decay_iters", (lambda args: not args.train_samples, "--train-samples counts samples")),
     ("vocab_extra_ids", _never("it belongs to T5")),
     (
         "use_flash_attn",

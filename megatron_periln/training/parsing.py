@@ -51,6 +51,7 @@ from megatron_periln.training.placement_checkpoint import (
     refuse_other_placement,
 )
 from megatron_periln.training.refusals import refusals_in_one_line, try_validation
+from megatron_periln.training.refusals.needed import NEEDED, SCHEDULE
 
 __all__ = ["add_arguments", "check", "parse"]
 
@@ -196,8 +197,8 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if cpu.is_active():
         problems.find(args, GPU_ONLY)
         adapted = adapt_arguments(args)
-    problems.find(args, SIZES, final=True)
-    problems.find(args, (*MODEL, *MASKS, *PACKAGES))
+    problems.find(args, (*NEEDED, *SIZES), final=True)
+    problems.find(args, (*SCHEDULE, *MODEL, *MASKS, *PACKAGES))
     if not problems.texts:
         _tell(args, "Flags that change nothing in this run:", [*problems.harmless, *idle])
         _tell(args, "Flags that act otherwise than in Megatron:", changes)

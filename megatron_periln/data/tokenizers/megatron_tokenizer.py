@@ -223,6 +223,8 @@ def check_tokenizer_files(args: Namespace) -> None:
             "--tokenizer-type is missing: name one, such as HuggingFaceTokenizer with --tokenizer-model "
             "FOLDER, or GPT2BPETokenizer with --vocab-file and --merge-file"
         )
+    if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
+        raise PreprocessError("NullTokenizer needs --vocab-size, the number of its ids")
     named = args.tokenizer_model or (args.vocab_file and args.tokenizer_type in _TAKES_HUB_NAME)
     if args.tokenizer_type in (*_NEEDS_FILE, *_TAKES_HUB_NAME) and not named:
         raise PreprocessError(f"{args.tokenizer_type} needs --tokenizer-model, the path of its model")
