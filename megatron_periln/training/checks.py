@@ -294,7 +294,8 @@ MODEL: tuple[Check, ...] = (
     ),
     Rule(
         lambda args: args.attention_backend is AttnBackend.local and not args.spec,
-        "--attention-backend local needs --spec local; drop it, or give --transformer-impl local",
+        "--attention-backend local: local layers have it by themselves; drop it, and give --transformer-impl "
+        "local",
         {"attention_backend": AttnBackend.auto},
     ),
     Rule(

@@ -149,7 +149,10 @@ BAD_FLAGS = {
     ),
     "returned keys": ("--dist-ckpt-strictness return_all", ["give log_unexpected or log_all"]),
     "validation sets": ("--multiple-validation-sets", ["--multiple-validation-sets needs --full-validation"]),
-    "local attention backend": ("--attention-backend local", ["needs --spec local", "drop it"]),
+    "local attention backend": (
+        "--attention-backend local",
+        ["local layers have it by themselves", "drop it"],
+    ),
     "refused with the configuration": (
         "--recompute-granularity full",
         ["Megatron refuses these flags", "recompute_method must be", "transformer_config.py"],

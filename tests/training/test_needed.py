@@ -24,6 +24,8 @@ FITTING = [
     f"{RUN} --train-iters 4 --global-batch-size 5 --decrease-batch-size-if-needed",
     f"{MODEL} --encoder-seq-length 64 --micro-batch-size 2 --skip-train",
     f"{RUN} --train-iters 4 --per-split-data-args-path parts.json --data-args-path list.txt",
+    f"{RUN} --train-iters 4 --data-cache-path a/b --spec megatron.core.models.mamba.mamba_layer_specs "
+    "mamba_stack_spec",
     "--use-checkpoint-args --load x --micro-batch-size 2 --lr 1 --train-iters 4",
 ]
 BROKEN = {
@@ -45,6 +47,10 @@ BROKEN = {
     f"{RUN} --train-iters 2 --start-weight-decay 2 --end-weight-decay 1": "weight decay only grows",
     f"{RUN} --train-iters 2 --override-opt_param-scheduler "
     "--use-checkpoint-opt_param-scheduler": "contradict",
+    f"{RUN} --train-iters 2 --data-cache-path list.txt/cache": "--data-cache-path .* can't be made in ",
+    f"{RUN} --train-iters 2 --spec no.such specs": "--spec no.such specs: cannot be imported: No module",
+    f"{RUN} --train-iters 2 --spec megatron.core no_specs": "--spec megatron.core no_specs: the module has",
+    f"{RUN} --train-iters 2 --spec local": "--spec local: takes two words",
     f"{RUN} --train-iters 2 --data-args-path nope": "--data-args-path nope: cannot be read",
     f"{RUN} --train-iters 2 --per-split-data-args-path two.json": "two.json: not JSON with train, valid and",
 }

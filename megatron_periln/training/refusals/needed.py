@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +56,35 @@ def _data_files(args: Namespace) -> Iterator[str]:
         setattr(args, name, None)
 
 
+def _cache_folder(args: Namespace) -> Iterator[str]:
+    """Find a cache folder that can't be made: Megatron says only that a dataset can't be built."""
+    if args.data_cache_path is None or is_object_storage_path(args.data_cache_path):
+        return
+    path = Path(args.data_cache_path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir() or (there != path and not os.access(there, os.W_OK)):
+        yield f"--data-cache-path {args.data_cache_path}: can't be made in {there}; give a folder that can"
+        args.data_cache_path = None
+
+
+def _layer_specs(args: Namespace) -> Iterator[str]:
+    """Find specs that can't be imported: Megatron prints that, and builds its own layers instead."""
+    if not args.spec:
+        return
+    given = f"--spec {' '.join(args.spec)}"
+    try:
+        module, name = args.spec
+        getattr(importlib.import_module(module), name)
+        return
+    except ImportError as error:
+        yield f"{given}: cannot be imported: {error}; correct it, or drop it for Megatron's own layers"
+    except AttributeError:
+        yield f"{given}: the module has no {args.spec[-1]}; correct it, or drop it for Megatron's own layers"
+    except ValueError:
+        yield f"{given}: takes two words, a module and the name of specs in it; correct it, or drop it"
+    args.spec = None
+
+
 def _warmup(args: Namespace) -> Iterator[str]:
     """Yield what OptimizerParamScheduler (megatron/core/optimizer_param_scheduler.py) needs."""
     unit = "iters" if args.train_iters else "samples"
@@ -80,6 +111,8 @@ def _trains(args: Namespace) -> bool:
 
 SCHEDULE: tuple[Check, ...] = (
     _data_files,
+    _cache_folder,
+    _layer_specs,
     Rule(
         lambda args: args.micro_batch_size is None,
         "--micro-batch-size is missing: give the sequences of a rank's step",
