@@ -1,7 +1,7 @@
 """Flags of Megatron's forks, by fork; the advice is as in `upstream`.
 
 From their arguments.py: swiss-ai at 81d44dbe, llm-jp at ea80de79, ROCm at 2b855baf, Habana at 13c28dea,
-DeepSpeed at 4efb479d, Pai at a098ca5.
+DeepSpeed at 4efb479d, Pai at a098ca5. Of bigscience's and GPT-NeoX: what launch scripts give.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ _GOLDFISH = "tokens are not dropped from the loss here: training is another with
 _ZERO = "give --use-distributed-optimizer, which shards as ZeRO 1, or --use-megatron-fsdp, as ZeRO 3"
 _CAPACITY = "give --moe-expert-capacity-factor"
 NO_NEED = "it makes that fork faster, or saves memory, and does not change what is computed"
+_KILL_SWITCH = "give --exit-signal-handler, by which a signal saves and ends a run, or drop it"
 _LOGS = "it only logs; drop it, --monitor-layers records statistics"
 _VISION = "it belongs to models of images, of which there are none here"
 _GENERATION = "it belongs to generation and evaluation of text; drop it"
@@ -53,6 +54,32 @@ FORKS: dict[str, dict[str, str]] = {
         "--xiprelu": _ACTIVATION,
         "--xiprelup": _ACTIVATION,
     },
+    "bigscience's fork (BLOOM)": {
+        "--abort-on-unmet-fused-kernel-constraints": "",
+        "--codecarbon-dir": "it only logs; drop it",
+        "--embed-layernorm": "--embedding-norm",
+        "--glu-activation": "give --swiglu; with another activation this is another model",
+        "--glu-activation swiglu": "--swiglu",
+        "--inference": _GENERATION,
+        "--kill-switch-path": _KILL_SWITCH,
+        "--log-level-replica": "it only logs; drop it",
+        "--pad-vocab-size-to": "--padded-vocab-size",
+        "--position-embedding-type alibi": "there is no ALiBi in megatron-core, and with another position "
+        "embedding this is another model",
+        "--position-embedding-type rotary": "--position-embedding-type rope",
+        "--pp-partition-method": "give --pipeline-model-parallel-layout, or drop it",
+        "--sync-tp-duplicated-parameters": "",
+        "--tokenizer-name-or-path": "--tokenizer-model",
+        "--tokenizer-type PretrainedFromHF": "--tokenizer-type HuggingFaceTokenizer",
+        "--train-weighted-split-paths*": "give --train-data-path, with a weight before each",
+        "--valid-weighted-split-paths*": "give --valid-data-path, with a weight before each",
+    },
+    "GPT-NeoX": {
+        "--pipe-parallel-size": "--pipeline-model-parallel-size",
+        "--pos-emb": "give --position-embedding-type",
+        "--pos-emb rotary": "--position-embedding-type rope",
+        "--pos-emb learned": "--position-embedding-type learned_absolute",
+    },
     "llm-jp's fork": {
         "--use-mpi": "",
         "--z-loss-strength": "the loss has no z-loss here: training is another without it",
@@ -73,8 +100,7 @@ FORKS: dict[str, dict[str, str]] = {
         "--fp8-coverage": "all linear layers of Transformer Engine compute in FP8; drop it",
         "--fp8-format e5m2": "--fp8-format hybrid",
         "--fp8-smooth-swiglu": "Transformer Engine has none: FP8 is rounded otherwise without it",
-        "--kill-switch-file": "give --exit-signal-handler, by which a signal saves and ends a run, or drop "
-        "it",
+        "--kill-switch-file": _KILL_SWITCH,
         "--load-distrib-optimizer-method": "",
         "--micro-batch-sync-interval": NO_NEED,
         "--moe-capacity-bins-*": NO_NEED,
