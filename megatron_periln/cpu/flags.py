@@ -234,7 +234,9 @@ def adapt_arguments(args: Namespace) -> list[str]:
         changes.append(
             "use_distributed_optimizer -> True (in the place of FSDP, and its checkpoints' format)"
         )
-    if getattr(args, "async_save", False) and args.async_strategy == "nvrx":
+    # Without a persistent worker Megatron saves synchronously, which `idle_flags` tells.
+    saves = getattr(args, "async_save", False) and args.use_persistent_ckpt_worker
+    if saves and args.async_strategy == "nvrx":
         args.async_strategy = "mcore"
         changes.append("async_strategy nvrx -> mcore (nvidia-resiliency-ext's writer hangs without a GPU)")
     for name, value, reason in COUNTERPARTS:

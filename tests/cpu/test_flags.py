@@ -141,9 +141,11 @@ def test_the_defaults_of_megatron_become_right(defaults):
 
 def test_asynchronous_saves_end():
     """Under nvidia-resiliency-ext's writer, Megatron's default, they never do here."""
-    args = Namespace(async_save=True, async_strategy="nvrx")
+    args = Namespace(async_save=True, use_persistent_ckpt_worker=True, async_strategy="nvrx")
     (change,) = adapt_arguments(args)
     assert change.startswith("async_strategy nvrx -> mcore")
     assert args.async_strategy == "mcore"
     assert adapt_arguments(args) == []
     assert adapt_arguments(Namespace(async_save=False, async_strategy="nvrx")) == []
+    args.async_strategy, args.use_persistent_ckpt_worker = "nvrx", False
+    assert adapt_arguments(args) == []
