@@ -11,6 +11,7 @@ import torch
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
 from megatron_periln.convert.rope_scaling import RopeScaling
+from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
 from megatron_periln.errors import UsageError
@@ -80,27 +81,30 @@ def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
     return settings if rope.scaling is None else {**settings, "rope_scaling": scaling}
 
 
-def read_config(model: Path) -> tuple[Any, Target]:
-    """Return the configuration of a model in a folder, and the target it is an instance of.
+def read_config(model: Path) -> tuple[Any, Target, Statements]:
+    """Return the configuration of a model in a folder, the target it is an instance of, and the file's words.
 
     Raises
     ------
     UsageError
-        If the folder holds no model, or one of an architecture that is not among the targets.
+        If the folder holds no model, or a quantized one, or one of an architecture that is not among the
+        targets, or transformers can't follow its configuration.
     """
     check_model_folder(model)
+    said = Statements.read(model)
     from transformers import AutoConfig  # not above: an export does without these seconds
 
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # each architecture's own code, which fails in its own ways
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UsageError(f"--model {model}: transformers can't read its config.json: {reason}") from error
     if config.model_type not in TARGETS:
         raise UsageError(
             f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"
         )
-    return config, TARGETS[config.model_type]
+    refuse_ids_out_of_range(config, said)
+    return config, TARGETS[config.model_type], said
 
 
 def architecture_of(config: Any, target: Target) -> Architecture:

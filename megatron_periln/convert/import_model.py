@@ -17,6 +17,7 @@ from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import architecture_of, read_config
 from megatron_periln.convert.megatron_flags import flag_file, model_arguments
 from megatron_periln.convert.safetensors_folder import Tensors
+from megatron_periln.convert.source.tensors import check_tensors
 from megatron_periln.convert.targets import Target
 from megatron_periln.convert.weights import imported_tensor, without_scales
 from megatron_periln.errors import UsageError
@@ -46,7 +47,8 @@ class ImportOptions:
     dtype
         Of the checkpoint's tensors; None for that of the model's.
     verify
-        Compare the logits of both models before the folder gets its name.
+        Compare the logits of both models before the folder gets its name. Names, dtypes and shapes of the
+        tensors are compared with the configuration always.
     """
 
     dtype: torch.dtype | None = None
@@ -73,9 +75,10 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
         If the model can't be read, or Megatron can't compute it, or the parity check fails; ``output``
         is then not there.
     """
-    config, target = read_config(model)
+    config, target, said = read_config(model)
     source = architecture_of(config, target)
     tensors = Tensors(model)
+    check_tensors(tensors, source, target, said)
     dtype = options.dtype or tensors[target.tensor_name("embedding.weight")].dtype
     architecture = without_scales(source)
     say(f"Source: {target.architecture}, norm placement {architecture.placement.name}")

@@ -97,8 +97,8 @@ def load_transformers(folder: Path) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # each architecture's own code, which fails in its own ways
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UsageError(f"transformers can't load {folder}: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):

@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["INDEX", "Tensors", "finalize_shards", "write_tensors"]
+__all__ = ["INDEX", "Layout", "Tensors", "finalize_shards", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ROWS = 1 << 14  # of tables that are compared at a time
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:
@@ -90,29 +93,44 @@ def finalize_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+class Layout(NamedTuple):
+    """What a safetensors file says of a tensor; its dtype by its name there, such as ``BF16``."""
+
+    dtype: str
+    shape: list[int]
+
+
 class Tensors:
     """The tensors of a folder of safetensors files, each read when asked for.
+
+    Where one file and an index of several are there, the file is read, as transformers does.
 
     Raises
     ------
     UsageError
-        If there are none, or their index names a file that is not there.
+        If there are none, or their index names a file that is not there, or one can't be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
-        if index.is_file():
+        if (folder / _SINGLE).is_file():
+            files = {_SINGLE}
+        elif index.is_file():
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             files = set(weight_map.values())
-        elif (folder / _SINGLE).is_file():
-            files = {_SINGLE}
         else:
             raise UsageError(f"{folder} holds no {_SINGLE} and no {INDEX}; other formats are not read")
         if missing := sorted(file for file in files if not (folder / file).is_file()):
             raise UsageError(f"{index} names {missing[0]}, which is not there; download the model again")
-        self._files = {file: safe_open(folder / file, framework="pt") for file in sorted(files)}
+        self._files = {file: self._open(file) for file in sorted(files)}
         self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{self.folder / file} can't be read: {error}; download it again") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -131,3 +149,20 @@ class Tensors:
         if name not in self._file_of:
             raise UsageError(f"{self.folder} has no tensor {name}, which its configuration promises")
         return self._files[self._file_of[name]].get_tensor(name)
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self.folder / self._file_of[name]
+
+    def layout(self, name: str) -> Layout:
+        """Return a tensor's dtype and shape, without reading it."""
+        part = self._files[self._file_of[name]].get_slice(name)
+        return Layout(part.get_dtype(), list(part.get_shape()))
+
+    def equal(self, one: str, other: str) -> bool:
+        """Tell whether two tables hold the same, some rows of each at a time."""
+        parts = [self._files[self._file_of[name]].get_slice(name) for name in (one, other)]
+        rows, *_ = shape = parts[0].get_shape()
+        return shape == parts[1].get_shape() and all(
+            torch.equal(*(part[start : start + _ROWS] for part in parts)) for start in range(0, rows, _ROWS)
+        )

@@ -246,7 +246,16 @@ TARGETS: dict[str, Target] = {
                 "last.mlp.output_norm": "model.norm",
             },
             zeros={_LAYER + "block_sparse_moe.gate.weight": 1},
-            settings={"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": None},
+            settings={
+                "num_local_experts": 1,
+                "num_experts_per_tok": 1,
+                "sliding_window": None,
+                # Factors of the residual stream and of what is added to it.
+                "full_attn_alpha_factor": 1,
+                "full_attn_beta_factor": 1,
+                "mlp_alpha_factor": 1,
+                "mlp_beta_factor": 1,
+            },
             layer_settings={"layer_types": "full_attention"},
         ),
     )

@@ -1,0 +1,1 @@
+"""What a model to be imported says of itself, and whether its files agree."""

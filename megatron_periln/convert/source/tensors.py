@@ -1,0 +1,216 @@
+"""The tensors of a model to be imported: by name, dtype and shape those that its config.json promises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.safetensors_folder import Tensors
+from megatron_periln.convert.source.configuration import Statements
+from megatron_periln.convert.targets import Target
+from megatron_periln.errors import UsageError
+
+__all__ = ["check_tensors"]
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_UNREAD = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # what transformers does not read either
+_SEVERAL = 3  # of the names in a list
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A dimension of a tensor, as a key of the configuration gives it.
+
+    Parameters
+    ----------
+    key, value
+        The key, and its value.
+    unit
+        Rows, or columns, for each.
+    beside
+        What the unit comes of.
+    """
+
+    key: str
+    value: int
+    unit: int = 1
+    beside: str = ""
+
+    @property
+    def total(self) -> int:
+        return self.value * self.unit
+
+
+@dataclass(frozen=True)
+class _Expected:
+    name: str
+    shape: tuple[_Size, ...]
+    switch: str | None = None
+    """The key by which the tensor is there at all, if one decides it."""
+
+
+def check_tensors(tensors: Tensors, architecture: Architecture, target: Target, said: Statements) -> None:
+    """Refuse tensors that are not those that the configuration promises.
+
+    Parameters
+    ----------
+    tensors
+        Of the model's files.
+    architecture, target
+        What the configuration says.
+    said
+        The configuration, to be quoted.
+
+    Raises
+    ------
+    UsageError
+        For the first dtype, number of layers, shape or name that disagrees, with the key and both values; and
+        for an output layer of its own that the configuration calls tied.
+    """
+    for name in tensors:
+        dtype = tensors.layout(name).dtype
+        if dtype not in _DTYPES and not _UNREAD.search(name):
+            raise UsageError(
+                f"{tensors.path(name)} has {name} in {dtype}, and only {', '.join(_DTYPES.values())} are "
+                "imported; of a quantized model, give the one from which it was made"
+            )
+    _check_layers(tensors, architecture, said)
+    expected = list(_expected(architecture, target))
+    _check_shapes(tensors, expected, said)
+    _check_names(tensors, expected, architecture, target, said)
+    head, table = target.tensor_name("head.weight"), target.tensor_name("embedding.weight")
+    if architecture.tied and head in tensors and not tensors.equal(head, table):
+        raise UsageError(
+            f"{said.quote('tie_word_embeddings', True)}, and {tensors.path(head)} has {head}, another table "
+            f'than {table}; write "tie_word_embeddings": false there to keep both, or take {head} out'
+        )
+
+
+def _check_layers(tensors: Tensors, architecture: Architecture, said: Statements) -> None:
+    layers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
+    if layers != set(range(architecture.num_layers)):
+        count = (
+            f"{len(layers)} layers" if layers == set(range(len(layers))) else f"the layers {sorted(layers)}"
+        )
+        raise UsageError(
+            f"{said.quote('num_hidden_layers', architecture.num_layers)}, and the tensors in "
+            f"{tensors.folder} are of {count}; correct the number, or download the model again"
+        )
+
+
+def _expected(architecture: Architecture, target: Target) -> Iterator[_Expected]:
+    """Yield the tensors that must be there."""
+    groups = {"attention.q": "qkv", "attention.k": "qkv", "attention.v": "qkv", "attention.proj": "proj"}
+    shapes = _shapes(architecture)
+    for module in target.names:
+        if module.startswith("last.") or (module == "head" and architecture.tied):
+            continue
+        inside = module.startswith(("attention.", "mlp."))
+        group = groups.get(module, "mlp" if module.startswith("mlp.") and "norm" not in module else "")
+        switch = next((key for key, biases in target.bias_switches.items() if group in biases), None)
+        for layer in range(architecture.num_layers if inside else 1):
+
+            def name(kind: str, module: str = module, layer: int = layer) -> str:
+                return target.tensor_name(f"{module}.{kind}", layer, architecture.num_layers)
+
+            yield _Expected(
+                name("weight"), shapes[module], "tie_word_embeddings" if module == "head" else None
+            )
+            if group in architecture.biases:
+                yield _Expected(name("bias"), shapes[module][:1], switch)
+    hidden = _Size("hidden_size", architecture.hidden_size)
+    for zeros, rows in target.zeros.items():
+        for layer in range(architecture.num_layers):
+            yield _Expected(zeros.format(layer=layer), (_Size("num_local_experts", rows), hidden))
+
+
+def _shapes(architecture: Architecture) -> dict[str, tuple[_Size, ...]]:
+    """Return the shape of each module's weight; the first dimension is that of its bias."""
+    each = architecture.head_dim
+    sizes = f"num_attention_heads {architecture.num_heads}, hidden_size {architecture.hidden_size}"
+    hidden = _Size("hidden_size", architecture.hidden_size)
+    vocabulary = _Size("vocab_size", architecture.vocab_size)
+    width = _Size("intermediate_size", architecture.ffn_hidden_size)
+    both = _Size("intermediate_size", architecture.ffn_hidden_size, 2, "gate and up together")
+    beside = f"heads of {each} channels, {sizes}"
+    heads = _Size("num_attention_heads", architecture.num_heads, each, beside)
+    groups = _Size("num_key_value_heads", architecture.num_kv_heads, each, beside)
+    channels = _Size("head_dim", each)
+    return {
+        "embedding": (vocabulary, hidden),
+        "embedding_norm": (hidden,),
+        "final_norm": (hidden,),
+        "head": (vocabulary, hidden),
+        "attention.input_norm": (hidden,),
+        "attention.output_norm": (hidden,),
+        "attention.q_norm": (channels,),
+        "attention.k_norm": (channels,),
+        "attention.q": (heads, hidden),
+        "attention.k": (groups, hidden),
+        "attention.v": (groups, hidden),
+        "attention.proj": (hidden, heads),
+        "mlp.input_norm": (hidden,),
+        "mlp.output_norm": (hidden,),
+        "mlp.gate_up": (both, hidden),
+        "mlp.gate": (width, hidden),
+        "mlp.up": (width, hidden),
+        "mlp.down": (hidden, width),
+    }
+
+
+def _check_shapes(tensors: Tensors, expected: list[_Expected], said: Statements) -> None:
+    for each in expected:
+        if each.name not in tensors:
+            continue
+        shape = tensors.layout(each.name).shape
+        where = f"{tensors.path(each.name)} has {each.name}"
+        if len(shape) != len(each.shape):
+            raise UsageError(
+                f"{where} of shape {shape}, and {said.path} promises {[size.total for size in each.shape]}"
+            )
+        for size, found in zip(each.shape, shape, strict=True):
+            if size.total != found:
+                raise UsageError(
+                    f"{said.quote(size.key, size.value)}{_meaning(size, found)} {where} of shape {shape}"
+                )
+
+
+def _meaning(size: _Size, found: int) -> str:
+    """Return what a value of the configuration means for a dimension, and what the tensor says instead."""
+    whole = f"{found // size.unit}" if found % size.unit == 0 else f"{found / size.unit:g}"
+    if size.unit == 1:
+        return f", and its tensors {whole}:"
+    return f" ({size.beside}: {size.total}), and its tensors {whole} ({found}):"
+
+
+def _check_names(
+    tensors: Tensors, expected: list[_Expected], architecture: Architecture, target: Target, said: Statements
+) -> None:
+    for each in expected:
+        if each.name not in tensors:
+            value: Any = each.switch != "tie_word_embeddings"
+            why = f"{said.quote(each.switch, value)}" if each.switch else f"{said.path} promises it"
+            raise UsageError(
+                f"{tensors.folder} has no tensor {each.name}, and {why}; download the model again"
+            )
+    names = {each.name for each in expected}
+    if architecture.tied:
+        names.add(target.tensor_name("head.weight"))
+    if more := [name for name in tensors if name not in names and not _UNREAD.search(name)]:
+        several = ", ".join(more[:_SEVERAL]) + (
+            f" and {len(more) - _SEVERAL} more" if more[_SEVERAL:] else ""
+        )
+        raise UsageError(
+            f"{tensors.path(more[0])} has {several}, for which {target.architecture} has no place"
+            f"{_switch(more, target, said)}"
+        )
+
+
+def _switch(more: list[str], target: Target, said: Statements) -> str:
+    """Return the key that keeps biases out, if it is biases that have no place."""
+    switches = [key for key in target.bias_switches if more[0].endswith(".bias")]
+    return f": {said.path} says false, or nothing, for {' and '.join(switches)}" if switches else ""
