@@ -32,8 +32,9 @@ def model_config(
 ) -> dict[str, Any]:
     """Return what config.json holds.
 
-    The rotary parameters are written twice: transformers 4 ignores ``rope_parameters`` and takes
-    ``rope_theta`` and ``partial_rotary_factor``.
+    What a runtime reads is written even if it is transformers' default: others have none, or another. The
+    rotary parameters are written twice: all but transformers 5 take ``rope_theta``,
+    ``partial_rotary_factor`` and ``rope_scaling``, and some want the last even if it is null.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     return {
@@ -55,6 +56,8 @@ def model_config(
         **_rotary_settings(architecture.rope, target),
         **{switch: bool(group & architecture.biases) for switch, group in target.bias_switches.items()},
         **target.settings,
+        **_unit_multipliers(architecture, target),
+        **dict.fromkeys(target.num_layers_settings, architecture.num_layers),
         **{name: [value] * architecture.num_layers for name, value in target.layer_settings.items()},
         **tokens.as_settings(target.no_eos),
         "dtype": dtype_name,
@@ -67,18 +70,26 @@ def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
     return tokens.as_settings()
 
 
+def _unit_multipliers(architecture: Architecture, target: Target) -> dict[str, float]:
+    """Return multipliers that change nothing: an export's are in its weights."""
+    return {
+        name: architecture.head_dim**-0.5 if attribute == "attention_scale" else 1.0
+        for name, attribute in target.multipliers.items()
+    }
+
+
 def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
     scaling = {"rope_type": "default"} if rope.scaling is None else rope.scaling.as_settings()
     fraction = {"partial_rotary_factor": rope.fraction} if target.partial_rotary else {}
     parameters: dict[str, Any] = {"rope_theta": float(rope.theta), **scaling, **fraction}
     if target.rope_label is not None:
         return {"rope_parameters": {target.rope_label: parameters}}
-    settings: dict[str, Any] = {
+    return {
         "rope_parameters": parameters,
         "rope_theta": float(rope.theta),
+        "rope_scaling": None if rope.scaling is None else scaling,
         **fraction,
     }
-    return settings if rope.scaling is None else {**settings, "rope_scaling": scaling}
 
 
 def read_config(model: Path) -> tuple[Any, Target, Statements]:

@@ -73,6 +73,8 @@ class Target:
         Tensors of zeros beside: names, and their rows of ``hidden_size``.
     settings
         Further settings of the configuration.
+    num_layers_settings
+        Those whose value is the number of layers.
     layer_settings
         Settings that are a list with one value a layer.
     rope_label
@@ -99,6 +101,7 @@ class Target:
     names: Mapping[str, str]
     zeros: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    num_layers_settings: tuple[str, ...] = ()
     layer_settings: Mapping[str, Any] = field(default_factory=dict)
     rope_label: str | None = None
     eps_name: str = "rms_norm_eps"
@@ -205,6 +208,7 @@ TARGETS: dict[str, Target] = {
             bias_switches={"attention_bias": _ATTENTION},
             names={**_PRE_NAMES, **_QK_NORM_NAMES},
             settings={"use_sliding_window": False, "sliding_window": None},
+            num_layers_settings=("max_window_layers",),
             layer_settings={"layer_types": "full_attention"},
         ),
         Target(
@@ -250,6 +254,7 @@ TARGETS: dict[str, Target] = {
                 "num_local_experts": 1,
                 "num_experts_per_tok": 1,
                 "sliding_window": None,
+                "postnorm": True,  # where it is read, the default is a stream that starts before each norm
                 # Factors of the residual stream and of what is added to it.
                 "full_attn_alpha_factor": 1,
                 "full_attn_beta_factor": 1,

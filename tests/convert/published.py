@@ -51,8 +51,8 @@ MODELS = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
     },
     # As Qwen3's page says for 131072 positions.
-    "qwen3, YaRN": {"rope_parameters": YARN},
-    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "qwen3, YaRN": {"max_window_layers": 3, "rope_parameters": YARN},
+    "qwen3": {"max_window_layers": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "exaone4": {"sliding_window": None, **FULL},
 }
 

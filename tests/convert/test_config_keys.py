@@ -1,0 +1,135 @@
+"""An export's config.json has what published models of its architecture have, and what runtimes insist on."""
+
+import pytest
+from transformers import AutoConfig
+
+from tests.convert.cases import ONE_PER_TARGET
+
+SIZES = {
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "use_cache",
+    "torch_dtype",
+}
+LLAMA = SIZES | {"head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias"}
+WINDOWS = {"sliding_window", "layer_types"}
+# Those of each architecture's published models: GLM-4-9B-0414, HyperCLOVAX-SEED-Think-14B, Llama-3.2-1B,
+# Qwen3-4B, EXAONE-4.0-1.2B and MiniMax-Text-01-hf; lfm3 is transformers' own configuration.
+PUBLISHED = {
+    "glm4": LLAMA - {"rope_scaling"} | {"partial_rotary_factor", "eos_token_id", "pad_token_id"},
+    "hyperclovax": LLAMA
+    | {"mlp_bias", "attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"}
+    | {"use_post_norm", "bos_token_id", "eos_token_id", "pad_token_id"},
+    "lfm3": SIZES - {"hidden_act"}
+    | WINDOWS
+    | {
+        "head_dim",
+        "norm_eps",
+        "rope_parameters",
+        "use_sandwich_norm",
+        "use_attention_gate",
+        "attention_bias",
+    },
+    "llama": LLAMA | {"mlp_bias", "bos_token_id", "eos_token_id"},
+    "qwen3": LLAMA
+    | {"use_sliding_window", "sliding_window", "max_window_layers", "bos_token_id", "eos_token_id"},
+    "exaone4": LLAMA - {"attention_bias"}
+    | WINDOWS
+    | {"sliding_window_pattern", "bos_token_id", "eos_token_id", "pad_token_id"},
+    "minimax": SIZES
+    | {"head_dim", "rms_norm_eps", "rope_theta", "num_local_experts", "num_experts_per_tok", "layer_types"}
+    | {"postnorm", "full_attn_alpha_factor", "full_attn_beta_factor", "mlp_alpha_factor", "mlp_beta_factor"},
+}
+# Settings of transformers' classes that an export is silent about.
+SILENT = {
+    "initializer_range": "draws new weights",
+    "pretraining_tp": "1 but in the pretraining of Llama 1",
+    "conv_bias": "of convolutions, and there are none",
+    "conv_L_cache": "of convolutions, and there are none",
+    "block_size": "of linear attention, and there is none",
+    "linear_attn_alpha_factor": "of linear attention, and there is none",
+    "linear_attn_beta_factor": "of linear attention, and there is none",
+    "output_router_logits": "off, and one expert has nothing to choose",
+    "router_aux_loss_coef": "one expert has nothing to choose",
+    "router_jitter_noise": "off, and one expert has nothing to choose",
+}
+# Fields that have no default in the runtime's own reading of config.json, from the sources of mistral.rs
+# (after 0.8), candle (after 0.9) and mlx-lm 0.32.2.
+UNREAD = {
+    "architectures",
+    "model_type",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "use_cache",
+    "torch_dtype",
+}
+MISTRAL_RS = SIZES - UNREAD | {"rms_norm_eps", "rope_theta"}
+MLX_LM = MISTRAL_RS - {"hidden_act"} | {"head_dim", "tie_word_embeddings"}
+INSISTED = {
+    ("mistral.rs", "glm4"): MISTRAL_RS,
+    ("mistral.rs", "llama"): MISTRAL_RS - {"hidden_act"},
+    ("mistral.rs", "qwen3"): MISTRAL_RS | {"max_window_layers", "use_sliding_window"},
+    ("candle", "glm4"): MISTRAL_RS | {"tie_word_embeddings"},
+    ("candle", "qwen3"): MLX_LM | {"hidden_act", "attention_bias", "max_window_layers", "use_sliding_window"},
+    ("mlx-lm", "glm4"): MLX_LM - {"tie_word_embeddings"} | {"attention_bias", "partial_rotary_factor"},
+    ("mlx-lm", "llama"): MLX_LM,
+    ("mlx-lm", "qwen3"): MLX_LM,
+    ("mlx-lm", "exaone4"): MLX_LM | {"rope_scaling", "sliding_window", "sliding_window_pattern"},
+}
+
+each_target = pytest.mark.parametrize("target", ONE_PER_TARGET)
+
+
+@pytest.fixture
+def config(exported, config_of):
+    return lambda target: config_of(exported(ONE_PER_TARGET[target])[0])
+
+
+@each_target
+def test_keys_of_published_models(config, target):
+    assert PUBLISHED[target] - config(target).keys() == set()
+
+
+@each_target
+def test_every_setting_of_transformers_is_written_or_needless(exported, config, target):
+    read = AutoConfig.from_pretrained(exported(ONE_PER_TARGET[target])[0])
+    common = type(read).__mro__[1]().to_dict().keys()
+    unwritten = read.to_dict().keys() - common - config(target).keys()
+    assert unwritten - SILENT.keys() == set()
+
+
+@pytest.mark.parametrize(("runtime", "target"), INSISTED)
+def test_what_a_runtime_insists_on(config, runtime, target):
+    assert INSISTED[runtime, target] - config(target).keys() == set()
+
+
+def test_values(config):
+    qwen, exaone = config("qwen3"), config("exaone4")
+    assert qwen["max_window_layers"] == qwen["num_hidden_layers"] == 3
+    assert exaone["rope_scaling"] is None
+    clova = config("hyperclovax")
+    assert clova["attention_multiplier"] == clova["head_dim"] ** -0.5
+    names = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
+    assert [clova[name] for name in names] == [1.0, 1.0, 1.0]
+
+
+@each_target
+def test_rotary_parameters_say_the_same_twice(config, target):
+    settings = config(target)
+    parameters = settings["rope_parameters"]
+    if target == "lfm3":  # newer than the other way of saying it
+        assert "rope_theta" not in settings and "rope_scaling" not in settings
+        return
+    assert settings["rope_theta"] == parameters["rope_theta"]
+    assert settings["rope_scaling"] is None and parameters["rope_type"] == "default"
+    assert settings.get("partial_rotary_factor") == parameters.get("partial_rotary_factor")
