@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,6 +85,9 @@ def export(
     checkpoint = Checkpoint(load, step)
     refuse_unsupported(checkpoint.args)
     architecture = Architecture.of(megatron_config(checkpoint.args))
+    if unpadded := getattr(checkpoint.args, "unpadded_vocab_size", None):
+        say(f"The vocabulary of {architecture.vocab_size:,} is cut to the {unpadded:,} of the imported model")
+        architecture = replace(architecture, vocab_size=unpadded)
     target, why = choose_target(architecture, options.target)
     dtype = options.dtype or checkpoint.dtype
     say(f"Target {target.name} ({target.architecture}): {why}")
@@ -137,6 +140,7 @@ class _Conversion:
         """
         sample = parity_check.sample_tokens(self.architecture.vocab_size, self.architecture.max_positions)
         expected = parity_check.checkpoint_outputs(self.checkpoint.path, self.checkpoint.args, sample)
+        expected = expected.of_ids(self.architecture.vocab_size)
         written = parity_check.compare(parity_check.transformers_outputs(folder, sample), expected)
         if dtype is torch.float32 or written.excess is None:
             parity_check.require_parity(written, say)

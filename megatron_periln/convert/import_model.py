@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -19,7 +20,7 @@ from megatron_periln.convert.megatron_flags import flag_file, model_arguments
 from megatron_periln.convert.safetensors_folder import Tensors
 from megatron_periln.convert.source.tensors import check_tensors
 from megatron_periln.convert.targets import Target
-from megatron_periln.convert.weights import imported_tensor, without_scales
+from megatron_periln.convert.weights import VOCABULARY_TABLES, imported_tensor, without_scales
 from megatron_periln.errors import UsageError
 from megatron_periln.files import new_folder
 from megatron_periln.models.one_process import (
@@ -49,10 +50,13 @@ class ImportOptions:
     verify
         Compare the logits of both models before the folder gets its name. Names, dtypes and shapes of the
         tensors are compared with the configuration always.
+    vocabulary_multiple
+        Pad the vocabulary with rows of zeros to a multiple of this, which tensor parallelism divides.
     """
 
     dtype: torch.dtype | None = None
     verify: bool = True
+    vocabulary_multiple: int = 1
 
 
 def import_model(model: Path, output: Path, options: ImportOptions, say: Say = print) -> None:
@@ -81,12 +85,19 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
     check_tensors(tensors, source, target, said)
     dtype = options.dtype or tensors[target.tensor_name("embedding.weight")].dtype
     architecture = without_scales(source)
+    padded = -(-source.vocab_size // options.vocabulary_multiple) * options.vocabulary_multiple
+    architecture = replace(architecture, vocab_size=padded)
     say(f"Source: {target.architecture}, norm placement {architecture.placement.name}")
-    if architecture != source:
+    if without_scales(source) != source:
         say("Its multipliers are folded into the weights: an export will have none")
+    if padded != source.vocab_size:
+        say(
+            f"Its vocabulary of {source.vocab_size:,} is padded to {padded:,}: an export will have "
+            f"{source.vocab_size:,}"
+        )
     tokenizer = model.absolute() if (model / "tokenizer.json").is_file() else None
-    flags = flag_file(architecture, dtype, output.absolute(), tokenizer)
-    args = model_arguments(architecture, dtype, tokenizer)
+    flags = flag_file(architecture, dtype, output.absolute(), tokenizer, source.vocab_size)
+    args = model_arguments(architecture, dtype, tokenizer, source.vocab_size)
     with new_folder(output, flag="--output") as folder:
         (folder / FLAG_FILE).write_text(flags)
         with single_process():
@@ -113,6 +124,8 @@ def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Targe
         tensor = imported_tensor(
             tensors.__getitem__, source, target, sharded.key, int(layer[1]) if layer else 0
         )
+        if sharded.key in VOCABULARY_TABLES:
+            tensor = F.pad(tensor, (0, 0, 0, len(sharded.data) - len(tensor)))
         sharded.data.copy_(tensor)
         filled += tensor.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -135,7 +148,8 @@ def _check_parity(
     """
     sample = parity_check.sample_tokens(source.vocab_size, source.max_positions)
     expected = parity_check.transformers_outputs(model, sample)
-    saved = parity_check.compare(parity_check.checkpoint_outputs(path, args, sample), expected)
+    ours = parity_check.checkpoint_outputs(path, args, sample).of_ids(source.vocab_size)
+    saved = parity_check.compare(ours, expected)
     if dtype is torch.float32 or saved.excess is None:
         parity_check.require_parity(saved, say)
         return
@@ -143,7 +157,10 @@ def _check_parity(
         exact = build_model(megatron_config(args))
         _fill(exact, Tensors(model), source, target)
         parity_check.require_parity(
-            parity_check.compare(parity_check.megatron_outputs(exact, sample), expected), say
+            parity_check.compare(
+                parity_check.megatron_outputs(exact, sample).of_ids(source.vocab_size), expected
+            ),
+            say,
         )
         _require_rounded(load_model(path, megatron_config(args, dtype)), exact, dtype)
     say(f"Rounding to {str(dtype).removeprefix('torch.')} changes the logits by up to {saved}")

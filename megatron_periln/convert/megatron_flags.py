@@ -57,6 +57,11 @@ def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str
     ]
 
 
+def _padding_flags(vocab_size: int, architecture: Architecture) -> list[list[str]]:
+    """Return what says how much of the vocabulary is padding, for an export to take it off again."""
+    return [["--unpadded-vocab-size", str(vocab_size)]] if vocab_size < architecture.vocab_size else []
+
+
 def _tokenizer_flags(folder: Path | None) -> list[list[str]]:
     if folder is None:
         return []
@@ -64,12 +69,25 @@ def _tokenizer_flags(folder: Path | None) -> list[list[str]]:
 
 
 def flag_file(
-    architecture: Architecture, dtype: torch.dtype, checkpoint: Path, tokenizer: Path | None
+    architecture: Architecture,
+    dtype: torch.dtype,
+    checkpoint: Path,
+    tokenizer: Path | None,
+    vocab_size: int | None = None,
 ) -> str:
-    """Return the text of a flag file with which the imported model goes on training."""
+    """Return the text of a flag file with which the imported model goes on training.
+
+    Parameters
+    ----------
+    architecture, dtype, checkpoint, tokenizer
+        What it is about.
+    vocab_size
+        The vocabulary without padding; None if there is none.
+    """
     flags = [
         *placement_flags(architecture.placement),
         *model_flags(architecture, dtype),
+        *_padding_flags(vocab_size or architecture.vocab_size, architecture),
         ["--load", str(checkpoint)],
         *_tokenizer_flags(tokenizer),
     ]
@@ -77,7 +95,10 @@ def flag_file(
 
 
 def model_arguments(
-    architecture: Architecture, dtype: torch.dtype, tokenizer: Path | None = None
+    architecture: Architecture,
+    dtype: torch.dtype,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
 ) -> Namespace:
     """Return Megatron's arguments for a model, as they are saved with its checkpoint."""
     length = ["--seq-length", str(architecture.max_positions)]
@@ -85,5 +106,6 @@ def model_arguments(
     args = megatron_arguments([word for flag in flags for word in flag])
     args.params_dtype = dtype
     args.add_position_embedding = True
+    args.unpadded_vocab_size = vocab_size if vocab_size != architecture.vocab_size else None
     set_placement(args, architecture.placement)
     return args

@@ -74,6 +74,10 @@ class Outputs:
     far_logits: Tensor
     frequencies: Tensor
 
+    def of_ids(self, count: int) -> Outputs:
+        """Return them without the logits of ids from ``count`` on, which pad the vocabulary."""
+        return replace(self, logits=self.logits[..., :count], far_logits=self.far_logits[..., :count])
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -20,6 +20,7 @@ from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.targets import Target
 
 __all__ = [
+    "VOCABULARY_TABLES",
     "exported_tensors",
     "imported_tensor",
     "interleave_rotary_pairs",
@@ -39,6 +40,9 @@ _GLOBAL_NAMES = {
     "head.weight": "output_layer.weight",
 }
 """From a parameter's neutral name to Megatron's in a checkpoint."""
+
+VOCABULARY_TABLES = frozenset({_GLOBAL_NAMES["embedding.weight"], _GLOBAL_NAMES["head.weight"]})
+"""Those with a row for each id, by Megatron's names."""
 
 _LAYER_NAMES = {
     "attention.input_norm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -238,7 +242,7 @@ def exported_tensors(
     read
         ``Checkpoint.read``.
     architecture, target
-        Where the target supports all of the architecture.
+        Where the target supports all of the architecture. Rows beyond its vocabulary are left out.
     dtype
         Of what is yielded.
     """
@@ -255,7 +259,8 @@ def exported_tensors(
 def _exported_embedding(
     read: Read, architecture: Architecture, target: Target, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    table, name = read(_GLOBAL_NAMES["embedding.weight"]), target.tensor_name("embedding.weight")
+    table = read(_GLOBAL_NAMES["embedding.weight"])[: architecture.vocab_size]
+    name = target.tensor_name("embedding.weight")
     if not architecture.placement.embedding:
         yield name, _scaled(table, architecture.embedding_scale, dtype)
         return
@@ -299,7 +304,10 @@ def _exported_output(
         yield target.tensor_name("final_norm.weight"), norm_weight.to(dtype)
     if not is_exported_tied(architecture, target):
         name = _GLOBAL_NAMES["embedding.weight" if architecture.tied else "head.weight"]
-        yield target.tensor_name("head.weight"), _scaled(read(name), architecture.logit_scale, dtype)
+        yield (
+            target.tensor_name("head.weight"),
+            _scaled(read(name)[: architecture.vocab_size], architecture.logit_scale, dtype),
+        )
 
 
 def _tied_logit_factor(architecture: Architecture, target: Target) -> float:

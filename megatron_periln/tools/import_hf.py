@@ -26,11 +26,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the checkpoint; default: as in the model",
     )
     parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary, which tensor parallelism must divide, to a multiple of N; default: 1",
+    )
+    parser.add_argument(
         "--no-verify",
         action="store_true",
         help="skip the parity check, which runs both models in fp32; for models too large for that",
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +64,10 @@ def _import(args: argparse.Namespace) -> None:
     from megatron_periln.convert.import_model import ImportOptions, import_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    import_model(args.model, args.output, ImportOptions(dtype=dtype, verify=not args.no_verify))
+    options = ImportOptions(
+        dtype=dtype, verify=not args.no_verify, vocabulary_multiple=args.make_vocab_size_divisible_by
+    )
+    import_model(args.model, args.output, options)
 
 
 if __name__ == "__main__":

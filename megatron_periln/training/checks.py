@@ -97,6 +97,12 @@ def _divisions(args: Namespace) -> Iterator[str]:
         )
     if args.sequence_parallel:
         divisions.append(("--seq-length", args.seq_length, "--tensor-model-parallel-size", tensor))
+    if args.padded_vocab_size and args.padded_vocab_size % tensor:
+        yield (
+            f"--padded-vocab-size ({args.padded_vocab_size}), the vocabulary, must be divisible by "
+            f"--tensor-model-parallel-size ({tensor}); change one of them, or import the model again with "
+            f"--make-vocab-size-divisible-by {tensor}"
+        )
     for dividend_name, dividend, divisor_name, divisor in divisions:
         if dividend and divisor and dividend % divisor:
             yield (

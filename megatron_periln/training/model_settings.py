@@ -6,7 +6,7 @@ A model of those sizes computes something else with another norm epsilon, rotary
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from typing import Any
 
 from megatron_periln.checkpoints.intact import FLAG_GROUP
@@ -134,13 +134,15 @@ _FORMER = {"layernorm_epsilon": "norm_epsilon"}
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """Add the flag that lets a model differ from its checkpoint's."""
+    """Add the flag that lets a model differ from its checkpoint's, and one that imports write."""
     groups = {group.title: group for group in parser._action_groups}
     groups[FLAG_GROUP].add_argument(
         "--allow-model-changes",
         action="store_true",
         help="load one whose model computed otherwise",
     )
+    # Not for the help: it only stays with the checkpoints, for an export to take the padding off again.
+    groups[FLAG_GROUP].add_argument("--unpadded-vocab-size", type=int, metavar="IDS", help=SUPPRESS)
 
 
 def given_settings(args: Namespace, parser: ArgumentParser) -> dict[str, Any]:
@@ -166,6 +168,7 @@ def adopt_model(args: Namespace, saved: Namespace, given: dict[str, Any]) -> Non
         value = given.get(name, _setting(saved, name))
         if value is not _ABSENT:
             setattr(args, name, value)
+    args.unpadded_vocab_size = args.unpadded_vocab_size or getattr(saved, "unpadded_vocab_size", None)
 
 
 def refuse_other_model(args: Namespace, saved: Namespace | None, folder: str) -> None:

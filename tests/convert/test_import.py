@@ -131,8 +131,10 @@ def test_the_checkpoint_has_a_manifest(single_process, tmp_path):
 
 
 def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
-    source = make(tmp_path / "source", "glm4", vocab_size=384)
-    import_model(source, tmp_path / "checkpoint", ImportOptions(), say=quietly)
+    """On two ranks, with a vocabulary that two don't divide, which its trained checkpoint still knows."""
+    source = make(tmp_path / "source", "glm4", vocab_size=383)
+    options = ImportOptions(vocabulary_multiple=2)
+    import_model(source, tmp_path / "checkpoint", options, say=quietly)
     flags = flag_files.expand([f"@{tmp_path / 'checkpoint' / 'model.flags'}"])
     training = "--train-iters 1 --lr 0 --min-lr 0 --save-interval 1 --weight-decay 0"
     layout = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -142,6 +144,40 @@ def test_training_goes_on_with_the_flag_file(jobs, tmp_path):
     tokens = checkpoints.sample()
     expected = checkpoint_outputs(tmp_path / "checkpoint" / "release", trained.args, tokens)
     assert compare(checkpoint_outputs(trained.path, trained.args, tokens), expected).maximum <= 1e-6
+    options = ExportOptions(verify=False, with_tokenizer=False)
+    export(job.folder / "checkpoints", tmp_path / "again", options, say=quietly)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["glm4", "hyperclovax, tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_vocabulary_comes_back_cut(single_process, tmp_path, config_of, name, dtype):
+    """As after added tokens: a prime number of ids, which no tensor parallelism divides."""
+    source, said, exporting = make(tmp_path / "source", name, vocab_size=157), [], []
+    options = ImportOptions(dtype=dtype, vocabulary_multiple=8)
+    import_model(source, tmp_path / "checkpoint", options, say=said.append)
+    assert "Its vocabulary of 157 is padded to 160: an export will have 157" in said
+    table = Checkpoint(tmp_path / "checkpoint").read("embedding.word_embeddings.weight")
+    assert table.shape == (160, 64)
+    assert not table[157:].any() and table[156].any()
+    options = ExportOptions(target=name.split(",")[0])
+    export(tmp_path / "checkpoint", tmp_path / "again", options, say=exporting.append)
+    assert "The vocabulary of 160 is cut to the 157 of the imported model" in exporting
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].to(dtype), after[key]) for key in before)
+    assert config_of(tmp_path / "again")["vocab_size"] == 157
+
+
+def test_without_padding_nothing_is_cut(single_process, tmp_path, config_of):
+    source, said = make(tmp_path / "source", "glm4"), []
+    options = ImportOptions(verify=False, vocabulary_multiple=8)
+    import_model(source, tmp_path / "checkpoint", options, say=said.append)
+    export(tmp_path / "checkpoint", tmp_path / "again", ExportOptions(verify=False), say=said.append)
+    assert not [line for line in said if "vocabulary" in line]
+    assert "--unpadded-vocab-size" not in (tmp_path / "checkpoint" / "model.flags").read_text()
+    assert config_of(tmp_path / "again")["vocab_size"] == 160
 
 
 @pytest.mark.parametrize(

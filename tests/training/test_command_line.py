@@ -50,6 +50,13 @@ BAD_FLAGS = {
         "--tensor-model-parallel-size 3",
         ["--num-attention-heads (4) must be divisible by --tensor-model-parallel-size (3)", "change one"],
     ),
+    "vocabulary": (
+        "--tensor-model-parallel-size 2 --padded-vocab-size 1027",
+        [
+            "--padded-vocab-size (1027), the vocabulary, must be divisible by --tensor-model-parallel-size",
+            "import the model again with --make-vocab-size-divisible-by 2",
+        ],
+    ),
     "feed-forward size": (
         "--tensor-model-parallel-size 4 --ffn-hidden-size 130",
         ["--ffn-hidden-size (130) must be divisible by --tensor-model-parallel-size (4)"],
