@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_periln.command_line import exit_code, parse_flags, parse_size, quiet_megatron, run_command
+from megatron_periln.data.input_order import ORDERS
 from megatron_periln.data.preprocess.driver import preprocess
 from megatron_periln.data.preprocess.finalize import check_finished, is_finished
 from megatron_periln.data.preprocess.plan import Plan, Summary, dataset_prefix, prepare_outputs
 from megatron_periln.data.preprocess.sentences import sentence_splitter
-from megatron_periln.data.readers.inputs import FORMATS, find_inputs
+from megatron_periln.data.readers.inputs import FORMATS, InputFile, find_inputs
 from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args
 from megatron_periln.data.tokenizers.resolve import resolve_tokenizer
 from megatron_periln.errors import PreprocessError
@@ -30,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         help="JSON Lines, Parquet, plain text, compressed or not: files, quoted globs, folders; - for stdin",
+    )
+    group.add_argument(
+        "--input-order",
+        choices=ORDERS,
+        help="of a folder's or a glob's files: bytes, part_10 before part_2, the default; natural, part_2 "
+        "before part_10, as merge_datasets.py has them",
     )
     group.add_argument(
         "--input-format", choices=FORMATS, default="auto", help="format of the input; auto: by its suffix"
@@ -136,7 +143,7 @@ def run(argv: Sequence[str]) -> Summary | str:
     if partitions > 1 and args.shard[1] > 1:
         raise PreprocessError("--partitions reorders the whole input, so it cannot go with --shard: drop one")
     keys = list(dict.fromkeys(args.json_keys))
-    inputs = find_inputs(args.input, args.input_format)
+    inputs = _inputs(args)
     first = 0 if args.max_bin_size else None
     prefixes = [
         dataset_prefix(args.output_prefix, key, sentences=args.split_sentences, number=first) for key in keys
@@ -178,6 +185,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess and return the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     quiet_megatron()
     return exit_code(lambda: print(run(sys.argv[1:] if argv is None else argv), file=sys.stderr))
+
+
+def _inputs(args: argparse.Namespace) -> list[InputFile]:
+    differing: list[tuple[Path, Path]] = []
+    order = args.input_order or "bytes"
+    inputs = find_inputs(args.input, args.input_format, order, lambda *pair: differing.append(pair))
+    if differing and args.input_order is None:
+        first, second = (path.name for path in differing[0])
+        print(
+            f"note: {first} is read before {second}, in the order of bytes; {second} before {first}, as "
+            "merge_datasets.py has them: --input-order natural",
+            file=sys.stderr,
+        )
+    return inputs
 
 
 class _NotNeeded(argparse.Action):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from megatron_periln.data.indexed.sidecar import (
     sidecar_path,
     utc_now,
 )
+from megatron_periln.data.input_order import in_order
 from megatron_periln.data.output_files import prepare_output, writing
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import replacing
@@ -73,14 +73,20 @@ class Merged:
         )
 
 
-def find_datasets(inputs: Sequence[str]) -> list[str]:
+def find_datasets(
+    inputs: Sequence[str], order: str = "natural", differs: Callable[[str, str], None] = lambda *_: None
+) -> list[str]:
     """Return the prefixes of the datasets that the command line names.
 
     Parameters
     ----------
     inputs
-        Prefixes, with or without .bin or .idx; globs of prefixes; folders. The datasets of a glob or
-        a folder are taken in natural order: ``part_2`` before ``part_10``.
+        Prefixes, with or without .bin or .idx; globs of prefixes; folders.
+    order
+        That of the datasets of a glob or a folder, one of ``ORDERS``: natural is ``part_2`` before
+        ``part_10``, bytes is Megatron's.
+    differs
+        Is called with two datasets that the other order has the other way round, if there are any.
 
     Raises
     ------
@@ -90,14 +96,14 @@ def find_datasets(inputs: Sequence[str]) -> list[str]:
     prefixes: list[str] = []
     for name in inputs:
         if Path(name).is_dir():
-            found = _datasets_among(Path(name).iterdir())
+            found = _datasets_among(Path(name).iterdir(), order, differs)
             if not found:
                 raise PreprocessError(f"{name}: no .bin and .idx files in this folder")
         elif not glob.has_magic(name) or any(Path(name + suffix).exists() for suffix in ("", ".idx")):
             found = [without_suffix(name)]
         else:
             matches = glob.glob(f"{without_suffix(name)}.idx") + glob.glob(f"{without_suffix(name)}.bin")  # noqa: PTH207
-            found = _datasets_among(map(Path, matches))
+            found = _datasets_among(map(Path, matches), order, differs)
             if not found:
                 raise PreprocessError(f"{name}: no dataset matches this glob")
         prefixes.extend(found)
@@ -252,11 +258,9 @@ def append_file(source: Path, target: BinaryIO) -> None:
                 view = view[target.write(view) :]
 
 
-def _datasets_among(paths: Iterable[Path]) -> list[str]:
+def _datasets_among(paths: Iterable[Path], order: str, differs: Callable[[str, str], None]) -> list[str]:
     found = {str(path.with_suffix("")) for path in paths if path.suffix in (".bin", ".idx")}
-    return sorted(
-        found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    )
+    return in_order(found, order, name=lambda prefix: (prefix,), differs=differs)
 
 
 def _refuse_output_among(prefixes: Sequence[str], output_prefix: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_periln.data.input_order import in_order
 from megatron_periln.data.readers.compression import COMPRESSIONS, uncompressed_suffix
 from megatron_periln.data.readers.opening import open_input, reading
 from megatron_periln.errors import PreprocessError
@@ -61,17 +62,26 @@ class InputFile:
             return not opened.compressed
 
 
-def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
+def find_inputs(
+    values: Sequence[str],
+    format: str = "auto",
+    order: str = "bytes",
+    differs: Callable[[Path, Path], None] = lambda *_: None,
+) -> list[InputFile]:
     """Return the input files that ``--input`` names, in the order of the output.
 
     Parameters
     ----------
     values
-        Files; globs, whose matches are taken in sorted order; folders, which stand for the files
-        below them with a known suffix; ``-`` for standard input.
+        Files; globs; folders, which stand for the files below them with a known suffix; ``-`` for
+        standard input.
     format
         One of ``FORMATS``. ``auto`` goes by the suffix; what has none that is known is Parquet, if it
         begins and ends so, or else JSON Lines.
+    order
+        That of the files of a glob or a folder, one of ``ORDERS``.
+    differs
+        Is called with two files that the other order has the other way round, if there are any.
 
     Raises
     ------
@@ -86,7 +96,7 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
                 raise PreprocessError("--input -: standard input must be the only input")
             found.append(InputFile(STDIN, "jsonl" if format == "auto" else format))
         else:
-            found.extend(_describe(path, format) for path in _paths(value))
+            found.extend(_describe(path, format) for path in _paths(value, order, differs))
     for file in found:
         if file.format == "text" and not file.regular:
             raise PreprocessError(f"{file.path}: plain text cannot come through a pipe: give the file itself")
@@ -99,10 +109,11 @@ def find_inputs(values: Sequence[str], format: str = "auto") -> list[InputFile]:
     return found
 
 
-def _paths(value: str) -> Iterable[Path]:
+def _paths(value: str, order: str, differs: Callable[[Path, Path], None]) -> Iterable[Path]:
     path = Path(value)
     if path.is_dir():
-        files = sorted(file for file in _files_below(path) if uncompressed_suffix(file) in _SUFFIXES)
+        below = (file for file in _files_below(path) if uncompressed_suffix(file) in _SUFFIXES)
+        files = in_order(below, order, name=lambda file: file.parts, differs=differs)
         if not files:
             raise PreprocessError(
                 f"--input {value}: no files in this folder that end with {', '.join(_SUFFIXES)}, "
@@ -113,11 +124,15 @@ def _paths(value: str) -> Iterable[Path]:
         return [path]
     if not glob.has_magic(value):
         raise PreprocessError(f"--input {value}: no such file")
-    matches = [Path(match) for match in sorted(glob.glob(value, recursive=True))]  # noqa: PTH207 (Path.glob takes no absolute glob)
-    files = [match for match in matches if not match.is_dir()]
+    matches = [match for match in glob.glob(value, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207 (Path.glob takes no absolute glob)
+    files = list(map(Path, in_order(matches, order, name=lambda match: (match,), differs=_paths_of(differs))))
     if not files:
         raise PreprocessError(f"--input {value}: no file matches this glob")
     return files
+
+
+def _paths_of(differs: Callable[[Path, Path], None]) -> Callable[[str, str], None]:
+    return lambda here, there: differs(Path(here), Path(there))
 
 
 def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
