@@ -93,6 +93,14 @@ def finalize_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _files_of(index: Path) -> set[str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return set(weight_map.values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is no index of safetensors files; download it again") from error
+
+
 class Layout(NamedTuple):
     """What a safetensors file says of a tensor; its dtype by its name there, such as ``BF16``."""
 
@@ -117,8 +125,7 @@ class Tensors:
         if (folder / _SINGLE).is_file():
             files = {_SINGLE}
         elif index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = set(weight_map.values())
+            files = _files_of(index)
         else:
             raise UsageError(f"{folder} holds no {_SINGLE} and no {INDEX}; other formats are not read")
         if missing := sorted(file for file in files if not (folder / file).is_file()):

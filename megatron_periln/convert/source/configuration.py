@@ -58,9 +58,11 @@ class Statements:
 
     def quote(self, key: str, value: Any) -> str:
         """Return a clause with a key and the value that transformers makes of it."""
-        if key in self.values:
-            return f"{self.path} has {key} {json.dumps(value, default=str)}"
-        return f"{self.path} has no {key}, for which transformers takes {json.dumps(value, default=str)}"
+        taken = json.dumps(value, default=str)
+        if self.values.get(key) == value:
+            return f"{self.path} has {key} {taken}"
+        written = f"{key} {json.dumps(self.values[key])}" if key in self.values else f"no {key}"
+        return f"{self.path} has {written}, for which transformers takes {taken}"
 
     def _refuse_quantized(self) -> None:
         for key in _QUANTIZATION:

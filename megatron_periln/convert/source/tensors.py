@@ -136,7 +136,7 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[_Size, ...]]:
     vocabulary = _Size("vocab_size", architecture.vocab_size)
     width = _Size("intermediate_size", architecture.ffn_hidden_size)
     both = _Size("intermediate_size", architecture.ffn_hidden_size, 2, "gate and up together")
-    beside = f"heads of {each} channels, {sizes}"
+    beside = f"head_dim {each}, {sizes}"
     heads = _Size("num_attention_heads", architecture.num_heads, each, beside)
     groups = _Size("num_key_value_heads", architecture.num_kv_heads, each, beside)
     channels = _Size("head_dim", each)
@@ -163,7 +163,8 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[_Size, ...]]:
 
 
 def _check_shapes(tensors: Tensors, expected: list[_Expected], said: Statements) -> None:
-    for each in expected:
+    # First those that tell a size by itself: the norm of queries has a head's channels.
+    for each in sorted(expected, key=lambda each: any(size.unit != 1 for size in each.shape)):
         if each.name not in tensors:
             continue
         shape = tensors.layout(each.name).shape
