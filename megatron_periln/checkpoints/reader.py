@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_periln.checkpoints.saved_arguments import checkpoint_path, saved_arguments
 from megatron_periln.checkpoints.sources import NON_PERSISTENT, iteration_of, tracker_of
 from megatron_periln.errors import UsageError
+from megatron_periln.megatron_arguments import megatron_arguments
 
 __all__ = ["Checkpoint"]
 
@@ -44,7 +46,7 @@ class Checkpoint:
     path
         The iteration's folder.
     args
-        Megatron's arguments, saved with it.
+        Megatron's arguments, saved with it; those that an earlier version did not know, at their defaults.
     dtype
         Of the model's parameters.
 
@@ -67,7 +69,7 @@ class Checkpoint:
         args = saved_arguments(wanted)
         if args is None:
             raise UsageError(f"--load {folder}: {path.name} holds no arguments, so its model is unknown")
-        self.path, self.args = path, args
+        self.path, self.args = path, Namespace(**{**_defaults(), **vars(args)})
         self._reader = FileSystemReader(path)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -107,6 +109,12 @@ class Checkpoint:
         if not isinstance(entry, TensorStorageMetadata):
             raise UsageError(f"{self.path} has no tensor {key}, which its arguments promise")
         return entry
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Return Megatron's arguments where no flag is given: of a version after 0.18, 0.19 has 37 more."""
+    return vars(megatron_arguments([]))
 
 
 def _holds(folder: Path, step: int | None) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.training import training
+from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 
 from megatron_periln.patches.registry import changes
 
@@ -24,6 +25,7 @@ __all__ = [
     "keep_batches_of_validation_and_test_apart",
     "observe",
     "skip_validation",
+    "validate_on_each_sample_once",
 ]
 
 
@@ -146,7 +148,7 @@ def skip_validation() -> None:
     why="`--full-validation` puts the number of batches of validation in the place of `--eval-iters`, as a "
     "list with `--multiple-validation-sets`, and the test at the end takes it for its own; of one dataset it "
     "indexes a number, and asks a rank without data for its length; with virtual pipeline stages it takes "
-    "stages for datasets",
+    "stages for datasets; and it reads the data once for every micro-batch of a global batch",
     until="patches/test_training_loop.py::test_upstream_still_loses_the_number_of_batches_of_a_test",
 )
 def keep_batches_of_validation_and_test_apart() -> None:
@@ -206,8 +208,15 @@ class _FullValidation:
         args.eval_iters = _of_the_first_rank(self.whole)
         if args.multiple_validation_sets and args.virtual_pipeline_model_parallel_size is not None:
             data = [list(stages) for stages in zip(*data, strict=True)]
-        with _changed(args, full_validation=False):
+        with _changed(args, full_validation=False, eval_global_batch_size=_samples_at_once(args)):
             return self._evaluate(prefix, forward_step, data, *more, **options)
+
+
+def _samples_at_once(args: Namespace) -> int:
+    """Return a global batch size of one micro-batch a rank, as Megatron counts the batches of validation."""
+    if args.virtual_pipeline_model_parallel_size is not None:  # needs several, and reads the data as often
+        return int(args.eval_global_batch_size)
+    return int(args.eval_micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size)
 
 
 def _of_the_first_rank(value: Any) -> Any:
@@ -224,6 +233,29 @@ def _changed(args: Namespace, **changed: Any) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
+
+
+@changes(
+    "megatron.training.datasets.data_samplers.MegatronFullValidationSampler.__iter__",
+    "megatron.training.datasets.data_samplers.MegatronFullValidationSampler.__len__",
+    why="where data-parallel ranks don't divide the samples of `--full-validation`, some have fewer than the "
+    "number of batches, and go on with samples of the next round: these count twice, at each evaluation "
+    "others, so that the loss of the same weights differs from one evaluation to the next",
+    until="patches/test_training_loop.py::test_upstream_still_gives_some_ranks_fewer_samples",
+)
+def validate_on_each_sample_once() -> None:
+    """Give ranks without a last sample None, for which Megatron's datasets return one without a loss."""
+
+    def batches(self: Any) -> int:
+        return -(-int(self.total_samples) // int(self.data_parallel_size))
+
+    def samples(self: Any) -> Iterator[list[int | None]]:
+        for first in range(0, self.total_samples, self.data_parallel_size):
+            sample = first + self.data_parallel_rank
+            yield [sample if sample < self.total_samples else None]
+
+    MegatronFullValidationSampler.__len__ = batches
+    MegatronFullValidationSampler.__iter__ = samples
 
 
 @changes(

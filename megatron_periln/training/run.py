@@ -101,6 +101,7 @@ def run(program_start: float) -> None:
         training_loop.skip_validation()
     if args.full_validation:
         training_loop.keep_batches_of_validation_and_test_apart()
+        training_loop.validate_on_each_sample_once()
     guard.install(args)
     checkpoint_choice.pass_over_unasked_state(optimizer=bool(args.no_load_optim or args.finetune))
     local.install(args, functools.partial(refuse_other_local_placement, args, placement_of(args)))

@@ -4,6 +4,8 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.export import ExportOptions, export
@@ -18,6 +20,16 @@ from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
+
+UNKNOWN_TO_0_18 = (
+    "dataloader_inter_document_masking",
+    "freeze_all_layers",
+    "moe_shared_expert_glu_interleave_size",
+    "mtp_detach_heads",
+    "tensor_parallel_num_weight_shards",
+    "yarn_beta_fast",
+    "yarn_original_max_position_embeddings",
+)
 
 PERI = Architecture(
     placement=NormPlacement.named("peri"),
@@ -99,6 +111,20 @@ def test_what_megatron_does_not_read_is_not_unsupported(single_process, tmp_path
     """The fused SwiGLU does not clamp, and nothing starts the residual stream after the norm."""
     unread = " --activation-func-clamp-value 0.1 --apply-residual-connection-post-layernorm"
     saved = checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags + unread)
+    said = []
+    export(saved.folder, tmp_path / "model", ExportOptions(), say=said.append)
+    (parity,) = [line for line in said if line.startswith("Parity check")]
+    assert float(parity.split("fp32: ")[1].split()[0]) <= 1e-5
+
+
+def test_checkpoints_of_megatron_core_0_18_are_exported(single_process, tmp_path):
+    """What it did not know is at its default."""
+    saved = checkpoints.save(tmp_path / "checkpoint", CASES["peri"].flags)
+    path = saved.folder / "iter_0000007"
+    state = dist_checkpointing.load_common_state_dict(str(path))
+    for name in UNKNOWN_TO_0_18:
+        delattr(state["args"], name)
+    torch.save(state, path / "common.pt")  # where 0.18 has it
     said = []
     export(saved.folder, tmp_path / "model", ExportOptions(), say=said.append)
     (parity,) = [line for line in said if line.startswith("Parity check")]

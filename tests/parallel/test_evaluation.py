@@ -86,5 +86,12 @@ def test_full_validation_reads_every_sample_of_every_set_and_the_test_eval_iters
         assert alone == {"validation": losses[f"validation-{number}"], "test": losses["test"]}
         some, _ = validated("1", f"--eval-iters {samples} --eval-global-batch-size 1", name)
         assert alone["validation"] == pytest.approx(some["validation"], abs=2e-6)
+    assert "Evaluating on 9 samples" in log and "Evaluating on 5 samples" in log
     spread, _ = validated("PP2xVPP2", f"{full} --multiple-validation-sets")
     assert spread == pytest.approx(losses, abs=5e-6)
+    shared, _ = validated("DP2", f"{full} --multiple-validation-sets")
+    assert shared == pytest.approx(losses, abs=5e-6)
+    both, _ = validated("DP2", full, "a a b")  # 23 samples in one blend
+    assert both["validation"] == pytest.approx(
+        (18 * losses["validation-0"] + 5 * losses["validation-1"]) / 23, abs=5e-6
+    )

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 from megatron.training import training
+from megatron.training.datasets import data_samplers
 
 from megatron_periln.patches import training_loop
 from tests.cpu.unpatched import copy_of
@@ -138,6 +139,33 @@ def test_upstream_still_loses_the_number_of_batches_of_a_test():
     assert "eval_iters = torch.tensor(args.eval_iters, dtype=torch.long, device='cuda')" in evaluates
     assert "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets" in evaluates
     assert "data_iterators = data_iterator if args.multiple_validation_sets" in evaluates
+
+
+def rounds(sampler, samples, ranks):
+    """Return what the ranks read at once, in two evaluations, and how many batches each has in one."""
+    ranks = [sampler(samples, rank, ranks) for rank in range(ranks)]
+    cycles = [training.cyclic_iter(rank) for rank in ranks]
+    count = max(map(len, ranks))
+    evaluations = [[[next(cycle)[0] for cycle in cycles] for _ in range(count)] for _ in range(2)]
+    return evaluations, [len(rank) for rank in ranks]
+
+
+def test_upstream_still_gives_some_ranks_fewer_samples():
+    sampler = copy_of(data_samplers.__name__).MegatronFullValidationSampler
+    assert rounds(sampler, 5, 2) == ([[[0, 1], [2, 3], [4, 1]], [[0, 3], [2, 1], [4, 3]]], [3, 2])
+
+
+@pytest.mark.parametrize("samples, ranks", [(5, 2), (6, 2), (2, 3), (7, 1)])
+def test_each_sample_is_validated_once(monkeypatch, samples, ranks):
+    sampler = data_samplers.MegatronFullValidationSampler
+    for name in ("__len__", "__iter__"):
+        monkeypatch.setattr(sampler, name, getattr(sampler, name))
+    training_loop.validate_on_each_sample_once()
+    evaluations, lengths = rounds(sampler, samples, ranks)
+    assert lengths == [-(-samples // ranks)] * ranks
+    for batches in evaluations:
+        read = [number for batch in batches for number in batch]
+        assert read[:samples] == list(range(samples)) and set(read[samples:]) <= {None}
 
 
 def test_there_is_no_test_of_no_batches(monkeypatch):

@@ -103,12 +103,13 @@ def keep_order(args: Namespace, dataset: Any) -> None:
     ------
     UsageError
         If the checkpoint to continue was trained on samples in another order; not with
-        ``--allow-data-changes``.
+        ``--allow-data-changes``, nor with ``--skip-train``.
     """
     found: list[Any] = [digests_of(args, dataset) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found, src=0)
     args.data_order = found[0]
-    saved = _before[0] if _before and args.consumed_train_samples else None
+    trains = args.consumed_train_samples and not args.skip_train
+    saved = _before[0] if _before and trains else None
     theirs = getattr(saved, "data_order", None)
     if saved is None or args.data_order is None or theirs is None or args.allow_data_changes:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,17 +223,17 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     Raises
     ------
     UsageError
-        If there are more datasets than files that a process may hold open, or the order of the samples is not
-        the checkpoint's.
+        If there are more datasets than files that a process may hold open, several without weights hold
+        fewer samples than the run takes, or the order of the samples is not the checkpoint's.
     """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     config = dataset_config(args)
     prefixes, limit = set(_prefixes(args)), allow_open_files()
-    num_samples = [samples_to_order(args, num_samples[0]), *num_samples[1:]]
+    ordered = [samples_to_order(args, num_samples[0]), *num_samples[1:]]
     config.contents = contents_of(prefixes)
     try:
-        datasets = Builder(kind, num_samples, partial(_reads_data_here, vp_stage), config).build()
+        datasets = Builder(kind, ordered, partial(_reads_data_here, vp_stage), config).build()
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
@@ -242,9 +242,26 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
             f"this machine allows a process {limit:,}: raise the hard limit (`ulimit -Hn`), or merge "
             "datasets (tools/merge_datasets.py)"
         ) from error
+    _check_blends(args, datasets, num_samples)
     if not args.mock_data and not args.phase_transition_iterations and vp_stage in (None, 0):
         keep_order(args, datasets[0])
     return [_unless_empty(dataset) for dataset in datasets]
+
+
+def _check_blends(args: Namespace, datasets: list[Any], num_samples: Sequence[int | None]) -> None:
+    """Refuse datasets that end before the run does: Megatron reads several without weights once only."""
+    if args.dataloader_type != "single":  # it begins anew
+        return
+    for part, dataset, samples in zip(("training", "validation", "test"), datasets, num_samples, strict=True):
+        if (part == "training" and args.skip_train) or not isinstance(dataset, BlendedDataset):
+            continue
+        if samples is not None and len(dataset) < samples:
+            raise UsageError(
+                f"the {len(dataset.datasets)} datasets for {part} hold {len(dataset):,} samples, which "
+                f"are read once, as they have no weights, and this run takes {samples:,}; give each a weight "
+                "before its path, such as the size of its .bin file, to read them as often as it takes, or "
+                f"{'train' if part == 'training' else 'evaluate'} on fewer"
+            )
 
 
 def _unless_empty(dataset: Any) -> Any:

@@ -85,7 +85,12 @@ class GPTDataset(gpt_dataset.GPTDataset):
 
 
 class BlendedDataset(blended_dataset.BlendedDataset):
-    """Megatron's, whose cached index is whole."""
+    """Megatron's, whose cached index is whole, and which knows the sample without a loss, None."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        if idx is None:
+            return {"dataset_id": np.int16(0), **self.datasets[0][None]}
+        return super().__getitem__(idx)
 
     def _build_indices(self) -> Indices:
         folder = self.config.path_to_cache

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_periln.errors import UsageError
 from megatron_periln.training.datasets.data_order import digests_of, samples_to_order
+from megatron_periln.training.datasets.gpt_datasets import _check_blends as check_blends
 from tests.training.datasets.test_index_cache import NAMED, config, contents_of, index_cache, write
 from tests.training.model import MODEL
 
@@ -19,11 +20,15 @@ def prefixes(tmp_path_factory):
 
 
 def order(tmp_path, prefixes, way="one", size=60, **more):
+    return build(tmp_path, prefixes, way, (size, 20, 20), **more)[0]
+
+
+def build(tmp_path, prefixes, way, sizes, **more):
     named = NAMED[way](*prefixes)
     settings = config(tmp_path / "cache", named, **more)
     blends = named.get("blend_per_split") or [named["blend"]]
     settings.contents = contents_of(prefix for blend in blends if blend for prefix in blend[0])
-    return index_cache.Builder(index_cache.GPTDataset, [size, 20, 20], lambda: True, settings).build()[0]
+    return index_cache.Builder(index_cache.GPTDataset, list(sizes), lambda: True, settings).build()
 
 
 def digests(*given, **more):
@@ -90,6 +95,24 @@ def test_fewer_samples_than_the_run_needs_are_refused():
         samples_to_order(Namespace(data_order_samples=79), 80)
 
 
+@pytest.mark.parametrize(
+    "sizes, part", [((40, 4, 4), None), ((1000, 4, 4), "training"), ((40, 4, 90), "test")]
+)
+def test_datasets_without_weights_that_end_before_the_run_are_refused(tmp_path, prefixes, sizes, part):
+    """Megatron reads them once, and then ends in a StopIteration."""
+    args = Namespace(dataloader_type="single", skip_train=False)
+    datasets = build(tmp_path, prefixes, "by their sizes", sizes)
+    if part is None:
+        check_blends(args, datasets, sizes)
+        return
+    with pytest.raises(UsageError, match=rf"the 2 datasets for {part} hold \d+ samples, which are read once"):
+        check_blends(args, datasets, sizes)
+    check_blends(Namespace(dataloader_type="cyclic", skip_train=False), datasets, sizes)
+    check_blends(args, build(tmp_path, prefixes, "weighted", sizes), sizes)
+    if part == "training":
+        check_blends(Namespace(dataloader_type="single", skip_train=True), datasets, sizes)
+
+
 @pytest.fixture(scope="module")
 def run(jobs, prefixes):
     """Runs jobs of ``iterations`` with 4 samples each, of which an epoch has some 80."""
@@ -110,7 +133,7 @@ def test_a_run_is_lengthened_bit_for_bit_where_its_order_was_fixed_before(run):
     assert len(resumed.curve) == 12
 
 
-def test_a_longer_run_of_other_samples_is_refused(run):
+def test_a_longer_run_of_other_samples_is_refused(run, prefixes):
     load = f"--load {run('without', 12).folder / 'checkpoints'}"
     log = run("longer", 50, load, succeeds=False).log
     assert "error: the checkpoint was trained on other samples, or in another order: " in log
@@ -119,4 +142,8 @@ def test_a_longer_run_of_other_samples_is_refused(run):
     assert "--seed 1234, and here 5" in log
     assert run("meant", 50, f"{load} --allow-data-changes --exit-interval 14").curve[0]["iteration"] == 13
     assert run("within", 14, load).curve[0]["iteration"] == 13
+    once = run(
+        "once", 100, f"{load} --allow-data-changes --data-path {' '.join(prefixes)}", succeeds=False
+    ).log
+    assert "error: the 2 datasets for training hold " in once and "and this run takes 400; give" in once
     assert run("finetuned", 50, f"{load} --finetune --exit-interval 2").curve[0]["iteration"] == 1
