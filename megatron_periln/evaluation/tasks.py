@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["PAPER_TASKS", "accuracies", "run_tasks"]
+__all__ = ["PAPER_TASKS", "accuracies", "other_scores", "run_tasks"]
 
 PAPER_TASKS = ("arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande")
 """The five tasks of Kim et al., "Peri-LN", ICML 2025 (arXiv 2502.02732), table 1."""
@@ -24,14 +24,14 @@ def run_tasks(model: Path, tasks: Sequence[str], **options: Any) -> Mapping[str,
     model
         The folder of an exported model, with its tokenizer.
     tasks
-        Names that lm-evaluation-harness knows.
+        Names that lm-evaluation-harness knows, and folders: each stands for all tasks that it defines.
     **options
         For ``lm_eval.simple_evaluate``: ``device``, ``batch_size``, ``limit``, ``num_fewshot``.
 
     Raises
     ------
     UsageError
-        If lm-evaluation-harness, the tokenizer, a task or its data is missing.
+        If lm-evaluation-harness, the tokenizer, a task or its data is missing, or a folder defines none.
     """
     try:  # here, as it is optional, and takes seconds that the errors of the command line do without
         import lm_eval
@@ -42,13 +42,22 @@ def run_tasks(model: Path, tasks: Sequence[str], **options: Any) -> Mapping[str,
         ) from error
     if not (model / "tokenizer_config.json").is_file():
         raise UsageError(f"--model {model} has no tokenizer; export it with --tokenizer FOLDER")
-    manager = TaskManager()
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise UsageError(f"--tasks {', '.join(unknown)}: unknown to lm-evaluation-harness")
-    _check_data(tasks, manager)
+    folders = [task for task in tasks if Path(task).is_dir()]
+    names = list(tasks)
+    for folder in folders:
+        own = TaskManager(include_path=[folder], include_defaults=False).all_subtasks
+        if not own:
+            raise UsageError(f"--tasks {folder}: no task in this folder, a YAML file with the key task")
+        place = names.index(folder)
+        names[place : place + 1] = own
+    names = list(dict.fromkeys(names))
+    manager = TaskManager(include_path=folders or None)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise UsageError(f"--tasks {', '.join(unknown)}: unknown to lm-evaluation-harness, and no folder")
+    _check_data(names, manager)
     arguments = {"pretrained": str(model), "dtype": "float32", "trust_remote_code": False}
     results = lm_eval.simple_evaluate(
-        model="hf", model_args=arguments, tasks=list(tasks), task_manager=manager, **options
+        model="hf", model_args=arguments, tasks=names, task_manager=manager, **options
     )
     return results["results"]
 
@@ -75,4 +84,17 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
         task: next(scores[name] for name in _ACCURACIES if name in scores)
         for task, scores in results.items()
         if any(name in scores for name in _ACCURACIES)
+    }
+
+
+def other_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the scores of the tasks that report no accuracy, such as a perplexity."""
+    return {
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in scores.items()
+            if isinstance(value, float) and "_stderr" not in name
+        }
+        for task, scores in results.items()
+        if not any(name in scores for name in _ACCURACIES)
     }

@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--tasks",
         nargs="+",
-        help="names of tasks; paper: arc_easy, hellaswag, piqa, social_iqa and winogrande",
+        help="names of tasks, and folders with tasks of your own, lm-eval's YAML files; "
+        "paper: arc_easy, hellaswag, piqa, social_iqa and winogrande",
     )
     group.add_argument("--device", help="where; default: a GPU if there is one")
     group.add_argument("--limit", type=int, help="examples of each task; default: all")
@@ -85,7 +86,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     if args.model is None:
         raise UsageError("--tasks needs an exported model; run tools/export_hf.py, then give --model")
     # lm-evaluation-harness takes seconds to import, and needs an extra.
-    from megatron_periln.evaluation.tasks import PAPER_TASKS, accuracies, run_tasks
+    from megatron_periln.evaluation.tasks import PAPER_TASKS, accuracies, other_scores, run_tasks
 
     tasks = [task for name in args.tasks for task in (PAPER_TASKS if name == "paper" else [name])]
     options = {"device": args.device, "batch_size": args.batch_size, "limit": args.limit}
@@ -93,6 +94,8 @@ def _run_tasks(args: argparse.Namespace) -> None:
     scores = accuracies(results)
     for task, accuracy in scores.items():
         print(f"{task}: {accuracy:.2%}")
+    for task, found in other_scores(results).items():
+        print(f"{task}: {', '.join(f'{name} {value:.6g}' for name, value in found.items())}")
     if len(scores) > 1:
         print(f"average: {sum(scores.values()) / len(scores):.2%}")
 

@@ -1,11 +1,15 @@
 """lm-evaluation-harness finds in an exported model the likelihoods of Megatron's."""
 
+import json
+import math
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.evaluation.loss import mean_loss
+from megatron_periln.evaluation.tasks import other_scores, run_tasks
 
 pytest.importorskip("lm_eval", reason="megatron-periln[evaluation] is not installed")
 
@@ -69,3 +73,33 @@ def test_likelihood_of_a_text_is_the_loss(saved, tokenizer, harness):
     loss = mean_loss(saved("peri").logits, iter([tokens]))
     assert loss.tokens == len(tokens) - 1
     assert -found / loss.tokens == pytest.approx(loss.nats, abs=2e-6)
+
+
+OURS = """task: ours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: byte_perplexity}}]
+"""
+
+
+def test_a_task_of_a_local_folder_is_the_loss(saved, folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "ours.jsonl"
+    data.write_text(json.dumps({"text": TEXT}) + "\n")
+    (tmp_path / "ours.yaml").write_text(OURS.format(data=data))
+    results = run_tasks(folder, [str(tmp_path)], device="cpu", batch_size=1)
+    found = other_scores(results)["ours"]["byte_perplexity"]
+    loss = mean_loss(
+        saved("peri").logits, iter([torch.tensor([tokenizer.eos_token_id, *tokenizer(TEXT).input_ids])])
+    )
+    expected = math.exp(loss.nats * loss.tokens / len(TEXT.encode()))
+    assert found == pytest.approx(expected, rel=1e-5)
+    other = mean_loss(
+        saved("peri, half rotary").logits,
+        iter([torch.tensor([tokenizer.eos_token_id, *tokenizer(TEXT).input_ids])]),
+    )
+    assert abs(found / math.exp(other.nats * other.tokens / len(TEXT.encode())) - 1) > 1e-3

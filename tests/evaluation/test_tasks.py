@@ -2,11 +2,12 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from megatron_periln.errors import UsageError
-from megatron_periln.evaluation.tasks import PAPER_TASKS, accuracies, run_tasks
+from megatron_periln.evaluation.tasks import PAPER_TASKS, accuracies, other_scores, run_tasks
 
 SCORES = {
     "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_norm,none": 0.45, "acc_stderr,none": 0.01},
@@ -27,7 +28,10 @@ def harness(monkeypatch):
     calls, offline = [], set()
 
     class TaskManager:
-        all_tasks = (*PAPER_TASKS, "wikitext")
+        def __init__(self, include_path=None, include_defaults=True):
+            files = [file for folder in include_path or [] for file in sorted(Path(folder).glob("*.yaml"))]
+            self.all_subtasks = [file.read_text().removeprefix("task: ").strip() for file in files]
+            self.all_tasks = [*self.all_subtasks, *((*PAPER_TASKS, "wikitext") if include_defaults else ())]
 
         def load_task_or_group(self, tasks):
             if offline & set(tasks):
@@ -69,6 +73,25 @@ def test_all_missing_data_are_named_before_anything_runs(model, harness):
 def test_unknown_tasks_are_named(model, harness):
     with pytest.raises(UsageError, match="--tasks arc, pica: unknown to lm-evaluation-harness"):
         run_tasks(model, ["pica", "piqa", "arc"])
+
+
+def test_a_folder_stands_for_its_tasks(model, harness, tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    with pytest.raises(UsageError, match=f"--tasks {folder}: no task in this folder, a YAML file"):
+        run_tasks(model, [str(folder), "piqa"])
+    for name in ("ours", "theirs"):
+        (folder / f"{name}.yaml").write_text(f"task: {name}")
+    run_tasks(model, ["piqa", str(folder), "theirs"])
+    (asked,) = harness.calls
+    assert asked["tasks"] == ["piqa", "ours", "theirs"]
+    assert {"ours", "theirs", "piqa"} <= set(asked["task_manager"].all_tasks)
+    with pytest.raises(UsageError, match="--tasks theirs: unknown to lm-evaluation-harness, and no folder"):
+        run_tasks(model, ["theirs"])
+
+
+def test_scores_of_tasks_without_accuracy():
+    assert other_scores(SCORES) == {"wikitext": {"word_perplexity": 20.0}}
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path, harness):
