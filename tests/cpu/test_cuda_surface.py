@@ -1,5 +1,6 @@
 """``torch.cuda`` when the device is the CPU."""
 
+import gc
 import itertools
 
 import pytest
@@ -109,12 +110,14 @@ def test_guards_enter_and_leave(guard):
 
 @pytest.mark.parametrize("name", ["memory_allocated", "memory_reserved", "device_memory_used"])
 def test_memory_in_use_is_that_of_the_process(name):
-    in_use = getattr(torch.cuda, name)
-    before = in_use()
-    tensor = torch.ones(64 << 20, dtype=torch.uint8)
-    grown = in_use("cuda") - before
-    assert 60 << 20 < grown < 256 << 20
-    del tensor
+    in_use, grown = getattr(torch.cuda, name), []
+    for _ in range(3):  # what earlier tests have left may be given back to the system meanwhile
+        gc.collect()
+        before = in_use()
+        tensor = torch.ones(64 << 20, dtype=torch.uint8)
+        grown.append(in_use("cuda") - before)
+        del tensor
+    assert any(60 << 20 < more < 256 << 20 for more in grown), grown
 
 
 @pytest.mark.parametrize("name", ["max_memory_allocated", "max_memory_reserved"])

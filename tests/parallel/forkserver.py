@@ -50,6 +50,9 @@ def run_rank(job, rank, port):
     """Be rank ``rank`` of ``job`` until it ends; never returns."""
     status = 1
     os.setpgid(0, 0)
+    # As a launcher starts a rank: tests may run in the background, where a shell ignores both.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         size = str(job["ranks"])
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}

@@ -18,7 +18,9 @@ def runs(request, jobs):
 
     def run(name, arguments, **more):
         return jobs.run(
-            f"{request.param.split()[0]}-{name}", f"{MODEL} {kind[request.param]} {arguments}", **more
+            f"schedule-{request.param.split()[0]}-{name}",
+            f"{MODEL} {kind[request.param]} {arguments}",
+            **more,
         )
 
     run.load = f"--load {run('stopped', f'{RATES} --exit-interval 3').folder / 'checkpoints'}"
