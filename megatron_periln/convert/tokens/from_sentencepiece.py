@@ -22,19 +22,16 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from megatron_periln.convert.tokens.json_parts import InexpressibleError, added_token, splits
 from megatron_periln.convert.tokens.sentencepiece_model import Kind, Piece, SentencePieceModel
 
-__all__ = ["InexpressibleError", "suspects", "tokenizer_json"]
+__all__ = ["suspects", "tokenizer_json"]
 
 _SPACE = "▁"
 _NEVER = 1e6
 """What is taken off the score of a unigram piece that is never found in a text."""
 _PENALTY = 10.0
 """What SentencePiece takes off the lowest score for an unknown character."""
-
-
-class InexpressibleError(Exception):
-    """The rule of a tokenizer that a ``tokenizer.json`` has nothing for."""
 
 
 def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(number, piece.text)
+            added_token(number, piece.text)
             for number, piece in enumerate(model.pieces)
             if piece.kind in (Kind.CONTROL, Kind.UNKNOWN)
         ],
@@ -93,11 +90,6 @@ def _spells_bytes(model: SentencePieceModel) -> bool:
 def _has_ties(model: SentencePieceModel) -> bool:
     scores = [piece.score for piece in model.pieces if piece.kind is Kind.NORMAL]
     return len(set(scores)) < len(scores)
-
-
-def _added_token(number: int, text: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": text, **flags, "special": True}
 
 
 def _sequence(name: str, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -185,12 +177,7 @@ def _merges(pieces: Iterable[Piece]) -> list[list[str]]:
     SentencePiece merges the neighbours that are the best piece together, whatever they are apart.
     """
     whole = {piece.text: piece.score for piece in pieces if piece.kind is Kind.NORMAL}
-    merges = [
-        (score, text[:at], text[at:])
-        for text, score in whole.items()
-        for at in range(1, len(text))
-        if text[:at] in whole and text[at:] in whole
-    ]
+    merges = [(score, *pair) for text, score in whole.items() for pair in splits(text, whole)]
     return [[left, right] for _, left, right in sorted(merges, key=lambda merge: -merge[0])]
 
 

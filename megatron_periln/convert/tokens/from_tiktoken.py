@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from megatron_periln.convert.tokens.from_sentencepiece import InexpressibleError
+from megatron_periln.convert.tokens.json_parts import InexpressibleError, added_token, splits
+from megatron_periln.data.tokenizers.encoders.characters import byte_names
 
 __all__ = ["tokenizer_json"]
 
@@ -28,7 +29,7 @@ def tokenizer_json(ranks: bytes, pattern: str, special_tokens: list[str]) -> dic
         If a special token is also in the vocabulary.
     """
     words = [base64.b64decode(word) for word in ranks.split()[::2]]
-    names = _byte_names()
+    names = byte_names()
     texts = ["".join(names[byte] for byte in word) for word in words]
     if both := sorted(set(special_tokens) & set(texts)):
         raise InexpressibleError(f"the special token {both[0]!r} is also a word of the vocabulary")
@@ -44,15 +45,7 @@ def tokenizer_json(ranks: bytes, pattern: str, special_tokens: list[str]) -> dic
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-                "special": True,
-            }
-            for number, token in enumerate(special_tokens)
-        ],
+        "added_tokens": [added_token(number, token) for number, token in enumerate(special_tokens)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [splits, byte_level]},
         "post_processor": None,
@@ -75,16 +68,4 @@ def tokenizer_json(ranks: bytes, pattern: str, special_tokens: list[str]) -> dic
 def _merges(texts: list[str]) -> list[list[str]]:
     """Return every split of a word into two words, by the rank of the word."""
     known = set(texts)
-    return [
-        [text[:at], text[at:]]
-        for text in texts
-        for at in range(1, len(text))
-        if text[:at] in known and text[at:] in known
-    ]
-
-
-def _byte_names() -> list[str]:
-    """Return the characters by which byte-level BPE writes bytes: printable ones stand for themselves."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
+    return [list(pair) for text in texts for pair in splits(text, known)]

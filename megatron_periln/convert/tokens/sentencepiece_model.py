@@ -1,5 +1,8 @@
 """What is in the file of a SentencePiece model, read without its library's protobuf.
 
+The module for it in sentencepiece, and transformers' copies, describe one file name: whichever is imported
+second in a process fails (transformers 5.23, sentencepiece 0.2.3, protobuf 7.36).
+
 Source: sentencepiece_model.proto (google/sentencepiece, v0.2.1).
 """
 

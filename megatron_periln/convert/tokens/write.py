@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from megatron_periln.convert.model_folder import SpecialTokens
 from megatron_periln.convert.tokens import from_sentencepiece
 from megatron_periln.convert.tokens.auto_tokenizer import UnreadableError, load
-from megatron_periln.convert.tokens.from_sentencepiece import InexpressibleError
+from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
 from megatron_periln.convert.tokens.texts import Texts, texts_for
 from megatron_periln.convert.tokens.tokenizer_files import Candidate, candidates

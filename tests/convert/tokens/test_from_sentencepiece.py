@@ -6,7 +6,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from megatron_periln.convert.tokens.from_sentencepiece import InexpressibleError, suspects, tokenizer_json
+from megatron_periln.convert.tokens.from_sentencepiece import suspects, tokenizer_json
+from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import Kind, SentencePieceModel
 from tests.convert.tokens.kinds import LINES, QUICKSTART, sentencepiece_model, texts, with_kind, with_pieces
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from tokenizers import Regex, Tokenizer, normalizers
 
-from megatron_periln.convert.tokens.from_sentencepiece import InexpressibleError
 from megatron_periln.convert.tokens.from_tiktoken import tokenizer_json
+from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.training_tokenizer import TrainingTokenizer
 from tests.convert.tokens.kinds import texts, tiktoken
 

@@ -23,6 +23,7 @@ from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 __all__ = [
     "ASSIGNABLE",
     "GuardedEncoder",
+    "byte_names",
     "differing_characters",
     "differing_marks",
     "unknown_characters",
@@ -162,7 +163,7 @@ def with_normalization_alone(resolved: ResolvedTokenizer) -> ResolvedTokenizer |
             **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
             **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
             "type": "BPE",
-            "vocab": {name: byte for byte, name in enumerate(_byte_names())},
+            "vocab": {name: byte for byte, name in enumerate(byte_names())},
             "merges": [],
         },
     }
@@ -192,7 +193,7 @@ def with_telling_vocabulary(resolved: ResolvedTokenizer) -> ResolvedTokenizer | 
     content = json.loads(resolved.payload)
     if content["model"]["type"] != "BPE":
         return None
-    names = _byte_names()
+    names = byte_names()
     alphabet = {names[byte]: byte for byte in range(256)}
     merges = [[names[left], names[right]] for left, right in pairs]
     content["model"] |= {
@@ -206,7 +207,7 @@ def with_telling_vocabulary(resolved: ResolvedTokenizer) -> ResolvedTokenizer | 
     return replace(resolved, payload=json.dumps(content).encode(), settings=settings)
 
 
-def _byte_names() -> list[str]:
+def byte_names() -> list[str]:
     """Return the characters by which byte-level BPE writes bytes: printable ones stand for themselves."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
