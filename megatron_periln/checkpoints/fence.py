@@ -12,6 +12,8 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +99,8 @@ class Fence:
         UsageError
             As `take` does.
         """
-        try:
+        with _reading(folder):
             current = _current(folder)
-        except OSError as error:
-            raise UsageError(f"--save {folder}: cannot be read: {error.strerror or error}") from error
         if current is not None:
             _check_successor(folder, current, attempt)
 
@@ -114,19 +114,25 @@ class Fence:
         UsageError
             If the folder can't be read, or the ticket in it was removed.
         """
-        try:
+        with _reading(self.folder):
             tickets = _tickets(self.folder)
             if max(tickets, default=0) > self.token:
                 newer = _current(self.folder)
                 assert newer is not None
                 raise _superseded(self.folder, newer, self.holder)
-        except OSError as error:
-            raise UsageError(f"--save {self.folder}: cannot be read: {error.strerror or error}") from error
         if self.token not in tickets:
             raise UsageError(
                 f"--save {self.folder}: {_path(self.folder, self.token).name} is gone, so another run may "
                 "write there; leave that file where it is, and start this run again"
             )
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--save {folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _check_successor(folder: Path, current: _Ticket, attempt: RestartAttempt) -> None:
