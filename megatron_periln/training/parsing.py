@@ -215,8 +215,6 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     saved = saved_arguments(args, load_arg)
     refuse_other_model(args, saved, str(path.parent if path else args.load))
     data_order.remember(saved)
-    if not from_local:  # else it is done once that is loaded, which says how many samples it has seen
-        check_batch_sizes(args, consumed_samples(args))
     check_monitor(args)
     if reason := why_no_validation(args):
         _tell(args, "There is no evaluation while training:", [reason])
@@ -247,7 +245,7 @@ def _try(args: Namespace, problems: Problems, adapted: set[str], *, from_local: 
         return
     problems.find(trial.args, (*EVALUATION, *GRAPHS))
     with problems.caught():
-        if not from_local:
+        if not from_local:  # else it is done once that is loaded, which says how many samples it has seen
             check_batch_sizes(trial.args, consumed_samples(trial.args))
     with problems.caught():
         check_monitor(trial.args)

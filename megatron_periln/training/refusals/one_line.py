@@ -8,7 +8,6 @@ of this package are faults and keep their traceback, and so does any error once 
 
 from __future__ import annotations
 
-import importlib.util
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.errors import FLAG, RankError, UsageError
+from megatron_periln.training.packages import installed
 from megatron_periln.training.refusals.statements import Statement, flags_of, names_at, statement_at
 
 __all__ = ["in_words", "one_line", "refusals_in_one_line", "why_refused"]
@@ -87,7 +87,7 @@ def why_refused(error: Exception) -> str | None:
     text = _text(error)
     if isinstance(error, OSError) and error.filename is not None:
         return text
-    if isinstance(error, ModuleNotFoundError) and error.name and not _is_installed(error.name):
+    if isinstance(error, ModuleNotFoundError) and error.name and not installed(error.name.partition(".")[0]):
         return f"the Python package {error.name.partition('.')[0]} is not installed ({text})"
     frame, line = frames[-1]
     path = frame.f_code.co_filename
@@ -140,13 +140,6 @@ def _functions_of_megatron(frames: list[tuple[FrameType, int]]) -> set[str]:
 
 def _is_of_megatron(frame: FrameType) -> bool:
     return _place(frame.f_code.co_filename).startswith("megatron/")
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name.partition(".")[0]) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _is_statement_of(error: Exception, statement: Statement) -> bool:
