@@ -6,7 +6,16 @@ import os
 import sys
 import traceback
 
-__all__ = ["FLAG", "TRACEBACK", "PreprocessError", "RankError", "ReportError", "UsageError", "tell"]
+__all__ = [
+    "FLAG",
+    "TRACEBACK",
+    "PreprocessError",
+    "RankError",
+    "ReportError",
+    "UsageError",
+    "tell",
+    "with_kind",
+]
 
 TRACEBACK = "MEGATRON_PERILN_TRACEBACK"
 """The environment variable, and `FLAG` the flag of training, that show tracebacks before that line."""
@@ -36,6 +45,11 @@ class PreprocessError(UsageError):
 
 class ReportError(UsageError):
     """A run that cannot be read, or a page that cannot be written."""
+
+
+def with_kind(error: BaseException, most: int | None = None) -> str:
+    """Return an error's kind and what it says, in one line; of that ``most`` characters at most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip()
 
 
 def tell(error: BaseException, *, speaks: bool = True) -> None:

@@ -14,7 +14,7 @@ from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import UsageError, with_kind
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["architecture_of", "generation_config", "model_config", "read_config"]
@@ -108,8 +108,9 @@ def read_config(model: Path) -> tuple[Any, Target, Statements]:
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture's own code, which fails in its own ways
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UsageError(f"--model {model}: transformers can't read its config.json: {reason}") from error
+        raise UsageError(
+            f"--model {model}: transformers can't read its config.json: {with_kind(error, 300)}"
+        ) from error
     if config.model_type not in TARGETS:
         raise UsageError(
             f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.model_folder import check_model_folder
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import UsageError, with_kind
 from megatron_periln.models.one_process import load_model, megatron_config, megatron_logits, single_process
 
 __all__ = ["LogitsModel", "checkpoint_model", "load_transformers", "transformers_model"]
@@ -98,8 +98,7 @@ def load_transformers(folder: Path) -> Any:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # each architecture's own code, which fails in its own ways
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UsageError(f"transformers can't load {folder}: {reason}") from error
+        raise UsageError(f"transformers can't load {folder}: {with_kind(error, 300)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             raise UsageError(f"{folder}: {kind.replace('_', ' ')} in transformers: {', '.join(names[:5])}")

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_periln.errors import with_kind
+
 __all__ = ["Wanted", "find_failure"]
 
 _RECIPES = {
@@ -100,7 +102,7 @@ def find_failure(wanted: Wanted, device: str) -> str | None:
         try:
             error = _difference(function, plain, inputs, device, dtype, _autocast(low))
         except Exception as failure:
-            return f"{name}, {wanted}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            return f"{name}, {wanted}: {with_kind(failure, 300)}"
         if not error < _TOLERANCE["fp8" if low else wanted.dtype]:
             return f"{name}, {wanted}: {error:.1%} off plain torch"
     return None

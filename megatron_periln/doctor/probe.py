@@ -15,6 +15,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron_periln.errors import with_kind
+
 __all__ = [
     "OF_TRANSFORMER_ENGINE",
     "ON_A_GPU",
@@ -210,9 +212,8 @@ def _main(device: str, flags: list[str]) -> None:
             answer = step(flags)
         except BaseException as error:  # argparse and broken packages exit too
             broken.add(name)
-            message = " ".join(str(error).split())
             missing = isinstance(error, ModuleNotFoundError) and "torch" not in broken
-            answer = {"error": f"{type(error).__name__}: {message}", "missing": missing}
+            answer = {"error": with_kind(error), "missing": missing}
         print(json.dumps({"name": name, **answer}), file=answers, flush=True)
 
 

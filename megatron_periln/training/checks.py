@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_periln import cpu
 from megatron_periln.cpu.flags import LOW_PRECISION
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import UsageError, with_kind
 from megatron_periln.models.hybrid import why_no_place
 from megatron_periln.norms.arguments import placement_of, why_norms_stay_apart
 from megatron_periln.rules import Check, Rule
@@ -239,8 +239,10 @@ def _precision_config(args: Namespace) -> Iterator[str]:
     except OSError as error:
         yield f"--te-precision-config-file {path}: cannot be read: {error.strerror}; give a YAML file"
     except Exception as error:  # yaml's, or of what Megatron does with something else than it expects
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        yield f"--te-precision-config-file {path}: not such a file as Megatron reads ({reason}); correct it"
+        yield (
+            f"--te-precision-config-file {path}: not such a file as Megatron reads ({with_kind(error)}); "
+            "correct it"
+        )
     args.te_precision_config_file = None
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron_periln.data.readers.documents import BadDocument, Document, parse, readable, size_of
 from megatron_periln.data.readers.tasks import Task
 from megatron_periln.data.tokenizers.encoders import BatchEncoder, first_difference
-from megatron_periln.errors import PreprocessError
+from megatron_periln.errors import PreprocessError, with_kind
 
 __all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
 
@@ -203,9 +203,8 @@ class ChunkEncoder:
         try:
             ids, lengths = self._encoder.encode(texts)
         except BaseException as error:  # a panic in a tokenizer written in Rust is no Exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise _CannotEncodeError(
-                "not tokenizable", f"key {key!r} cannot be tokenized: {reason}"
+                "not tokenizable", f"key {key!r} cannot be tokenized: {with_kind(error)}"
             ) from error
         if ids.size and (largest := int(ids.max())) > self._largest_id:
             raise _CannotEncodeError(

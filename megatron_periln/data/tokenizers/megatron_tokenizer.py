@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from megatron_periln.errors import PreprocessError
+from megatron_periln.errors import PreprocessError, with_kind
 from megatron_periln.package_versions import refuse_version_mismatch
 from megatron_periln.vocabulary_files import KINDS, check_vocabulary_files
 
@@ -176,7 +176,7 @@ def explained_tokenizer(args: Namespace) -> Iterator[None]:
         frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
         if not any(code.co_filename.endswith(_BUILDING) for code in frames):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = with_kind(error)
         hint = "check --tokenizer-model and the other tokenizer flags"
         if args.tokenizer_type == "TikTokenizer":
             hint = (
@@ -295,7 +295,7 @@ def _check_hub(name: str) -> None:
         try:
             huggingface_hub.model_info(name, timeout=_HUB_SECONDS)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = with_kind(error)
             raise PreprocessError(
                 f"--tokenizer-model {name}: no such folder, and the Hugging Face hub does not provide it: "
                 f"{reason}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_periln.errors import with_kind
 from megatron_periln.norms.kernels.backends import Backend, choose_backend
 
 __all__ = ["find_failure"]
@@ -55,7 +56,7 @@ def find_failure(
         mine = results(backend, [tensor.to(device, copy=True) for tensor in inputs], dtype)
         mine = [tensor.detach().cpu().double() for tensor in mine]
     except Exception as error:
-        return f"fails here: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"fails here: {with_kind(error)}"
     plain = choose_backend("torch", "cpu", hidden_size).backend
     exact = results(plain, [tensor.double() for tensor in inputs], torch.float64)
     errors = [
