@@ -1,0 +1,1 @@
+"""What a step costs beside memory: operations, communication, waiting, and the checkpoint."""
