@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 __all__ = ["ORDERS", "in_order"]
 
@@ -41,6 +42,7 @@ def in_order[Item](
     return chosen
 
 
+@lru_cache(1 << 10)  # files of a folder share its parts
 def _numbers_read(text: str) -> list[str | int]:
     """Return texts and numbers by turns, which compare with those of any other text."""
     return [int(part) if turn % 2 else part for turn, part in enumerate(re.split(r"(\d+)", text))]

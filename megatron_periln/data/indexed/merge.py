@@ -180,7 +180,7 @@ def merge_datasets(
             _write_index(datasets, stream)
         if sidecar is not None:
             checksums = {"bin": sha256_of(temporary[0]), "idx": sha256_of(temporary[-1])}
-            temporary[1].write_text(replace(sidecar, sha256=checksums).to_json(), encoding="utf-8")
+            replace(sidecar, sha256=checksums).write_to(temporary[1])
     return Merged(info=_sum(datasets), datasets=len(datasets), files=files)
 
 

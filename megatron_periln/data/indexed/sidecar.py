@@ -9,11 +9,12 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_periln.data.indexed.index_arrays import IndexArrays
-from megatron_periln.data.output_files import writing
+from megatron_periln.data.output_files import indented_json, writing
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import replacing
 
@@ -95,11 +96,18 @@ class Sidecar:
     plan: dict[str, Any] = field(default_factory=dict)
     parts: int = 1
 
-    def to_json(self) -> str:
-        """Return the sidecar as indented JSON with a line end."""
-        fields = dataclasses.asdict(self)
+    def write_to(self, path: Path) -> None:
+        """Write to ``path`` as indented JSON.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        fields = dict(vars(self))
         lists = {name: fields.pop(name) for name in _LISTS}
-        return json.dumps({**fields, **lists}, indent=2) + "\n"
+        with path.open("wb") as stream:
+            stream.writelines(chain(indented_json({**fields, **lists}), [b"\n"]))
 
     def write(self, path: str | Path) -> None:
         """Write to ``path``; an old file there is replaced at once.
@@ -110,7 +118,7 @@ class Sidecar:
             If the file cannot be written.
         """
         with writing(path, "; nothing was left there"), replacing(Path(path)) as (temporary,):
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            self.write_to(temporary)
 
     @classmethod
     def read(cls, path: str | Path) -> Sidecar:

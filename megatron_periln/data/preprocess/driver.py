@@ -19,6 +19,7 @@ from megatron_periln.data.preprocess.workers import Report, encode_and_write
 from megatron_periln.data.readers.opening import number_lines
 from megatron_periln.data.readers.sources import Source
 from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_tasks
+from megatron_periln.data.readers.together import SmallSources, together
 from megatron_periln.data.tokenizers.encoders import ChosenEncoder, choose_encoder, token_dtype
 from megatron_periln.data.tokenizers.megatron_tokenizer import end_of_document
 from megatron_periln.errors import PreprocessError
@@ -64,11 +65,16 @@ class _Preprocessing:
         self.started = time.monotonic()
         self.dtype = token_dtype(plan.tokenizer.vocab_size)
         self.choice = choose_encoder(plan.tokenizer, plan.encoder)
-        self.sources = self._sources()
-        self.progress = Progress(sum(source.weight for source in self.sources), log_interval)
+        sources = self._sources()
+        self.sources = together(sources, plan.chunk_bytes)
+        identity = plan.identity(self.dtype)
+        if any(isinstance(source, SmallSources) for source in self.sources):
+            # Not as versions before this one: the chunks of their journals are others.
+            identity["the size of a chunk"] = [plan.chunk_bytes, "small files together"]
+        self.progress = Progress(sum(source.weight for source in sources), log_interval)
         self.encoder = self._chunk_encoder()
         self.outputs = PartialOutputs(
-            partial_folder(plan.output_prefix), self.dtype, plan.identity(self.dtype), plan.max_bin_size
+            partial_folder(plan.output_prefix), self.dtype, identity, plan.max_bin_size
         )
         self.checksums = RunningChecksums()
 

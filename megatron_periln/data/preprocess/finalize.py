@@ -126,7 +126,7 @@ def finalize_dataset(
             "bin": bin_sha256 or sha256_of(partial if partial.exists() else bin_),
             "idx": write_index(stem, dtype),
         }
-        Path(stem + ".json").write_text(replace(sidecar, sha256=sha256).to_json(), encoding="utf-8")
+        replace(sidecar, sha256=sha256).write_to(Path(stem + ".json"))
         sync(Path(stem + ".json"))
         for old in (idx, described):
             old.unlink(missing_ok=True)

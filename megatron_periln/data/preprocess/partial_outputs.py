@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.data.output_files import writing
+from megatron_periln.data.output_files import indented_json, writing
 from megatron_periln.data.preprocess.encode import Part
 from megatron_periln.data.preprocess.journal import (
     COMPLETE,
@@ -271,9 +271,8 @@ class PartialOutputs:
             if path.name != "lock":
                 path.unlink()
         # What the journal is of is on the disk before there is one; without either, a run starts anew.
-        (self.folder / "run.json").write_text(
-            json.dumps({**self._identity, "encoder": self.encoder}, indent=2)
-        )
+        with (self.folder / "run.json").open("wb") as stream:
+            stream.writelines(indented_json({**self._identity, "encoder": self.encoder}))
         sync(self.folder / "run.json")
         self._journal = (self.folder / "journal").open("w", encoding="utf-8")
         sync(self.folder)

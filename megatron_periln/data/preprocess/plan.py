@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ __all__ = [
 
 CHUNK_BYTES = 4 << 20
 """Size of the parts in which the input is read, where a plan does not say; looked up for each plan."""
+
+_FEW = 4
+"""Input files that an error lists; of more it names one."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,14 @@ class Plan:
         """Return the path, without suffix, of the dataset of a key, or of one of its numbered datasets."""
         return dataset_prefix(self.output_prefix, key, sentences=self.split is not None, number=number)
 
+    @cached_property
+    def _described_inputs(self) -> list[list[Any]]:
+        return [[file.path, file.format, file.bytes, file.modified] for file in self.inputs]
+
     def identity(self, dtype: np.dtype) -> dict[str, Any]:
         """Return what decides the bytes of the output, by the name that errors give it."""
         return {
-            "the input": [[file.path, file.format, file.bytes, file.modified] for file in self.inputs],
+            "the input": self._described_inputs,
             "--json-keys": self.keys,
             "--append-eod": self.append_eod,
             "--split-sentences": self.split_name,
@@ -171,9 +179,19 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         As ``Plan.identity`` returns it.
     """
     for name, value in json.loads(json.dumps(now)).items():
-        if before.get(name) != value:
-            return f"{name} was {before.get(name)!r} and is {value!r}"
+        there = before.get(name)
+        if there != value:
+            if name == "the input" and isinstance(there, list) and max(len(there), len(value)) > _FEW:
+                return _difference_of_files(there, value)
+            return f"{name} was {there!r} and is {value!r}"
     return None
+
+
+def _difference_of_files(before: list[Any], now: list[Any]) -> str:
+    if len(before) != len(now):
+        return f"the input had {len(before)} files and has {len(now)}"
+    at = next(at for at, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
+    return f"the input's file {at + 1} was {before[at]!r} and is {now[at]!r}"
 
 
 def dataset_prefix(prefix: str, key: str, *, sentences: bool = False, number: int | None = None) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_periln.errors import PreprocessError
@@ -199,7 +199,7 @@ def compression_of(head: bytes, path: str) -> Compression | None:
     """
     if (found := compression_by_head(head, path)) is not None:
         return found
-    suffix = Path(path).suffix
+    suffix = os.path.splitext(path)[1]  # noqa: PTH122 (Python 3.12 keeps the parts of every Path for ever)
     named = next((compression for compression in COMPRESSIONS if suffix in compression.suffixes), None)
     if named is not None and head:
         raise PreprocessError(
@@ -225,6 +225,7 @@ def compression_by_head(head: bytes, path: str) -> Compression | None:
     return next((compression for compression in COMPRESSIONS if compression.matches(head)), None)
 
 
-def uncompressed_suffix(path: Path) -> str:
+def uncompressed_suffix(path: str) -> str:
     """Return the suffix of a file's name, without that of its compression."""
-    return path.with_suffix("").suffix if path.suffix in _SUFFIXES else path.suffix
+    stem, suffix = os.path.splitext(path)  # noqa: PTH122
+    return os.path.splitext(stem)[1] if suffix in _SUFFIXES else suffix  # noqa: PTH122

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_periln.data.input_order import in_order
-from megatron_periln.data.readers.compression import COMPRESSIONS, uncompressed_suffix
+from megatron_periln.data.readers.compression import (
+    COMPRESSIONS,
+    HEAD_BYTES,
+    compression_of,
+    uncompressed_suffix,
+)
 from megatron_periln.data.readers.opening import open_input, reading
 from megatron_periln.errors import PreprocessError
 
@@ -21,7 +27,10 @@ _COMPRESSED = [suffix for compression in COMPRESSIONS for suffix in compression.
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
 
 
-@dataclass(frozen=True)
+# Of files there may be a million: no Path is made of one, nor a file object, and no dictionary of its fields.
+
+
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """An input.
 
@@ -41,13 +50,14 @@ class InputFile:
     format: str
     bytes: int = 0
     modified: int = 0
+    _seekable: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def regular(self) -> bool:
         """Whether it can be read again: a file, no pipe."""
-        return self.path != STDIN and Path(self.path).is_file()
+        return self.path != STDIN and os.path.isfile(self.path)  # noqa: PTH113
 
-    @cached_property
+    @property
     def seekable(self) -> bool:
         """Whether it can be read from the middle.
 
@@ -56,10 +66,9 @@ class InputFile:
         PreprocessError
             If it cannot be opened, or its compression cannot be read.
         """
-        if not self.regular:
-            return False
-        with reading(self.path), open_input(self.path) as opened:
-            return not opened.compressed
+        if self._seekable is None:
+            object.__setattr__(self, "_seekable", self.regular and not _is_compressed(self.path))
+        return bool(self._seekable)
 
 
 def find_inputs(
@@ -109,11 +118,25 @@ def find_inputs(
     return found
 
 
-def _paths(value: str, order: str, differs: Callable[[Path, Path], None]) -> Iterable[Path]:
+def _is_compressed(path: str) -> bool:
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            head = os.read(descriptor, HEAD_BYTES)
+        finally:
+            os.close(descriptor)
+        enough = len(head) == HEAD_BYTES or head[:1] == b"{"
+        if enough and compression_of(head, path) is None:
+            return False
+        with open_input(path) as opened:  # looks into what is compressed too
+            return opened.compressed
+
+
+def _paths(value: str, order: str, differs: Callable[[Path, Path], None]) -> list[str]:
     path = Path(value)
     if path.is_dir():
-        below = (file for file in _files_below(path) if uncompressed_suffix(file) in _SUFFIXES)
-        files = in_order(below, order, name=lambda file: file.parts, differs=differs)
+        below = (file for file in _files_below(str(path)) if uncompressed_suffix(file) in _SUFFIXES)
+        files = in_order(below, order, name=lambda file: tuple(file.split("/")), differs=_paths_of(differs))
         if not files:
             raise PreprocessError(
                 f"--input {value}: no files in this folder that end with {', '.join(_SUFFIXES)}, "
@@ -121,46 +144,48 @@ def _paths(value: str, order: str, differs: Callable[[Path, Path], None]) -> Ite
             )
         return files
     if path.exists():
-        return [path]
+        return [str(path)]
     if not glob.has_magic(value):
         raise PreprocessError(f"--input {value}: no such file")
-    matches = [match for match in glob.glob(value, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207 (Path.glob takes no absolute glob)
-    files = list(map(Path, in_order(matches, order, name=lambda match: (match,), differs=_paths_of(differs))))
+    matches = [match for match in glob.glob(value, recursive=True) if not os.path.isdir(match)]  # noqa: PTH112, PTH207 (Path.glob takes no absolute glob)
+    files = in_order(matches, order, name=lambda match: (match,), differs=_paths_of(differs))
     if not files:
         raise PreprocessError(f"--input {value}: no file matches this glob")
-    return files
+    return [str(Path(file)) for file in files]
 
 
 def _paths_of(differs: Callable[[Path, Path], None]) -> Callable[[str, str], None]:
     return lambda here, there: differs(Path(here), Path(there))
 
 
-def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _files_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     """Yield the files of a folder and its subfolders; a link to a folder above is not followed."""
-    if (real := folder.resolve()) in above:
+    if (real := os.path.realpath(folder)) in above:
         return
-    with reading(str(folder)):
-        paths = list(folder.iterdir())
-    for path in paths:
-        if path.is_dir():
-            yield from _files_below(path, above | {real})
-        elif path.is_file():
-            yield path
+    with reading(folder), os.scandir(folder) as found:
+        entries = list(found)
+    start = "" if folder == "." else os.path.join(folder, "")  # noqa: PTH118
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(start + entry.name, above | {real})
+        elif entry.is_file():
+            yield start + entry.name
 
 
-def _describe(path: Path, format: str) -> InputFile:
+def _describe(path: str, format: str) -> InputFile:
+    status = os.stat(path)  # noqa: PTH116
     if format == "auto":
-        suffix = uncompressed_suffix(path)
-        format = _SUFFIXES.get(suffix) or ("parquet" if _is_parquet(path) else "jsonl")
-    status = path.stat()
-    return InputFile(str(path), format, status.st_size, status.st_mtime_ns)
+        found = _SUFFIXES.get(uncompressed_suffix(path))
+        format = found or ("parquet" if _is_parquet(path, status) else "jsonl")
+    return InputFile(path, format, status.st_size, status.st_mtime_ns)
 
 
-def _is_parquet(path: Path) -> bool:
+def _is_parquet(path: str, status: os.stat_result) -> bool:
     """Whether a file whose name does not say what it is is Parquet, by its first and last bytes."""
-    if not path.is_file() or (size := path.stat().st_size) < 12:
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode) or size < 12:
         return False
-    with reading(str(path)), path.open("rb") as file:
+    with reading(path), Path(path).open("rb") as file:
         first = file.read(4)
         file.seek(size - 4)
         return first == file.read(4) == b"PAR1"

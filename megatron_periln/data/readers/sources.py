@@ -54,7 +54,7 @@ class SingleChunk:
         yield self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ByteRange(SingleChunk):
     """The lines that begin in bytes ``start`` to ``stop`` of a file."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -122,6 +123,34 @@ def test_changed_input(
         case "another":
             flags += ["--input", source, source]
     assert "out.partial: cannot go on: the input was [[" in refused(*flags, "--resume")
+
+
+def test_small_files(tmp_path: Path, interrupted: Interrupted, run: Callable, refused: Callable) -> None:
+    """Several are a chunk; a journal of a version that made each a chunk of its own is not gone on with."""
+    texts = list("abcdefghijkl")
+    files = [tmp_path / f"{text}.jsonl" for text in texts]
+    for file, text in zip(files, texts, strict=True):
+        file.write_bytes(to_lines([text]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 60)
+        flags = interrupted("--input", *files, chunks=2)
+        described = tmp_path / "out.partial" / "run.json"
+        content = described.read_text()
+        described.write_text(json.dumps({**json.loads(content), "the size of a chunk": 60}))
+        message = refused(*flags, "--resume")
+        assert "cannot go on: the size of a chunk was 60 and is [60, 'small files together']" in message
+        described.write_text(content)
+        os.utime(files[4], (1, 1))
+        assert "cannot go on: the input's file 5 was ['" in refused(*flags, "--resume")
+        message = refused(*flags, "--input", files[0], "--resume")
+        assert "cannot go on: the input had 12 files and has 1" in message
+        saved = json.loads(content)
+        saved["the input"][4][3] = files[4].stat().st_mtime_ns
+        described.write_text(json.dumps(saved))
+        assert len((tmp_path / "out.partial" / "journal").read_text().splitlines()) == 2
+        code, stderr = run(*flags, "--resume")
+        assert code == 0, stderr
+    assert read(tmp_path / "out_text_document") == by_megatron(tmp_path / "expected", texts)
 
 
 def test_changed_chunks(
