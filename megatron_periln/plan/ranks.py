@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from megatron_periln.plan.costs.collectives import Sent
 
 __all__ = ["RankPlan", "plan_ranks"]
 
@@ -36,6 +38,13 @@ class RankPlan:
         Bytes in the node's memory: what ``--optimizer-cpu-offload`` puts there.
     layers
         Of the decoder, by virtual stage.
+    sent
+        Bytes that one microbatch has the model itself send, forward and backward through all virtual stages.
+    buffers
+        Bytes of the gradients that are reduced and of the parameters that are gathered, padding included, of
+        what is ``"dense"`` and of what is an ``"expert"``'s.
+    expert_parameters, replicated_parameters
+        Of them those of experts, and those of the rest that each tensor-parallel rank has whole.
     """
 
     rank: int
@@ -48,6 +57,10 @@ class RankPlan:
     saved_per_microbatch: tuple[int, ...] = ()
     host_memory: dict[str, int] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    sent: Mapping[Sent, int] = field(default_factory=dict)
+    buffers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    expert_parameters: int = 0
+    replicated_parameters: int = 0
 
     @property
     def total(self) -> int:
