@@ -135,6 +135,7 @@ FIXES = (
     optimizer_state.materialize_adam_state,
     optimizer_state.keep_adam_steps_apart,
     optimizer_state.save_every_bucket_of_adam_state,
+    optimizer_state.save_buckets_that_are_padding_here,
     optimizer_state.follow_another_schedule,
     optimizer_state.reshard_over_expert_parallelism,
     checkpoint_loading.restrict,

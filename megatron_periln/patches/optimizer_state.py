@@ -31,6 +31,7 @@ __all__ = [
     "keep_adam_steps_apart",
     "materialize_adam_state",
     "reshard_over_expert_parallelism",
+    "save_buckets_that_are_padding_here",
     "save_every_bucket_of_adam_state",
 ]
 
@@ -131,6 +132,28 @@ def save_every_bucket_of_adam_state() -> None:
                 buffer.param_index_map = index_map
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = without_padding
+
+
+@changes(
+    f"{_DISTRIBUTED}.get_parameter_state_dp_reshardable",
+    why="the first save ends a run (`empty bucket encountered`) in which a data-parallel rank has nothing of "
+    "a bucket but its padding, as small buckets have with `--ddp-pad-buckets-for-high-nccl-busbw`",
+    until="patches/test_optimizer_state.py::test_upstream_still_saves_no_bucket_that_is_padding_on_a_rank",
+)
+def save_buckets_that_are_padding_here() -> None:
+    """Let a rank save nothing of a bucket in which it has no parameter."""
+    parameter_state = DistributedOptimizer.get_parameter_state_dp_reshardable
+
+    def never_empty(self: Any) -> Any:
+        state = parameter_state(self)
+        for index, _ in enumerate(self.gbuf_ranges):
+            for buckets in state[index].values():
+                for bucket in buckets:
+                    if not bucket:  # what upstream passes over when it loads, and where it is padding itself
+                        bucket.append({"gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True})
+        return state
+
+    DistributedOptimizer.get_parameter_state_dp_reshardable = never_empty
 
 
 def _without_padding(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:

@@ -4,6 +4,7 @@ A test named ``upstream_still_...`` fails once upstream has fixed it.
 """
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,3 +202,37 @@ def test_upstream_still_finds_no_group_of_another_learning_rate():
     assert "max_lr" in param_group_identifier_keys
     source = inspect.getsource(distrib_optimizer)
     assert "param_groups_map[needed_groups]" in source
+
+
+# Buckets of which a rank has padding alone.
+
+
+class SecondOfTwo:
+    """The second of two data-parallel ranks: of a bucket of 3 elements, padded to 8, it has the padding."""
+
+    per_bucket_numel = per_bucket_numel_unpadded = ()
+    distributed_optimizer_instance_id = data_parallel_group_idx = 0
+    gbuf_ranges = ({torch.float32: ({"param_map": {}},)},)
+    buffers = (SimpleNamespace(buckets=[SimpleNamespace(numel_unpadded=3, grad_data=torch.zeros(8))]),)
+    data_parallel_group = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+
+    def get_parameter_state_dp_reshardable(self):
+        return distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_reshardable(self)
+
+
+def save_bucket_of_padding():
+    optimizer = distrib_optimizer.DistributedOptimizer
+    state = optimizer.sharded_param_state_dp_reshardable(SecondOfTwo(), {})
+    ((bucket,),) = state[0].values()
+    return bucket
+
+
+def test_a_rank_saves_nothing_of_a_bucket_in_which_it_has_no_parameter():
+    (nothing,) = with_fixes(["save_buckets_that_are_padding_here"], save_bucket_of_padding)
+    assert [type(value).__name__ for value in nothing.values()] == ["LocalNonpersistentObject"]
+    assert nothing["padding"].unwrap() is True
+
+
+def test_upstream_still_saves_no_bucket_that_is_padding_on_a_rank():
+    with pytest.raises(fresh.CallError, match="empty bucket"):
+        without_fixes(save_bucket_of_padding)
