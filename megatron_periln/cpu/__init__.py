@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from megatron_periln.cpu import cuda_surface, device_alias
+from megatron_periln.cpu import cuda_surface, device_alias, state_spaces
 from megatron_periln.patches import torch_on_cpu
 
 __all__ = ["activate", "is_active"]
@@ -56,3 +56,4 @@ def activate(*, hide_gpu: bool = False) -> None:
     from megatron_periln.patches import megatron_on_cpu  # imports megatron, to which all above must be there
 
     megatron_on_cpu.install()
+    state_spaces.install()

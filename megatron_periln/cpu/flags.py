@@ -183,10 +183,10 @@ def _needs_low_precision(args: Namespace) -> Iterator[str]:
 
 def _hybrid_layers(args: Namespace) -> Iterator[str]:
     pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
-    if found := sorted(set(pattern or "") & {"M", "G", "D"}):
+    if found := sorted(set(pattern or "") & {"D"}):
         yield (
             f"--hybrid-layer-pattern {pattern!r}: layers {', '.join(found)} need a GPU and have no "
-            "counterpart under --device cpu; use layers *, +, - and E"
+            "counterpart under --device cpu; use layers *, +, -, E, M and G"
         )
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -22,21 +21,19 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import global_vars
 from megatron.training.models import gpt as upstream
 from megatron.training.models.base import ModelConfig
 
+from megatron_periln.models.finish import finish_model
 from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_l2_norms
-from megatron_periln.norms import PERI, EmbeddingNorm, FusedInputNorm, NormedBiasDropoutAdd, NormPlacement
-from megatron_periln.patches.latent_attention import fix_latent_attention
+from megatron_periln.norms import PERI, NormPlacement
 from megatron_periln.patches.model_building import changed_mtp_spec
-from megatron_periln.patches.transformer_layers import gather_before_graphs, keep_grad_mode_of_caller
 
-__all__ = ["GPTModelBuilder", "GPTModelConfig", "changed_config", "finish_model", "placed_layer_spec"]
+__all__ = ["GPTModelBuilder", "GPTModelConfig", "changed_config", "placed_layer_spec"]
 
 
 @dataclass(kw_only=True)
@@ -138,22 +135,3 @@ def _place(spec: Any, config: GPTModelConfig) -> Any:
         config.transformer,
         fuse_pre_mlp_norm=config.fuse_pre_mlp_norm,
     )
-
-
-def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
-    """Do to a built pipeline stage what a layer spec can't say, such as the embedding norm."""
-    for layer in model.modules():
-        if isinstance(layer, TransformerLayer):
-            _finish_layer(layer)
-    fix_latent_attention(model)
-    if placement.embedding and model.pre_process:
-        EmbeddingNorm(model.config).attach(model)
-
-
-def _finish_layer(layer: TransformerLayer) -> None:
-    both = (layer.self_attn_bda, layer.mlp_bda)
-    if bdas := [bda for bda in both if isinstance(bda, NormedBiasDropoutAdd)]:
-        keep_grad_mode_of_caller(layer)
-        gather_before_graphs(layer, bdas)
-    if isinstance(layer.pre_mlp_layernorm, FusedInputNorm):
-        layer.self_attn_bda.norm.compute_next(layer.pre_mlp_layernorm)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 
+from megatron_periln.models.residual_adds import SLOTS
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import (
     EngineInputNorm,
@@ -39,14 +41,18 @@ _STREAM_LINEARS: dict[str, type] = {
     "linear_qkv": te.TEColumnParallelLinear,
     "linear_qkv_down_proj": te.TEColumnParallelLinear,
     "linear_fc1": te.TEColumnParallelLinear,
-    "in_proj": te.TEColumnParallelLinear,
+    "in_proj": te.TEColumnParallelLinear,  # of Mamba layers and gated delta nets
 }
 
 # Transformer Engine's norms that stand by themselves.
 _ENGINE_NORMS = (te.TENorm, TESpecProvider().layer_norm(has_residual=True))
 
 # The keys under which a layer's input norms are saved, in Transformer Engine's linears or before them.
-_ATTENTION_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+# Latent attention's is saved under its own name.
+_ATTENTION_NORM_KEYS = {
+    linear: {"input_layernorm.": f"self_attention.{linear}.layer_norm_"}
+    for linear in ("linear_qkv", "in_proj")
+}
 _MLP_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
@@ -58,16 +64,17 @@ def place_norms[Spec](
     Parameters
     ----------
     spec
-        One of Megatron's own: a ``ModuleSpec`` of a transformer layer or of a multi-token
-        prediction layer, ``TransformerBlockSubmodules`` or ``MultiTokenPredictionBlockSubmodules``;
-        local or Transformer Engine; dense, MoE or multi-latent attention.
+        One of Megatron's own: a ``ModuleSpec`` of a transformer layer, of a Mamba layer or of a
+        multi-token prediction layer, ``TransformerBlockSubmodules`` or
+        ``MultiTokenPredictionBlockSubmodules``; local or Transformer Engine; dense, MoE, multi-latent
+        attention or gated delta net.
     placement
         Where the norms stand.
     config
         The model's configuration, for the norms' kind, epsilon, dtype and parallelism.
     fuse_pre_mlp_norm
         Whether attention's output norm and the MLP's input norm become one kernel: the input norm then
-        stands before the MLP's first linear, not in it. `megatron_periln.models.gpt.finish_model` connects
+        stands before the MLP's first linear, not in it. `megatron_periln.models.finish.finish_model` connects
         them.
 
     Returns
@@ -106,11 +113,14 @@ def place_norms[Spec](
                 changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, MultiTokenPredictionLayerSubmodules):
-        changes = {"mtp_model_layer": place(spec.mtp_model_layer)}
+        # A hybrid model has none here, but builds a stack of its own layers.
+        changes = {"mtp_model_layer": spec.mtp_model_layer and place(spec.mtp_model_layer)}
         changes |= _norms_of_stream(spec, config, "enorm", "hnorm", "layer_norm")
         if not placement.final:
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
+    if isinstance(spec, MambaLayerSubmodules):
+        return replace(spec, **_normed_bdas(spec, placement, config), **_input_norm_of_mamba(spec, placement))
     if isinstance(spec, TransformerLayerSubmodules):
         if fuse_pre_mlp_norm:
             _check_fusion(spec, placement, config)
@@ -130,19 +140,34 @@ def place_norms[Spec](
 
 
 def _normed_bdas(
-    layer: TransformerLayerSubmodules, placement: NormPlacement, config: TransformerConfig
+    layer: TransformerLayerSubmodules | MambaLayerSubmodules,
+    placement: NormPlacement,
+    config: TransformerConfig,
 ) -> dict[str, ModuleSpec]:
     if not (placement.output or placement.after_add):
         return {}
     bda = ModuleSpec(module=NormedBiasDropoutAdd, params={"config": config, "placement": placement})
-    names = ("self_attn_bda", "mlp_bda")
-    return {name: bda for name in names if getattr(layer, name) is not IdentityFuncOp}
+    return {name: bda for name in SLOTS if getattr(layer, name, IdentityFuncOp) is not IdentityFuncOp}
+
+
+def _input_norm_of_mamba(layer: MambaLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
+    """Return what changes for a placement without input norms; else it stays where upstream has it.
+
+    There it takes the stream in the parameters' dtype also if that is fp32: the layer rounds it before.
+    """
+    if placement.input:
+        return {}
+    return {"norm": NoNorm, "mixer": _unfuse_input_norm(layer.mixer, _without_input_norm(placement))}
+
+
+def _without_input_norm(placement: NormPlacement) -> str:
+    return f"norm placement {placement.name!r} has no input norm; choose pre or peri"
 
 
 def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
     if placement.input:
         return {}
-    why = f"norm placement {placement.name!r} has no input norm; choose pre or peri"
+    why = _without_input_norm(placement)
     return {
         "input_layernorm": NoNorm,
         "pre_mlp_layernorm": NoNorm,
@@ -194,8 +219,9 @@ def _with_separate_input_norms(
     keys = layer.sharded_state_dict_keys_map
     if (attention := _unfuse_input_norm(layer.self_attention, why)) is not layer.self_attention:
         changes |= {"self_attention": attention, "input_layernorm": norm}
-        if hasattr(get_submodules(attention), "linear_qkv"):  # latent attention's is saved under its own name
-            keys = {**keys, **_ATTENTION_NORM_KEY}
+        for linear, key in _ATTENTION_NORM_KEYS.items():
+            if hasattr(get_submodules(attention), linear):
+                keys = {**keys, **key}
     if (mlp := _unfuse_input_norm(layer.mlp, why)) is not layer.mlp:
         changes |= {"mlp": mlp, "pre_mlp_layernorm": norm}
         keys = {**keys, **_MLP_NORM_KEY}

@@ -19,7 +19,7 @@ from megatron_periln.monitor.layer_sums import Sums
 __all__ = ["add_parameter_gradients", "count_parameters", "own_pieces"]
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_PARTS = {"self_attention": "attention", "mlp": "mlp"}
+_PARTS = {"self_attention": "attention", "mixer": "attention", "mlp": "mlp"}
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ from megatron_periln.patches.transformer_layers import replace_bda, without_grap
 
 __all__ = ["recomputing", "watched"]
 
-_BDAS = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
+# A Mamba layer's mixer is counted as attention is: it stands in its place.
+_BDAS = {"attention": ("self_attn_bda", "mamba_bda"), "mlp": ("mlp_bda",)}
 
 
 @contextmanager
@@ -59,8 +60,9 @@ def watched(chunks: Sequence[nn.Module], sums: Sums, layers: Collection[int]) ->
                 if layer.layer_number in layers:
                     hook = partial(_see_layer, sums, layer.layer_number)
                     stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-                    for sublayer in _BDAS:
-                        stack.callback(_watch_bda(layer, sublayer, sums))
+                    for sublayer, names in _BDAS.items():
+                        for name in names:
+                            stack.callback(_watch_bda(layer, name, sublayer, sums))
             final = getattr(decoder, "final_layernorm", None) or getattr(decoder, "final_norm", None)
             last = sums.rest - 1
             if final is not None and not isinstance(final, NoNorm) and last in layers:
@@ -110,9 +112,8 @@ def _see_gradient(sums: Sums, row: int, gradient: Tensor) -> None:
     sums.add("stream_gradient", row, torch.stack([torch.ones_like(square), square]))
 
 
-def _watch_bda(layer: Any, sublayer: str, sums: Sums) -> Callable[[], object]:
+def _watch_bda(layer: Any, name: str, sublayer: str, sums: Sums) -> Callable[[], object]:
     """See every sublayer output that reaches a bias-dropout-add; return what ends it."""
-    name = _BDAS[sublayer]
     bda: Any = getattr(layer, name, None)
     if bda is None or isinstance(bda, IdentityFuncOp):
         return lambda: None

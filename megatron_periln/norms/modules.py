@@ -260,7 +260,14 @@ class NormedBiasDropoutAdd(nn.Module):
     and ``submodules.mlp_bda``, and calls them as ``bda(training, fused)((output, bias), residual, dropout)``.
     As a module it owns the norm's parameters, ``self_attn_bda.norm.weight`` and so on, which Megatron then
     shards, checkpoints, reduces and optimizes like any other.
+
+    Attributes
+    ----------
+    called
+        Whether it has added anything yet.
     """
+
+    called = False
 
     def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
         super().__init__()
@@ -276,5 +283,6 @@ class NormedBiasDropoutAdd(nn.Module):
     def _add(
         self, output_with_bias: OutputWithBias, residual: Tensor, dropout: float, *, training: bool
     ) -> Tensor:
+        self.called = True
         sublayer_output, sublayer_bias = output_with_bias
         return self.norm(sublayer_output, sublayer_bias, residual, dropout, training)

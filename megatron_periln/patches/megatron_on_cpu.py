@@ -7,16 +7,22 @@ installed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.gated_delta_net import common, gdn
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_periln.patches.registry import changes
 
 __all__ = [
+    "compute_gated_delta_nets_with",
+    "compute_mamba_layers_with",
     "convert_split_sizes_on_the_cpu",
     "expect_the_cpu_generator_to_move",
     "install",
@@ -26,6 +32,8 @@ __all__ = [
 ]
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_MIXER = "megatron.core.ssm.mamba_mixer"
+_DELTA = "megatron.core.ssm.gated_delta_net"
 
 
 def install() -> None:
@@ -126,3 +134,56 @@ def restore_recomputed_outputs_by_copying() -> None:
         target.copy_(source)
 
     random._get_share_storage = lambda: copy_storage
+
+
+@changes(
+    f"{_MIXER}.HAVE_MAMBA_SSM",
+    f"{_MIXER}.ExtendedRMSNorm",
+    f"{_MIXER}.mamba_chunk_scan_combined",
+    f"{_MIXER}.mamba_split_conv1d_scan_combined",
+    f"{_MIXER}._check_mamba_sequence_packing_support",
+    why="Mamba layers take the kernels of mamba-ssm and causal-conv1d, which need a GPU, and have no others",
+    until="patches/test_megatron_on_cpu.py::test_upstream_still_has_no_mamba_layer_without_its_packages",
+)
+def compute_mamba_layers_with(
+    *, norm: type, chunk_scan: Callable[..., Any], split_conv1d_scan: Callable[..., Any]
+) -> None:
+    """Let Mamba layers compute with other functions than mamba-ssm's."""
+
+    def sharded_state_dict(
+        self: Any, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> Any:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+    mamba_mixer.HAVE_MAMBA_SSM = True
+    mamba_mixer.ExtendedRMSNorm = type(norm.__name__, (norm,), {"sharded_state_dict": sharded_state_dict})
+    mamba_mixer.mamba_chunk_scan_combined = chunk_scan
+    mamba_mixer.mamba_split_conv1d_scan_combined = split_conv1d_scan
+    mamba_mixer._check_mamba_sequence_packing_support = lambda for_inference_not_training: (True, None)
+
+
+@changes(
+    f"{_DELTA}.common.HAVE_FLA",
+    f"{_DELTA}.common.l2norm",
+    f"{_DELTA}.gdn.causal_conv1d",
+    f"{_DELTA}.gdn.chunk_gated_delta_rule",
+    f"{_DELTA}.gdn.torch_chunk_gated_delta_rule",
+    why="gated delta nets take the kernels of flash-linear-attention, which need a GPU, or with "
+    "`--deterministic-mode` some of them and a rule of Megatron's in fp32 that knows of no documents",
+    until="patches/test_megatron_on_cpu.py::test_upstream_still_has_no_delta_net_without_its_package",
+)
+def compute_gated_delta_nets_with(
+    *, causal_conv1d: Callable[..., Any], l2norm: Callable[..., Any], rule: Callable[..., Any]
+) -> None:
+    """Let gated delta nets compute with other functions than flash-linear-attention's."""
+    common.HAVE_FLA = True
+    common.l2norm = l2norm
+    gdn.causal_conv1d = causal_conv1d
+    gdn.chunk_gated_delta_rule = gdn.torch_chunk_gated_delta_rule = rule

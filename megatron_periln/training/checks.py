@@ -9,14 +9,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.quantization.utils import load_quantization_recipe
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_periln import cpu
 from megatron_periln.cpu.flags import LOW_PRECISION
 from megatron_periln.errors import UsageError, with_kind
-from megatron_periln.models.hybrid import why_no_place
 from megatron_periln.norms.arguments import placement_of, why_norms_stay_apart
 from megatron_periln.rules import Check, Rule
 
@@ -190,8 +188,6 @@ def _layers(args: Namespace) -> Iterator[str]:
     """Yield what is wrong with layers in which a norm is to stand, or to be fused with another."""
     placement = placement_of(args)
     pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern  # its former name
-    if pattern and (reason := why_no_place(pattern, placement)):
-        yield reason
     if args.fuse_pre_mlp_norm:
         reason = why_norms_stay_apart(
             placement,
@@ -276,25 +272,6 @@ MODEL: tuple[Check, ...] = (
         "--use-te-activation-func needs Transformer Engine's layers (--transformer-impl transformer_engine); "
         "drop it",
         {"use_te_activation_func": False},
-    ),
-    Rule(
-        lambda args: (
-            Symbols.MTP_SEPARATOR in (args.hybrid_layer_pattern or "") and args.transformer_impl == "local"
-        ),
-        "--hybrid-layer-pattern '{hybrid_layer_pattern}': multi-token prediction, after the "
-        f"{Symbols.MTP_SEPARATOR}, needs Transformer Engine in a hybrid model; drop that part, or train "
-        "without --hybrid-layer-pattern and with --mtp-num-layers",
-    ),
-    Rule(
-        lambda args: (
-            args.fp32_residual_connection
-            and args.transformer_impl == "transformer_engine"
-            and {Symbols.MAMBA, Symbols.GDN} & set(args.hybrid_layer_pattern or "")
-        ),
-        "--fp32-residual-connection: Transformer Engine's norm inside the layers "
-        f"{Symbols.MAMBA} and {Symbols.GDN} of --hybrid-layer-pattern '{{hybrid_layer_pattern}}' takes no "
-        "fp32; drop it",
-        {"fp32_residual_connection": False},
     ),
     Rule(
         lambda args: args.num_experts and args.moe_router_topk > args.num_experts,

@@ -24,6 +24,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_periln.models.residual_adds import check_calls
 from megatron_periln.training.datasets.gpt_datasets import masks_documents, predicts_more_tokens_here
 
 __all__ = ["forward_step", "loss_function"]
@@ -183,6 +184,11 @@ def forward_step(
     -------
     tuple
         The stage's output, and the function that turns the last stage's output into the loss.
+
+    Raises
+    ------
+    UsageError
+        After the first forward pass, if a layer went round a norm that stands at its residual add.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -201,4 +207,5 @@ def forward_step(
             output = model.build_schedule_plan(*inputs, **targets)
         else:
             output = model(*inputs, **targets, packed_seq_params=packed)
+            check_calls(model)
     return output, partial(loss_function, loss_mask)

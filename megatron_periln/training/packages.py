@@ -177,6 +177,14 @@ PACKAGES: tuple[Check, ...] = (
         "give --use-distributed-optimizer",
     ),
     _Package(
+        lambda args: "M" in (args.hybrid_layer_pattern or args.hybrid_override_pattern or ""),
+        "--hybrid-layer-pattern with Mamba layers",
+        "einops",
+        ("einops",),
+        _extra("einops"),
+        "choose a pattern without M",
+    ),
+    _Package(
         _on_a_gpu(lambda args: "M" in (args.hybrid_layer_pattern or args.hybrid_override_pattern or "")),
         "--hybrid-layer-pattern with Mamba layers",
         "mamba-ssm",

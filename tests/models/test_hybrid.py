@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_periln.models import HybridModelBuilder, HybridModelConfig
 from megatron_periln.norms import NormedBiasDropoutAdd, NormPlacement
@@ -37,9 +38,11 @@ def as_hybrid(state):
     """Rename a GPTModel's weights to those of a HybridModel."""
     renamed = {}
     for name, weight in state.items():
-        parts = name.replace("final_layernorm", "final_norm").split(".")
+        parts = name.replace("decoder.final_layernorm", "decoder.final_norm").split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(2 * int(parts[2]) + (parts[3] not in OF_ATTENTION))
+        if parts[3:4] == ["mtp_model_layer"]:
+            parts[4:4] = ["layers", str(int(parts[4] not in OF_ATTENTION))]
         renamed[".".join(parts)] = weight
     return renamed
 
@@ -52,6 +55,19 @@ def test_the_logits_are_those_of_gpt_bit_for_bit(name, kind):
     model.load_state_dict(as_hybrid(gpt.state_dict()))
     assert torch.equal(small.run(model, labels=False), small.run(gpt, labels=False))
     gradients = as_hybrid(small.gradients(gpt))
+    for parameter, gradient in small.gradients(model).items():
+        assert torch.equal(gradient, gradients[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", small.PLACEMENTS)
+def test_multi_token_prediction_is_that_of_gpt_bit_for_bit(name):
+    changes = {**KINDS["modern"], "mtp_num_layers": 1}
+    gpt = small.perturb(small.build(name, small.transformer_config(**changes)))
+    model = hybrid(NormPlacement.named(name), "modern", pattern="*-*-/*-", mtp_num_layers=1)
+    model.load_state_dict(as_hybrid(gpt.state_dict()))
+    assert torch.equal(small.run(model), small.run(gpt))
+    gradients = as_hybrid(small.gradients(gpt))
+    assert gradients["mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc2.weight"].abs().max() > 0
     for parameter, gradient in small.gradients(model).items():
         assert torch.equal(gradient, gradients[parameter]), parameter
 
@@ -79,6 +95,84 @@ def test_experts_have_their_output_norm():
     assert gradients["decoder.layers.3.mlp_bda.norm.weight"].abs().max() > 0
 
 
-def test_layers_without_a_place_for_output_norms_are_refused():
-    with pytest.raises(ValueError, match="no place in layers M; use layers"):
-        hybrid(NormPlacement.named("peri"), "modern", pattern="*-M-")
+STATEFUL = {
+    "mamba_state_dim": 8,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+OF_LAYER = {"M": ("mixer", "norm", "mamba_bda"), "G": ("self_attention", "input_layernorm", "self_attn_bda")}
+
+
+@pytest.fixture(params=["M", "G"])
+def symbol(request):
+    return request.param
+
+
+def stateful(placement, symbol, **changes):
+    return hybrid(NormPlacement.named(placement), "modern", 2, pattern=f"{symbol}-*-", **STATEFUL, **changes)
+
+
+@pytest.mark.parametrize("name", small.PLACEMENTS)
+def test_layers_that_carry_a_state_have_the_placements_norms(name, symbol):
+    """Their output against the placement's formula, with torch's own norm."""
+    model = small.perturb(stateful(name, symbol), 0.1)
+    layer, placement = model.decoder.layers[0], NormPlacement.named(name)
+    sublayer, norm, bda = (getattr(layer, part) for part in OF_LAYER[symbol])
+    x = torch.randn(small.SEQUENCE, 2, small.HIDDEN, generator=torch.Generator().manual_seed(5))
+
+    def normed(tensor, weight):
+        return F.rms_norm(tensor, tensor.shape[-1:], weight, eps=model.config.layernorm_epsilon)
+
+    inner = normed(x, norm.weight) if placement.input else x
+    outer, _ = sublayer(inner) if symbol == "M" else sublayer(inner, None)
+    expected = x + (normed(outer, bda.norm.weight) if placement.output else outer)
+    if placement.after_add:
+        expected = normed(expected, bda.norm.weight)
+    output = layer(x, attention_mask=None)
+    torch.testing.assert_close(output[0] if isinstance(output, tuple) else output, expected)
+    without = x + outer
+    assert name == "pre" or not torch.allclose(expected, without, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", small.PLACEMENTS)
+def test_every_weight_of_such_layers_learns(name, symbol):
+    gradients = small.gradients(small.perturb(stateful(name, symbol), 0.1))
+    layer = {parameter: g for parameter, g in gradients.items() if parameter.startswith("decoder.layers.0.")}
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in layer.values())
+    assert any("_bda.norm." in parameter for parameter in layer) == (name != "pre")
+
+
+def test_both_ways_through_a_mamba_layer_are_one_function():
+    fused = small.perturb(stateful("peri", "M"), 0.1)
+    apart = stateful("peri", "M", use_mamba_mem_eff_path=False)
+    apart.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(small.run(apart), small.run(fused))
+
+
+def test_recomputation_of_such_layers_changes_nothing(symbol):
+    model = small.perturb(stateful("peri", symbol), 0.1)
+    whole = {name: gradient.clone() for name, gradient in small.gradients(model).items()}
+    again = stateful(
+        "peri",
+        symbol,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    again.load_state_dict(model.state_dict())
+    for name, gradient in small.gradients(again).items():
+        assert torch.equal(gradient, whole[name]), name
+
+
+def test_their_input_norms_are_saved_as_transformer_engine_saves_its_own(symbol):
+    state = stateful("peri", symbol).sharded_state_dict()
+    keys = {tensor.key for name, tensor in state.items() if name.startswith("decoder.layers.0.")}
+    prefix = {"M": "mixer", "G": "self_attention"}[symbol]
+    assert f"decoder.layers.0.{prefix}.in_proj.layer_norm_weight" in keys
+    assert not any(".norm.weight" in key and "mixer.norm" not in key and "_bda" not in key for key in keys)
+    assert not any("input_layernorm" in key for key in keys)

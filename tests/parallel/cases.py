@@ -18,6 +18,11 @@ ARCHITECTURES = {
     "mla, whole queries": f"""{_MODERN} --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 16
         --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
     "mtp": f"{_MODERN} --mtp-num-layers 1",
+    # Mamba layers and a gated delta net beside attention.
+    "states": f"""{_MODERN.replace("--num-layers 4 ", "")} --hybrid-layer-pattern M-G-*-M-
+        --mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2 --linear-conv-kernel-dim 4
+        --linear-key-head-dim 16 --linear-value-head-dim 16 --linear-num-key-heads 2
+        --linear-num-value-heads 4""",
 }
 
 LAYOUTS = {
@@ -137,6 +142,10 @@ def _cases():
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")
     yield Case("peri", layout="TP2xPP2+SP", variant="depth-scaled, epsilon")
+    for layout in ("TP2", "CP2"):
+        yield Case("peri", "states", layout)
+    yield Case("peri", "states", "DP2", variant=distributed)
+    yield Case("peri", "states", "TP2xPP2+SP", "full recompute")
     for layout in ("CP2", "PP2xVPP2"):  # the middle stages need the mask of documents too
         yield Case("peri", layout=layout, variant="window, documents")
 
@@ -148,7 +157,7 @@ def _all_cases():
             for layout in LAYOUTS:
                 if layout == "1" or ("EP" in layout and architecture != "moe"):
                     continue
-                if (architecture, layout) in {("moe", "TP2"), ("mtp", "CP2")}:
+                if (architecture, layout) in {("moe", "TP2"), ("mtp", "CP2"), ("states", "PP2xVPP2")}:
                     continue  # refused by Megatron; see "Known differences" in docs/parallelism.md
                 yield Case(placement, architecture, layout, variant="distributed optimizer")
                 overlap = ["overlap"] if layout in ("DP2", "EP2") else []  # elsewhere nothing is gathered

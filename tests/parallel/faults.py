@@ -1,6 +1,6 @@
 """Mistakes that a comparison with one process must notice; each is made by every rank of a job."""
 
-from megatron_periln.models import gpt
+from megatron_periln.models import finish, gpt
 from megatron_periln.norms import embedding, kernels, modules
 
 
@@ -73,5 +73,10 @@ def skip_the_embedding_norms_gradient():
 
 
 def leave_latent_attention_as_it_is():
-    """Undo `megatron_periln.patches.latent_attention`."""
-    gpt.fix_latent_attention = lambda model: None
+    """Undo `megatron_periln.patches.tensor_parallel_gradients`."""
+    finish.fix_latent_attention = lambda model: None
+
+
+def leave_delta_nets_as_they_are():
+    """Undo `megatron_periln.patches.tensor_parallel_gradients` for the other kind of layer."""
+    finish.fix_delta_nets = lambda model: None

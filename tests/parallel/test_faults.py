@@ -25,6 +25,10 @@ def test_upstream_still_has_wrong_gradients_in_latent_attention(run, layout):
     check_that_the_gradients_tell(run, "leave_latent_attention_as_it_is", Case("peri", "mla", layout))
 
 
+def test_upstream_still_has_wrong_gradients_in_gated_delta_nets(run):
+    check_that_the_gradients_tell(run, "leave_delta_nets_as_they_are", Case("peri", "states", "TP2"))
+
+
 def check_that_the_gradients_tell(run, fault, case):
     apart = distance(run(case, (f"tests.parallel.faults.{fault}",)), run(case.one_process), FIRST, LAST)
     assert apart.gradients > 100 * FP32["gradients"], apart

@@ -3,6 +3,7 @@
 A test named ``upstream_still_...`` fails once the change can go.
 """
 
+import importlib.util
 import logging
 import types
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.gated_delta_net import common
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from tests.cpu.unpatched import copy_of
+from tests.models import small
 
 RNG_LOGGER = logging.getLogger(random.__name__)
 
@@ -155,3 +159,29 @@ def test_upstream_still_compiles_an_extension_to_restore_outputs(monkeypatch):
     monkeypatch.setattr(upstream, "load_inline", refuse_to_compile)
     with pytest.raises(AssertionError, match="an extension would be compiled"):
         upstream._get_share_storage()
+
+
+def layer_config(**changes):
+    return small.transformer_config(is_hybrid_model=True, **changes)
+
+
+def test_upstream_still_has_no_mamba_layer_without_its_packages():
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        pytest.skip("mamba-ssm is installed")
+    with pytest.raises(ImportError, match="MambaSSM is not installed"):
+        copy_of(mamba_mixer.__name__).MambaMixer(layer_config(), None, 32)
+
+
+def test_upstream_still_has_no_delta_net_without_its_package():
+    if importlib.util.find_spec("fla") is not None:
+        pytest.skip("flash-linear-attention is installed")
+    with pytest.raises(ImportError, match="FLA is not installed"):
+        copy_of(common.__name__)._GDNBase(layer_config(), None)
+
+
+def test_the_norm_of_a_mamba_layer_is_saved_by_heads(single_process):
+    norm = mamba_mixer.ExtendedRMSNorm(8, group_size=4, norm_before_gate=False)
+    groups = small.groups()
+    norm.tp_group = groups.tp
+    (tensor,) = norm.sharded_state_dict("norm.", metadata={"dp_cp_group": groups.dp_cp}).values()
+    assert (tensor.key, tensor.global_shape) == ("norm.weight", (8,))

@@ -122,13 +122,9 @@ BAD_FLAGS = {
         "--monitor-layers all --monitor-file /proc",
         ["--monitor-file /proc is a folder", "give a file in it"],
     ),
-    "hybrid layers without a place": (
-        "--hybrid-layer-pattern M-M-",
-        ["'M-M-': norm placement 'peri' has no place in layers M", "use layers *, +, - and E, or pre"],
-    ),
-    "tokens to predict in a hybrid model": (
-        "--hybrid-layer-pattern *-*-/*-",
-        ["multi-token prediction", "needs Transformer Engine in a hybrid model", "--mtp-num-layers"],
+    "hybrid layers that need a GPU": (
+        "--hybrid-layer-pattern D-M-",
+        ["'D-M-': layers D need a GPU", "use layers *, +, -, E, M and G"],
     ),
     "fused norms in heterogeneous layers": (
         "--fuse-pre-mlp-norm --heterogeneous-layers-config-path layers.json",

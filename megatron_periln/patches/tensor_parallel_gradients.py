@@ -1,10 +1,12 @@
-"""Gradients of multi-latent attention under tensor parallelism."""
+"""Gradients that Megatron gets wrong under tensor parallelism: of parameters that its ranks share."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from megatron.core.ssm.gated_delta_net.common import _GDNBase
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["fix_latent_attention"]
+__all__ = ["fix_delta_nets", "fix_latent_attention"]
 
 
 @changes(
@@ -41,6 +43,27 @@ def fix_latent_attention(model: nn.Module) -> None:
         if query_norm is not None and not attention.config.sequence_parallel:
             for parameter in query_norm.parameters():
                 parameter.average_gradients_across_tp_domain = True
+
+
+@changes(
+    "megatron.core.ssm.gated_delta_net.common._GDNBase.out_norm",
+    why="each tensor-parallel rank of a gated delta net norms its own heads with one weight, which all have. "
+    "Its gradient is summed over the ranks with sequence parallelism alone; without, each rank goes on with "
+    "a weight of its own",
+    until="parallel/test_faults.py::test_upstream_still_has_wrong_gradients_in_gated_delta_nets",
+)
+def fix_delta_nets(model: nn.Module) -> None:
+    """Sum the gradients of every gated delta net's output norm over the ranks that have its heads."""
+    for net in model.modules():
+        if isinstance(net, _GDNBase) and net.tp_size > 1 and not net.config.sequence_parallel:
+            for parameter in net.out_norm.parameters():
+                parameter.register_hook(functools.partial(_summed, group=net.tp_group))
+
+
+def _summed(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    gradient = gradient.contiguous().clone()
+    torch.distributed.all_reduce(gradient, group=group)
+    return gradient
 
 
 class _Widen:

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_periln.patches.latent_attention import fix_latent_attention
+from megatron_periln.patches.tensor_parallel_gradients import fix_latent_attention
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
