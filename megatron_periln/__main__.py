@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": ("megatron_periln.tools.evaluate", "measure a model's loss, or run lm-evaluation-harness"),
     "report": ("megatron_periln.tools.report", "compare monitored runs on one page"),
     "study": ("megatron_periln.studies", "run a declared study, and write its table"),
+    "plan": ("megatron_periln.plan", "tell what a run will take before it is launched, and whether it fits"),
     "doctor": ("megatron_periln.doctor", "tell whether a node is fit to train"),
 }
 """The module and the summary of each command; those of Megatron-LM's tools bear the names of their files."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PALETTES", "PLACEMENT_COLORS", "css_variables"]
+__all__ = ["PALETTES", "PART_COLORS", "PLACEMENT_COLORS", "css_variables"]
 
 PLACEMENT_COLORS: dict[str, tuple[str, str]] = {
     # light, dark
@@ -12,6 +12,21 @@ PLACEMENT_COLORS: dict[str, tuple[str, str]] = {
     "output": ("#a8558a", "#eba6d2"),
     "other": ("#5f6670", "#a9b1bc"),
 }
+
+PART_COLORS: dict[str, tuple[str, str]] = {
+    # Neighbours differ in lightness too.
+    "part-0": ("#00507f", "#62b8f0"),
+    "part-1": ("#5aa9d6", "#2f7fb3"),
+    "part-2": ("#00805c", "#2fd3a2"),
+    "part-3": ("#7cc7ae", "#1a8a6a"),
+    "part-4": ("#c44e00", "#ff9a4d"),
+    "part-5": ("#e9a87c", "#b9622a"),
+    "part-6": ("#8a3f70", "#eba6d2"),
+    "part-7": ("#cf9dbf", "#a3648c"),
+    "part-8": ("#5f6670", "#a9b1bc"),
+    "part-9": ("#a9b1bc", "#6c757f"),
+}
+"""The parts of a whole, one after the other."""
 
 _PAGE_COLORS: dict[str, tuple[str, str]] = {
     "background": ("#ffffff", "#14171c"),
@@ -23,7 +38,7 @@ _PAGE_COLORS: dict[str, tuple[str, str]] = {
 }
 
 PALETTES: dict[str, dict[str, str]] = {
-    theme: {name: pair[index] for name, pair in (_PAGE_COLORS | PLACEMENT_COLORS).items()}
+    theme: {name: pair[index] for name, pair in (_PAGE_COLORS | PLACEMENT_COLORS | PART_COLORS).items()}
     for index, theme in enumerate(("light", "dark"))
 }
 

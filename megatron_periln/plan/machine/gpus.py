@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_periln.errors import UsageError
 
@@ -43,6 +43,10 @@ class Gpu:
     network: float = 50e9
     node: int = 8
     source: str = ""
+
+    def with_network(self, network: float) -> Gpu:
+        """Return it with another bandwidth to other nodes."""
+        return replace(self, network=network)
 
 
 def _gpu(
