@@ -15,16 +15,16 @@ PLACEMENT_COLORS: dict[str, tuple[str, str]] = {
 
 PART_COLORS: dict[str, tuple[str, str]] = {
     # Neighbours differ in lightness too.
-    "part-0": ("#00507f", "#62b8f0"),
-    "part-1": ("#5aa9d6", "#2f7fb3"),
-    "part-2": ("#00805c", "#2fd3a2"),
-    "part-3": ("#7cc7ae", "#1a8a6a"),
-    "part-4": ("#c44e00", "#ff9a4d"),
-    "part-5": ("#e9a87c", "#b9622a"),
-    "part-6": ("#8a3f70", "#eba6d2"),
-    "part-7": ("#cf9dbf", "#a3648c"),
-    "part-8": ("#5f6670", "#a9b1bc"),
-    "part-9": ("#a9b1bc", "#6c757f"),
+    "part-0": ("#003b5c", "#9fd0f2"),
+    "part-1": ("#2f86b8", "#3d92c9"),
+    "part-2": ("#00543c", "#7fe3c4"),
+    "part-3": ("#2a9070", "#2a9b7c"),
+    "part-4": ("#8f3900", "#ffb37a"),
+    "part-5": ("#cc6c33", "#d0733a"),
+    "part-6": ("#632a50", "#f0bfdf"),
+    "part-7": ("#a8558a", "#b8679b"),
+    "part-8": ("#3d434b", "#c3cad2"),
+    "part-9": ("#7b838d", "#848c96"),
 }
 """The parts of a whole, one after the other."""
 
