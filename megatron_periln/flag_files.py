@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["expand"]
+__all__ = ["expand", "without"]
 
 
 def expand(arguments: Iterable[str]) -> list[str]:
@@ -27,6 +27,17 @@ def expand(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         flags.extend(_read(Path(argument[1:]), ()) if argument.startswith("@") else [argument])
     return flags
+
+
+def without(flags: Iterable[str], names: Collection[str]) -> list[str]:
+    """Return flags without those of some names, and without their values."""
+    kept, dropping = [], False
+    for word in flags:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in names
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_periln.errors import UsageError
-from megatron_periln.flag_files import expand
+from megatron_periln.flag_files import expand, without
 
 
 def test_a_flag_file_stands_for_its_flags(tmp_path):
@@ -26,3 +26,8 @@ def test_a_bad_flag_file_is_named(tmp_path, text, message):
     with pytest.raises(UsageError, match=message) as caught:
         expand([f"@{tmp_path}/self.flags"])
     assert str(tmp_path) in str(caught.value)
+
+
+def test_flags_are_dropped_with_their_values():
+    flags = ["--a", "1", "2", "--bc", "--d=3", "--e", "-4", "--d", "5"]
+    assert without(flags, ["--a", "--d"]) == ["--bc", "--e", "-4"]

@@ -148,6 +148,13 @@ start_again_or_stop() { # exit status, why, bad nodes
     exit "$((status ? status : 1))"
 }
 
+plan() { # whether each kind of rank fits its GPU; says so in one line
+    local ranks=${ranks_per_node:-$RANKS_PER_NODE}
+    timeout "$DOCTOR_SECONDS" "${srun[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" \
+        "$PYTHON" -m megatron_periln.plan --world-size "$((SLURM_JOB_NUM_NODES * ranks))" \
+        --nodes-of "$ranks" --gpu "$PLAN" --brief "${flags[@]}"
+}
+
 check_nodes() { # one step for each, so that a dead node spoils no other's
     local i nodes checks=() bad=()
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -204,6 +211,9 @@ flags=(--tensorboard-dir "$run/tensorboard" "@$job_folder/flags" --save "$run/ch
 # Other nodes may have local checkpoints where this one has none.
 if [ -n "$(newest)" ] || { [ "$restart" -gt 0 ] && [ "$(given --non-persistent-ckpt-type)" = local ]; }; then
     flags+=(--load "$run/checkpoints")
+fi
+if [ -n "$PLAN" ] && [ "$restart" = 0 ]; then
+    plan || exit 1
 fi
 [ "$DOCTOR" = 0 ] || check_nodes
 status=1

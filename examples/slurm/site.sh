@@ -26,6 +26,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # --- When to start again.
+PLAN=${PLAN:-}                                  # a GPU such as h100-80: a run that can't fit it ends at once
 DOCTOR=${DOCTOR:-1}                             # 0: no check of the nodes before training
 DOCTOR_SECONDS=${DOCTOR_SECONDS:-600}           # a node that takes longer is bad
 MAX_RESTARTS=${MAX_RESTARTS:-100}               # of a job

@@ -21,6 +21,7 @@ from megatron_periln.doctor.communication import (
     find_rank,
     gather,
 )
+from megatron_periln.doctor.planned_run import check_plan
 from megatron_periln.doctor.rows import Row, as_json, as_lines, as_table, fit
 from megatron_periln.doctor.timeouts import Check, run_check
 from megatron_periln.errors import UsageError
@@ -48,13 +49,15 @@ def _node_checks(flags: Namespace, answers: software.Answers) -> list[tuple[str,
     checks.append(("datasets", partial(indexed_datasets.check_datasets, flags)))
     if model_step.describes_a_model(flags):
         checks.append((model_step.CHECK, partial(model_step.check_model_step, flags, answers)))
+    if flags.plan:
+        checks.append(("plan", partial(check_plan, flags)))
     return checks
 
 
 def _check_node(flags: Namespace) -> list[Row]:
     checks = _node_checks(flags, software.probe(flags))
     # The step's own limit, which has its row, comes first.
-    longer = {model_step.CHECK: flags.timeout + 10}
+    longer = {model_step.CHECK: flags.timeout + 10, "plan": flags.timeout + 10}
     return [row for name, check in checks for row in run_check(name, check, longer.get(name, flags.timeout))]
 
 

@@ -9,7 +9,12 @@ from typing import NoReturn
 from megatron_periln import flag_files
 from megatron_periln.errors import UsageError
 
-__all__ = ["parse"]
+__all__ = ["of_pretraining", "parse"]
+
+# Those of the doctor's flags that pretraining doesn't know.
+_OWN = frozenset(
+    ["--all-reduce", "--json", "--minimum-bandwidth", "--parameters", "--plan", "--timeout", "--world-size"]
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +70,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="fail below this bus bandwidth of all-reduce; default: warn below 10 on GPUs",
     )
     parser.add_argument(
+        "--plan",
+        metavar="GPU",
+        help="plan the run, too, on GPUs such as h100-80: a run that can't fit fails (docs/plan.md)",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="GPUs of the run that is planned; default: WORLD_SIZE of the environment",
+    )
+    parser.add_argument(
         "--timeout", type=float, default=120, metavar="SECONDS", help="for each check; default: 120"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -72,3 +88,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_known_args(flags)[0]
     options.flags = flags
     return options
+
+
+def of_pretraining(options: argparse.Namespace) -> list[str]:
+    """Return the flags without those that pretraining doesn't know."""
+    return flag_files.without(options.flags, _OWN)

@@ -17,6 +17,7 @@ echo "srun ${*//$'\n'/ }" >>"$CALLS"
 case " $* " in
     *" megatron_periln.pretrain "*) eval "$TRAINING" ;;
     *" megatron_periln.doctor "*) eval "$DOCTORS" ;;
+    *" megatron_periln.plan "*) eval "$PLANNING" ;;
     *) while [[ $1 == --* ]]; do shift; done; exec "$@" ;;
 esac
 """
@@ -209,6 +210,22 @@ def test_bad_nodes_are_left_out(node):
     finished, calls = node.start(DOCTOR="1", DOCTORS="exit 1")
     assert (finished.returncode, "requeue" in calls) == (1, False)
     assert "no node passes the check" in finished.stderr
+
+
+@pytest.mark.parametrize("script, ranks", [("pretrain.sbatch", 8), ("pretrain_srun.sbatch", 4)])
+def test_a_run_that_cannot_fit_is_not_started(node, script, ranks):
+    plan = {"script": script, "PLAN": "h100-80", "SLURM_GPUS_ON_NODE": "8"}
+    finished, calls = node.start(PLANNING="echo error: the run does not fit >&2; false", **plan)
+    assert (finished.returncode, "pretrain" in calls, "requeue" in calls) == (1, False, False)
+    assert finished.stderr.splitlines()[0] == "error: the run does not fit"
+    own = f"--world-size {2 * ranks} --nodes-of {ranks} --gpu h100-80 --brief "
+    assert f"megatron_periln.plan {own}--tensorboard-dir" in calls
+    finished, calls = node.start(PLANNING="true", **plan)
+    assert (finished.returncode, "pretrain" in calls) == (0, True)
+    _, calls = node.start(PLANNING="false", restart=1, **plan)  # it is known by now
+    assert "megatron_periln.plan" not in calls
+    _, calls = node.start(script=script, MAX_STALLS="9")
+    assert "megatron_periln.plan" not in calls
 
 
 def test_superseded(node):

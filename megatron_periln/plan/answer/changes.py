@@ -6,7 +6,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["CHANGES", "Change", "applied", "without"]
+from megatron_periln.flag_files import without
+
+__all__ = ["CHANGES", "Change", "applied"]
 
 Flags = list[str]
 
@@ -118,17 +120,6 @@ CHANGES = (
     ),
 )
 """In the order in which they are told where they cost the same."""
-
-
-def without(flags: Sequence[str], names: Sequence[str]) -> Flags:
-    """Return flags without some, and without their values."""
-    kept, dropping = [], False
-    for word in flags:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in names
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def applied(flags: Sequence[str], args: Namespace) -> Iterator[tuple[Flags, Flags]]:
