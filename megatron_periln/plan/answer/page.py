@@ -51,15 +51,16 @@ def render_plan(planned: Sequence[Planned]) -> str:
 
 
 def _memory_figure(planned: Sequence[Planned], colors: dict[str, str]) -> Figure:
+    widest = max(max(each.machine.gpu.memory, each.fullest.bytes) for each in planned) / GIB
     return Figure(
         name="memory",
         title="Memory",
         how_to_read="What each kind of rank needs at the peak of a step; dashed: what its GPU has.",
-        panels=[_memory_panel(each, colors) for each in planned],
+        panels=[_memory_panel(each, colors, widest) for each in planned],
     )
 
 
-def _memory_panel(planned: Planned, colors: dict[str, str]) -> Panel:
+def _memory_panel(planned: Planned, colors: dict[str, str], widest: float) -> Panel:
     ranks = [f"{need.rank.name} ({need.rank.ranks_alike:,})" for need in planned.needs]
     traces: list[dict[str, Any]] = [
         {
@@ -90,7 +91,7 @@ def _memory_panel(planned: Planned, colors: dict[str, str]) -> Panel:
         layout={
             "barmode": "stack",
             "bargap": 0.25,
-            "xaxis": {"title": {"text": "GiB"}, "rangemode": "tozero"},
+            "xaxis": {"title": {"text": "GiB"}, "range": [0, 1.04 * widest]},
             "yaxis": {"autorange": "reversed", "type": "category"},
         },
     )
@@ -100,7 +101,7 @@ def _traffic_figure(planned: Sequence[Planned]) -> Figure:
     return Figure(
         name="traffic",
         title="Sent in a step",
-        how_to_read="What the busiest rank sends in each group, and how much of that leaves its node.",
+        how_to_read="What the busiest rank sends in each group: blue within its node, brown to others.",
         panels=[_traffic_panel(each) for each in planned],
     )
 
