@@ -184,6 +184,18 @@ def test_operations_and_days():
     assert timing(arguments(train_iters=None, train_samples=1281), GPUS["h100-80"], 0.4).steps == 11
 
 
+def test_the_last_stage_with_the_logits_is_waited_for():
+    """32 M of a token's 8 layers of 12 M, a third of them; fewer layers there wait less, and many more."""
+    args = arguments()
+    alike = timing(args, GPUS["h100-80"], 0.4)
+    assert alike.bubble == alike.ideal_bubble == pytest.approx(1 / 9)
+    even, fewer, wrong = (
+        timing(args, GPUS["h100-80"], 0.4, layers).bubble
+        for layers in ([(4,), (4,)], [(5,), (3,)], [(1,), (7,)])
+    )
+    assert alike.bubble < fewer < even < wrong
+
+
 def test_what_recomputation_computes_again():
     """A third of the layers' operations, of the MLPs', or of attention's products with the sequence."""
     layers, mlp, logits, attention = 12 * 8 * 1024**2, 8 * 8 * 1024**2, 1024 * 32768, 8 * 2048 * 1024

@@ -28,6 +28,7 @@ def as_data(planned: Planned, remedies: Sequence[Remedy] = ()) -> dict[str, Any]
             "flop": timing.flops,
             "recomputed": timing.recomputed,
             "bubble": timing.bubble,
+            "ideal_bubble": timing.ideal_bubble,
             "microbatches": planned.microbatches,
             "mfu": timing.mfu,
             "seconds": timing.step_seconds,

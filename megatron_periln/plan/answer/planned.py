@@ -156,7 +156,7 @@ def plan_layout(label: str, flags: Sequence[str], world_size: int, machine: Mach
         args=args,
         machine=machine,
         needs=tuple(_need(args, rank, layout, machine.gpu) for rank in ranks),
-        timing=timing(args, machine.gpu, machine.mfu),
+        timing=timing(args, machine.gpu, machine.mfu, _layers(ranks)),
         checkpoint=_checkpoint(args, ranks, machine.disk),
     )
 
@@ -184,6 +184,12 @@ def _sent(args: Namespace, rank: RankPlan, layout: Layout) -> dict[str, dict[str
         ranks = len(layout.group(group, rank.rank).ranks)
         sent[group] = of_gradients(args, Buffers(*buffers), ranks)
     return sent
+
+
+def _layers(ranks: Sequence[RankPlan]) -> list[tuple[int, ...]]:
+    """Return the layers by stage and virtual stage, of one rank of each stage."""
+    of_stage = {rank.pipeline_stage: rank.layers for rank in ranks}
+    return [of_stage[stage] for stage in sorted(of_stage)]
 
 
 def _checkpoint(args: Namespace, ranks: Sequence[RankPlan], disk: float) -> Checkpoint:

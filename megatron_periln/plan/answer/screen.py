@@ -137,7 +137,9 @@ def _time(planned: Planned) -> Iterable[str]:
     if timing.step_seconds is not None and gpu.bf16 is not None:
         step += f", {seconds(timing.step_seconds)} at {timing.mfu:.0%} of {short(gpu.bf16)}FLOP/s a GPU"
     yield step
-    yield f"waiting for other stages: {timing.bubble:.1%} of a step"
+    if planned.args.pipeline_model_parallel_size > 1:
+        alike = f"{timing.ideal_bubble:.1%} were all stages equally long"
+        yield f"waiting for other stages: {timing.bubble:.1%} of a step ({alike})"
     run = "the run: the flags give no --train-iters"
     if timing.steps is not None:
         run = f"the run: {timing.steps:,} steps, {short(timing.steps * timing.tokens)} tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.training.training import num_floating_point_operations
@@ -32,7 +33,10 @@ class Timing:
     steps
         Of the run; None if the flags don't say.
     bubble
-        The share of a step that ranks wait for other stages of the pipeline.
+        The share of a step that ranks wait for other stages of the pipeline: for their turn, and for stages
+        with more layers, or with the logits.
+    ideal_bubble
+        That share if all stages took equally long.
     mfu
         The share of the GPUs' BF16 peak that ``flops`` are to reach, FP8 or not.
     step_seconds
@@ -44,6 +48,7 @@ class Timing:
     recomputed: float
     steps: int | None
     bubble: float
+    ideal_bubble: float
     mfu: float
     step_seconds: float | None
 
@@ -55,8 +60,20 @@ class Timing:
         return self.steps * self.step_seconds / _DAY
 
 
-def timing(args: Namespace, gpu: Gpu, mfu: float) -> Timing:
-    """Return the time of the run that validated ``args`` describe, at a share of the GPUs' peak."""
+def timing(args: Namespace, gpu: Gpu, mfu: float, layers: Sequence[Sequence[int]] = ()) -> Timing:
+    """Return the time of the run that validated ``args`` describe, at a share of the GPUs' peak.
+
+    Parameters
+    ----------
+    args
+        Megatron's arguments.
+    gpu
+        Whose peak it is.
+    mfu
+        The share.
+    layers
+        The decoder's layers by stage and virtual stage; without them, all are taken to be alike.
+    """
     flops = _operations(args)
     seconds = flops / (args.world_size * gpu.bf16 * mfu) if gpu.bf16 else None
     return Timing(
@@ -64,7 +81,8 @@ def timing(args: Namespace, gpu: Gpu, mfu: float) -> Timing:
         flops=flops,
         recomputed=recomputed(args),
         steps=_steps(args),
-        bubble=bubble(pipeline_of(args)),
+        bubble=bubble(pipeline_of(args), _stage_costs(args, layers)),
+        ideal_bubble=bubble(pipeline_of(args)),
         mfu=mfu,
         step_seconds=seconds,
     )
@@ -80,6 +98,15 @@ def pipeline_of(args: Namespace) -> Pipeline:
         group=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,
         overlaps_experts=bool(args.overlap_moe_expert_parallel_comm),
     )
+
+
+def _stage_costs(args: Namespace, layers: Sequence[Sequence[int]]) -> list[list[float]] | None:
+    """Return how long stages compute, in layers: the last has the logits, too."""
+    if sum(map(sum, layers)) != args.num_layers or args.hybrid_layer_pattern is not None:
+        return None
+    costs = [[float(count) for count in chunks] for chunks in layers]
+    costs[-1][-1] += (_operations(args) / _of_layers(args) - 1) * args.num_layers
+    return costs
 
 
 def _operations(args: Namespace, **changes: object) -> float:
