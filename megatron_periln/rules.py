@@ -9,6 +9,7 @@ that of megatron_periln/training/parsing.py):
   ``training/mask_checks.py:MASKS``: once a checkpoint's arguments are adopted
   (``--use-checkpoint-args``), before Megatron's validation;
 - ``training/packages.py:PACKAGES``: packages that flags need and that are not installed;
+- ``training/optimizers/emerging.py:EMERGING``: what Muon, SOAP and Lion can't do;
 - ``cpu/flags.py:GPU_ONLY``: what ``--device cpu`` has no counterpart of;
 - ``training/evaluation_checks.py:EVALUATION`` and ``training/graph_checks.py:GRAPHS``: once Megatron has
   validated and completed the arguments.

@@ -21,11 +21,12 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
-from megatron.training.utils import is_first_or_last_pipeline_stage
+from megatron.training.utils import is_first_or_last_pipeline_stage, print_rank_0
 from torch import Tensor
 
 from megatron_periln.models.residual_adds import check_calls
 from megatron_periln.training.datasets.gpt_datasets import masks_documents, predicts_more_tokens_here
+from megatron_periln.training.optimizers.emerging import describe_shares
 
 __all__ = ["forward_step", "loss_function"]
 
@@ -208,4 +209,6 @@ def forward_step(
         else:
             output = model(*inputs, **targets, packed_seq_params=packed)
             check_calls(model)
+    for line in describe_shares(args, model):
+        print_rank_0(line)
     return output, partial(loss_function, loss_mask)

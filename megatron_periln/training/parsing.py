@@ -44,6 +44,7 @@ from megatron_periln.training.model_settings import (
     refuse_other_model,
 )
 from megatron_periln.training.norm_backend import choose_norm_backend
+from megatron_periln.training.optimizers.emerging import EMERGING
 from megatron_periln.training.packages import PACKAGES, save_asynchronously_without_nvrx
 from megatron_periln.training.placement_checkpoint import (
     adopt_saved_placement,
@@ -198,7 +199,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         problems.find(args, GPU_ONLY)
         adapted = adapt_arguments(args)
     problems.find(args, (*NEEDED, *SIZES), final=True)
-    problems.find(args, (*SCHEDULE, *MODEL, *MASKS, *PACKAGES))
+    problems.find(args, (*SCHEDULE, *MODEL, *MASKS, *PACKAGES, *EMERGING))
     if not problems.texts:
         _tell(args, "Flags that change nothing in this run:", [*problems.harmless, *idle])
         _tell(args, "Flags that act otherwise than in Megatron:", changes)

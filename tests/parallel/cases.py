@@ -70,6 +70,9 @@ VARIANTS = {
     "bf16": "--bf16",
     "zero-centered gamma": "--apply-layernorm-1p",
     "depth-scaled, epsilon": "--output-norm-init depth-scaled --output-norm-epsilon 1e-3",
+    # Muon's iteration is in bf16 by default, and of each rank's part of a matrix.
+    "muon": "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high",
+    "muon, distributed, bf16": "--optimizer muon --bf16 --use-distributed-optimizer",
     # Its documents are short: several to a sequence.
     "window, documents": "--mock-data --window-size 8,0 --reset-attention-mask",
 }
@@ -146,6 +149,8 @@ def _cases():
         yield Case("peri", "states", layout)
     yield Case("peri", "states", "DP2", variant=distributed)
     yield Case("peri", "states", "TP2xPP2+SP", "full recompute")
+    yield Case("peri", layout="TP2xPP2+SP", variant="muon")
+    yield Case("peri", layout="DP2", variant="muon, distributed, bf16")
     for layout in ("CP2", "PP2xVPP2"):  # the middle stages need the mask of documents too
         yield Case("peri", layout=layout, variant="window, documents")
 

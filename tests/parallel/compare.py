@@ -33,7 +33,7 @@ BF16 = {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 1e-2}
 
 def bounds(case):
     """Return what ``distance`` may reach for ``case``."""
-    if case.variant == "bf16":
+    if "bf16" in case.variant:
         return BF16
     return FP32 | ILL_CONDITIONED if ill_conditioned(case) else FP32
 

@@ -49,6 +49,7 @@ def save_as_loaded():
         (Case("peri", "moe", "EP2", variant=DISTRIBUTED), "EP2xTP2+SP"),
         (Case("peri", "mla", "TP2+SP"), "1"),
         (Case("peri", "mtp", "PP2"), "1"),
+        (Case("peri", layout="TP2xPP2+SP", variant="muon"), "1"),
     ],
     ids=str,
 )

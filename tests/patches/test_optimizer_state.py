@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_ide
 
 from tests.cpu import fresh
 from tests.patches.applied import with_fixes, without_fixes
-from tests.training.optimizers import build_optimizer, build_optimizers, steps, train, weights
+from tests.training.small_optimizers import build_optimizer, build_optimizers, steps, train, weights
 
 # Adam's state in the distributed optimizer.
 

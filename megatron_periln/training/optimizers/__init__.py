@@ -1,0 +1,1 @@
+"""Megatron's optimizers beside Adam and SGD."""
