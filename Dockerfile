@@ -9,7 +9,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY megatron_periln/__init__.py megatron_periln/version.py megatron_periln/
 COPY tools/image_packages.py tools/
 RUN python tools/image_packages.py record constraints.txt /tmp/image \
-    && python -m pip install --no-cache-dir --constraint /tmp/image/constraints.txt --editable ".[report]" \
+    && python -m pip install --no-cache-dir --constraint /tmp/image/constraints.txt --editable . \
     && python tools/image_packages.py verify /tmp/image \
     && rm -r /tmp/image
 

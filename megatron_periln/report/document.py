@@ -36,11 +36,6 @@ def render_document(
         HTML before and after the figures.
     figures
         What is drawn.
-
-    Raises
-    ------
-    ReportError
-        If Plotly is not installed.
     """
     data = {
         "palettes": PALETTES,
@@ -63,7 +58,7 @@ def render_document(
         details="\n".join(details),
         made=f"megatron-periln {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         data=json,
-        plotly=_plotly(),
+        plotly=_asset("plotly-basic.min.js"),
         script=_asset("script.js"),
     )
 
@@ -87,13 +82,6 @@ def write_page(page: str, output: Path, flag: str) -> None:
 
 def _asset(name: str) -> str:
     return resources.files("megatron_periln.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    try:
-        return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ReportError("plotly is not installed: pip install 'megatron-periln[report]'") from error
 
 
 def legend_entry(index: int, name: str, color: str, dash: str = "solid") -> str:

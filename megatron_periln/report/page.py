@@ -53,13 +53,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str | None = None) 
 
 
 def render_page(runs: Sequence[ReportedRun], title: str) -> str:
-    """Return the report of ``runs`` as HTML.
-
-    Raises
-    ------
-    ReportError
-        If Plotly is not installed.
-    """
+    """Return the report of ``runs`` as HTML."""
     figures = [loss_figure(runs), gradient_figure(runs), *depth_figures(runs), throughput_figure(runs)]
     return render_document(
         title,

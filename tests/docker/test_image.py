@@ -46,7 +46,7 @@ def test_constraints(versions):
     ours = {
         name: version for name, version in versions.items() if name in pinned and name not in (*KEPT, "numpy")
     }
-    assert {"megatron-core", "transformers", "pyarrow", "plotly"} <= set(ours)
+    assert {"megatron-core", "transformers", "pyarrow", "tiktoken"} <= set(ours)
     assert ours == {name: pinned[name] for name in ours}
 
 

@@ -22,7 +22,6 @@ def tool() -> ModuleType:
 @pytest.fixture
 def report(tool: ModuleType, tmp_path: Path) -> Callable[..., Path]:
     """Write the report of runs; return the page."""
-    pytest.importorskip("plotly", reason="the report needs plotly")
 
     def write(*runs: Path, title: str | None = None) -> Path:
         page = tmp_path / "report.html"

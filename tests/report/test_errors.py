@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from tests.report.synthetic import write_run
@@ -74,12 +72,6 @@ def test_output(refused, tmp_path):
     assert "is a folder" in refused(path, "--output", tmp_path)
     assert "is one of the runs" in refused(path, "--output", path)
     assert "cannot be written: " in refused(path, "--output", path / "r.html")
-
-
-def test_without_plotly(refused, tmp_path, monkeypatch):
-    path = write_run(tmp_path / "run", steps=3)
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    assert "pip install 'megatron-periln[report]'" in refused(path, "--output", tmp_path / "r.html")
 
 
 def test_a_failed_write_leaves_the_former_report(refused, tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
 import sys
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -34,7 +36,9 @@ TITLES = [
 
 
 def test_four_runs(report, four_runs):
-    page = Page(report(*four_runs, title="Where norms <b>stand</b>"))
+    path = report(*four_runs, title="Where norms <b>stand</b>")
+    assert path.stat().st_size < 1.6e6
+    page = Page(path)
     assert "Where norms <b>stand</b>" in page.text
     assert [heading for heading in page.headings if heading in TITLES] == TITLES
     assert page.loads == ["data:,"]
@@ -219,3 +223,13 @@ def test_the_tool_imports_no_torch():
         "heavy = {'torch', 'megatron', 'pandas', 'plotly'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, TOOL], check=True)
+
+
+def test_the_plotting_library_is_plotlys_own_bundle_with_its_license():
+    assets = resources.files("megatron_periln.report").joinpath("assets")
+    bundle = assets.joinpath("plotly-basic.min.js").read_bytes()
+    assert b"plotly.js (basic - minified) v4.1.1" in bundle
+    assert hashlib.sha256(bundle).hexdigest() == (
+        "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"
+    )
+    assert "Permission is hereby granted" in assets.joinpath("plotly-LICENSE.txt").read_text()
