@@ -27,7 +27,7 @@ LOWER = {
     "training": {"checkpoints", "cpu", "data", "models", "monitor", "norms", "patches"},
     "doctor": {"cpu", "data", "training"},
     "studies": {"cpu", "data", "monitor", "training"},
-    "plan": {"cpu", "models", "norms", "patches", "report", "training"},
+    "plan": {"cpu", "data", "models", "norms", "patches", "report", "training"},
     "tools": {"convert", "cpu", "data", "evaluation", "report"},
 }
 """What each folder may import; files of the top level that are no folder's are free to all."""

@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from megatron_periln.cpu import cuda_surface, device_alias, state_spaces
 from megatron_periln.patches import torch_on_cpu
 
-__all__ = ["activate", "is_active"]
+__all__ = ["activate", "is_active", "judging_for_gpus"]
 
-_active = False
+_active = _judging_for_gpus = False
 
 
 def is_active() -> bool:
     """Tell whether the CPU stands in for the GPU in this process."""
-    return _active
+    return _active and not _judging_for_gpus
+
+
+@contextmanager
+def judging_for_gpus() -> Iterator[None]:
+    """Have flags judged and checked as where there are GPUs: for a run that isn't one of this process."""
+    global _judging_for_gpus
+    before, _judging_for_gpus = _judging_for_gpus, True
+    try:
+        yield
+    finally:
+        _judging_for_gpus = before
 
 
 def activate(*, hide_gpu: bool = False) -> None:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.plan.costs.collectives import Sent
+from megatron_periln.plan.model import stages
+from megatron_periln.plan.model.arguments import buildable, run_arguments
+from megatron_periln.plan.model.held import Held, at_its_peak, hold
+from megatron_periln.plan.model.in_flight import passes
+from megatron_periln.training.refusals import refusals_in_one_line
 
 __all__ = ["RankPlan", "plan_ranks"]
 
@@ -83,4 +92,37 @@ def plan_ranks(flags: Sequence[str], world_size: int) -> tuple[argparse.Namespac
     UsageError
         For flags that are wrong, or that Megatron refuses at that size.
     """
-    raise NotImplementedError
+    args = run_arguments(flags, world_size)
+    built = buildable(args)
+    with refusals_in_one_line(args):
+        config = transformer_config(built)
+        kinds: dict[Any, Held] = {}
+        plans = []
+        for stage in range(args.pipeline_model_parallel_size):
+            likeness = stages.likeness(args, config, stage)
+            if likeness not in kinds:
+                kinds[likeness] = hold(args, built, stages.first_rank(args, stage))
+            plans.append(_plan(args, config, stage, kinds[likeness]))
+    return args, plans
+
+
+def _plan(args: argparse.Namespace, config: TransformerConfig, stage: int, held: Held) -> RankPlan:
+    """Return the plan of a pipeline stage whose ranks hold ``held`` but for microbatches."""
+    moving, in_flight = at_its_peak(passes(args, stage), held.passes)
+    count = args.pipeline_model_parallel_size
+    return RankPlan(
+        rank=stages.first_rank(args, stage),
+        ranks_alike=args.world_size // count,
+        name=stages.name_of(stage, count),
+        pipeline_stage=stage,
+        parameters=held.parameters,
+        memory={**held.memory, **moving},
+        microbatches_in_flight=in_flight,
+        saved_per_microbatch=tuple(sum(each.saved.values()) for each in held.passes),
+        host_memory=held.host_memory,
+        layers=tuple(len(part) for part in stages.layers_of(args, config, stage)),
+        sent=held.sent,
+        buffers=held.buffers,
+        expert_parameters=held.expert_parameters,
+        replicated_parameters=held.replicated_parameters,
+    )

@@ -54,7 +54,7 @@ from megatron_periln.training.placement_checkpoint import (
 from megatron_periln.training.refusals import refusals_in_one_line, try_validation
 from megatron_periln.training.refusals.needed import NEEDED, SCHEDULE
 
-__all__ = ["add_arguments", "check", "parse"]
+__all__ = ["add_arguments", "check", "parse", "parse_words"]
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
@@ -137,6 +137,22 @@ def parse() -> Namespace:
     UsageError
         For flags that are wrong, contradict each other, or contradict the checkpoint to load.
     """
+    args, parser, problems = parse_words()
+    check(args, parser, problems)
+    choose_norm_backend(args)
+    with refusals_in_one_line(args), explained_tokenizer(args):
+        set_global_variables(args)
+    return args
+
+
+def parse_words() -> tuple[Namespace, ArgumentParser, Problems]:
+    """Parse ``sys.argv``; return the arguments, the parser and what is wrong with the words.
+
+    Raises
+    ------
+    UsageError
+        For words after which nothing else can be judged.
+    """
     if any(argument.startswith("--yaml-cfg") for argument in sys.argv):  # parse_args would read it
         raise UsageError("--yaml-cfg has no norm placement; give flags, or a file of them as @FILE")
     parsers: list[ArgumentParser] = []
@@ -149,13 +165,12 @@ def parse() -> Namespace:
 
     with refusals_in_one_line():
         args = parse_args(add_and_keep)
-    check(args, parsers[0], problems)
-    with refusals_in_one_line(args), explained_tokenizer(args):
-        set_global_variables(args)
-    return args
+    return args, parsers[0], problems
 
 
-def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = None) -> None:
+def check(
+    args: Namespace, parser: ArgumentParser, problems: Problems | None = None, *, here: bool = True
+) -> None:
     """Check parsed arguments against each other and against the checkpoint to load, and complete them.
 
     Parameters
@@ -166,6 +181,8 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         Which has parsed them.
     problems
         What was found wrong while it did: told together with what is found here.
+    here
+        Whether the run is one of this machine, which must have the packages that it needs.
 
     Raises
     ------
@@ -179,8 +196,9 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if problems.texts:
         problems.final |= args.use_checkpoint_args  # the model is not known
     else:
-        put_back(args)
-        from_local = choose_intact_checkpoint(args)
+        if here:
+            put_back(args)
+            from_local = choose_intact_checkpoint(args)
         if args.use_checkpoint_args:
             _adopt_checkpoint(args, parser)
     if args.vocab_file or args.merge_file:
@@ -191,7 +209,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     if not problems.texts:
         refuse_other_placement(args, placement)
     changes = without_low_precision(args) if args.without_fp8 else []
-    changes += [*make_flags_act(args), *save_asynchronously_without_nvrx(args)]
+    changes += [*make_flags_act(args), *(save_asynchronously_without_nvrx(args) if here else ())]
     with problems.caught():
         changes += [*accept_the_last_size(args), *translate_rampup(args)]
     adapted: list[str] = []
@@ -199,7 +217,7 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
         problems.find(args, GPU_ONLY)
         adapted = adapt_arguments(args)
     problems.find(args, (*NEEDED, *SIZES), final=True)
-    problems.find(args, (*SCHEDULE, *MODEL, *MASKS, *PACKAGES, *EMERGING))
+    problems.find(args, (*SCHEDULE, *MODEL, *MASKS, *(PACKAGES if here else ()), *EMERGING))
     if not problems.texts:
         _tell(args, "Flags that change nothing in this run:", [*problems.harmless, *idle])
         _tell(args, "Flags that act otherwise than in Megatron:", changes)
@@ -219,7 +237,6 @@ def check(args: Namespace, parser: ArgumentParser, problems: Problems | None = N
     check_monitor(args)
     if reason := why_no_validation(args):
         _tell(args, "There is no evaluation while training:", [reason])
-    choose_norm_backend(args)
 
 
 def _try(args: Namespace, problems: Problems, adapted: set[str], *, from_local: bool) -> None:

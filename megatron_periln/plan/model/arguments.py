@@ -1,0 +1,111 @@
+"""A run's flags, parsed and validated as on its GPUs, at its number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from packaging.version import Version
+
+from megatron_periln import cpu
+from megatron_periln.cpu.flags import adapt_arguments, without_low_precision
+from megatron_periln.data.tokenizers.megatron_tokenizer import explained_tokenizer
+from megatron_periln.errors import UsageError
+from megatron_periln.patches import fixes
+from megatron_periln.plan.model.engine import ENGINE
+from megatron_periln.training.parsing import check, parse_words
+from megatron_periln.training.refusals import refusals_in_one_line
+
+__all__ = ["buildable", "run_arguments"]
+
+_GPU = (9, 0)  # the compute capability that flags such as --fp8-format are validated against
+_STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+# Which only a run that starts reads.
+_CHECKPOINTS = {"load": None, "pretrained_checkpoint": None, "non_persistent_ckpt_type": None}
+
+
+@contextlib.contextmanager
+def _as_its_first_rank(flags: Sequence[str], world_size: int) -> Iterator[None]:
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
+    }
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(sys, "argv", ["pretrain", *flags]),
+        mock.patch("torch.cuda.get_device_capability", lambda *_: _GPU),
+        mock.patch("megatron.core.utils._te_version", Version(ENGINE)),
+        mock.patch(f"{rope_utils.__name__}.fused_apply_rotary_pos_emb", rope_utils.apply_rotary_pos_emb),
+    ):
+        yield
+
+
+def _device(flags: Sequence[str]) -> str:
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        if flag == "--device":
+            return value
+        if flag.startswith("--device="):
+            return flag.partition("=")[2]
+    return "cuda"
+
+
+def run_arguments(flags: Sequence[str], world_size: int) -> Namespace:
+    """Return a run's arguments, validated by Megatron as those of its first rank, with ``padded_vocab_size``.
+
+    A checkpoint to load is read only if it says what the model is (``--use-checkpoint-args``).
+
+    Parameters
+    ----------
+    flags
+        Those of the pretraining.
+    world_size
+        The number of its GPUs; of its processes with ``--device cpu``.
+
+    Raises
+    ------
+    UsageError
+        For flags that are wrong, or that don't fit each other or that number.
+    """
+    if world_size < 1:
+        raise UsageError(f"--world-size must be positive, not {world_size}")
+    fixes.apply()
+    where = contextlib.nullcontext() if _device(flags) == "cpu" else cpu.judging_for_gpus()
+    with _as_its_first_rank(flags, world_size), where, contextlib.redirect_stdout(io.StringIO()):
+        args, parser, problems = parse_words()
+        if not args.use_checkpoint_args:
+            vars(args).update(_CHECKPOINTS)
+        check(args, parser, problems, here=False)
+        with refusals_in_one_line(args), explained_tokenizer(args):
+            build_tokenizer(args)
+    return args
+
+
+def buildable(args: Namespace) -> Namespace:
+    """Return a copy of a run's arguments with which its model can be built without a GPU, of the same shapes.
+
+    `engine` then stands for what that leaves out. Parameters are gathered before the microbatch here.
+    """
+    adapted = copy.deepcopy(args)
+    adapted.perform_initialization = adapted.overlap_param_gather = False
+    if args.device == "cpu":
+        return adapted
+    without_low_precision(adapted)
+    adapt_arguments(adapted)
+    # As validation leaves them, where a command line has words.
+    vars(adapted).update(dict.fromkeys(_STATE_DTYPES, torch.float32))
+    adapted.gradient_accumulation_fusion = args.gradient_accumulation_fusion
+    return adapted
