@@ -36,7 +36,7 @@ def count_the_second_step():
 
     def remember(self, *args, **kwargs):
         build(self, *args, **kwargs)
-        gathered = self.grad_data.numel() * self.param_dtype.itemsize
+        gathered = 0 if self.param_data is None else self.param_data.numel() * self.param_dtype.itemsize
         reduced = self.grad_data.numel() * self.grad_data.element_size()
         buffers.append([self.data_parallel_group.group_desc, reduced, gathered])
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shlex
 from argparse import Namespace
 from collections import defaultdict
 
@@ -17,7 +18,9 @@ from megatron_periln.plan.costs.communication import (
     of_gradients,
     of_pipeline,
 )
+from megatron_periln.plan.ranks import plan_ranks
 from tests.parallel.cases import ARCHITECTURES
+from tests.parallel.jobs import COMMON
 
 COUNTING = "tests.parallel.counting.count_the_second_step"
 SHORT = (
@@ -102,3 +105,39 @@ def test_data_parallel_ranks_send_their_buffers(counted):
             assert planned == {name: sent[group][name] for name in planned}
         once = of_gradients(arguments(line, overlap_param_gather=True), Buffers(*line["buffers"][0][1:]), 4)
         assert 2 * once["all-gather"] == sent["DATA_PARALLEL_GROUP_WITH_CP"]["all-gather"]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return functools.cache(lambda name: plan_ranks(shlex.split(f"{COMMON} {LAYOUTS[name]} {SHORT}"), 4)[1])
+
+
+def test_the_model_sends_what_the_plan_counts(counted, planned):
+    """What each microbatch gathers and scatters, times their number; its losses come beside it."""
+    for line in counted("pipeline"):
+        rank = planned("pipeline")[line["rank"] // 2]
+        sent = in_model({Sent(*key): count for *key, count in line["sent"]})["TP"]
+        found = in_model(rank.sent)["TP"]
+        for collective in ("all-gather", "reduce-scatter"):
+            assert 2 * found[collective] == sent[collective]
+        assert in_model(rank.sent).keys() == {"TP"}
+
+
+def test_experts_send_what_the_plan_counts(counted, planned):
+    """The plan's tokens are spread evenly over the experts; a job's are not."""
+    (rank,) = planned("experts")
+    assert in_model(rank.sent)["CP"] == by_group(counted("experts")[0])["CONTEXT_PARALLEL_GROUP"]
+    found = in_model(rank.sent)["EP"]["all-to-all"]
+    sent = [by_group(line)["EXPERT_MODEL_PARALLEL_GROUP"]["all-to-all"] for line in counted("experts")]
+    assert found == pytest.approx(sum(sent) / len(sent), rel=0.1)
+
+
+@pytest.mark.parametrize("name, kinds", [("pipeline", ["dense"]), ("experts", ["dense", "expert"])])
+def test_the_plan_has_the_buffers(counted, planned, name, kinds):
+    groups = {"DATA_PARALLEL_GROUP_WITH_CP": "dense", "EXPERT_DATA_PARALLEL_GROUP": "expert"}
+    for line in counted(name):
+        rank = planned(name)[line["rank"] // 2 if name == "pipeline" else 0]
+        sums = {kind: [0, 0] for kind in kinds}
+        for group, *sizes in line["buffers"]:
+            sums[groups[group]] = [a + b for a, b in zip(sums[groups[group]], sizes, strict=True)]
+        assert {kind: list(sizes) for kind, sizes in rank.buffers.items()} == sums

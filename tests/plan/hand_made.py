@@ -61,6 +61,7 @@ def arguments(**changes):
         "swiglu": False,
         "tensor_model_parallel_size": 2,
         "train_iters": 1000,
+        "transformer_impl": "transformer_engine",
         "train_samples": None,
         "untie_embeddings_and_output_weights": True,
         "use_distributed_optimizer": True,

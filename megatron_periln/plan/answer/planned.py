@@ -176,7 +176,8 @@ def _sent(args: Namespace, rank: RankPlan, layout: Layout) -> dict[str, dict[str
         kind: {name: count * microbatches for name, count in by_name.items()}
         for kind, by_name in in_model(rank.sent).items()
     }
-    sent["CP"] = of_context(args, sum(rank.layers))
+    if args.transformer_impl != "local":  # whose attention has run
+        sent["CP"] = of_context(args, sum(rank.layers))
     sent["PP"] = of_pipeline(args, rank.pipeline_stage)
     sent["embedding"] = of_embedding(args, rank.pipeline_stage)
     for kind, buffers in rank.buffers.items():

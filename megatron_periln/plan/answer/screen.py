@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from megatron_periln.plan.answer.fit import Remedy
@@ -69,7 +70,7 @@ def _bars(planned: Planned) -> list[str]:
         for need in shown
     ]
     hidden = len(planned.needs) - len(shown)
-    legend = ", ".join(f"{symbol} {name}" for name, symbol in symbols.items())
+    legend = textwrap.fill(", ".join(f"{symbol} {name}" for name, symbol in symbols.items()), 100)
     head = ["stage", "ranks", f"| is {gib(gpu.memory)} GiB", "GiB", ""]
     lines = columns([head, *rows], left=3)
     return [*lines, *([f"({hidden} more stages need less)"] if hidden else []), legend]

@@ -28,6 +28,7 @@ from megatron_periln.plan.model.chunks import (
 from megatron_periln.plan.model.engine import standing_in
 from megatron_periln.plan.model.fake_job import fake_rank
 from megatron_periln.plan.model.optimizer_state import optimizer_state
+from megatron_periln.plan.model.routing import evenly_routed
 from megatron_periln.plan.model.storages import bytes_of
 
 __all__ = ["Held", "at_its_peak", "hold"]
@@ -79,6 +80,7 @@ def hold(args: Namespace, buildable: Namespace, rank: int) -> Held:
         fake_rank(buildable, rank),
         without_memory(),
         standing_in(args),
+        evenly_routed(),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         chunks = build_chunks(buildable)
