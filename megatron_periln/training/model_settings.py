@@ -215,7 +215,9 @@ def _comparable(args: Namespace, saved: Namespace) -> set[str]:
     if args.swiglu or args.squared_relu or args.quick_geglu or not args.add_bias_linear:
         names.discard("bias_gelu_fusion")
     if bool(args.hybrid_layer_pattern) != bool(getattr(saved, "hybrid_layer_pattern", None)):
-        names -= {"hybrid_layer_pattern", "num_layers"}  # Megatron loads a GPT into a hybrid model
+        # Megatron loads a GPT into a hybrid model, whose other layers are new.
+        names -= {"hybrid_layer_pattern", "num_layers"}
+        names -= {name for name in names if name.startswith("mamba_")}
     return names
 
 

@@ -126,3 +126,33 @@ def test_the_torch_format_resumes_too(jobs):
     refused = jobs.run("torch-refused", f"{model} --norm-placement post {arguments}", succeeds=False)
     assert refused.exit_codes == [1]
     assert "has norm placement peri (with embedding norm), and this run asks for post" in refused.log
+
+
+def as_hybrid(case, pattern):
+    """Return the flags of the hybrid model that computes what ``case`` does."""
+    return case.model.replace("--num-layers 4", f"--hybrid-layer-pattern {pattern}")
+
+
+@pytest.mark.parametrize("case", [Case("post", "biased"), Case("peri", variant=DISTRIBUTED)], ids=str)
+def test_a_gpt_goes_on_as_a_hybrid_model(run, jobs, case):
+    """docs/hybrid.md promises it, with the optimizer's state, bit for bit."""
+    straight = run(case)
+    goes_on = f"--load {straight.folder / 'checkpoints'} --ckpt-step {FIRST - 1} --save-interval 1000"
+    name = f"hybrid-{case.placement}-{case.architecture}"
+    resumed = jobs.run(name, f"{as_hybrid(case, '*-*-*-*-')} {goes_on} --no-load-rng")
+    assert "loading a GPT checkpoint into the hybrid model" in resumed.log
+    assert resumed.curve == straight.curve[FIRST - 1 :]
+
+
+def test_a_gpt_with_other_sublayers_does_not(run, jobs):
+    """Where a layer is left out, the checkpoint is refused; where one is new, its training shows it."""
+    case = Case("post", "biased")
+    straight = run(case)
+    goes_on = f"--load {straight.folder / 'checkpoints'} --ckpt-step {FIRST - 1} --save-interval 1000"
+    refused = jobs.run("hybrid-too-short", f"{as_hybrid(case, '*-*-*-')} {goes_on}", succeeds=False)
+    assert refused.exit_codes == [1]
+    assert "pairs with a GPT checkpoint of 3 layers, but the checkpoint has num_layers=4" in refused.log
+    flags = f"{as_hybrid(case, 'M*-*-*-*-')} --mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2"
+    longer = jobs.run("hybrid-with-mamba", f"{flags} {goes_on} --no-load-rng")
+    assert "1 hybrid layers keep their fresh initialization" in longer.log
+    assert longer.curve != straight.curve[FIRST - 1 :]

@@ -78,6 +78,7 @@ STACK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec
         ("--moe-router-topk 3", ""),  # of a model without experts
         ("--max-position-embeddings 64", ""),  # of rotary positions
         ("--hybrid-layer-pattern *-*-", ""),  # Megatron's to judge
+        ("", "--hybrid-layer-pattern M*- --mamba-state-dim 16"),  # a layer that the GPT has not
         (f"--hybrid-layer-pattern *-*- {STACK}", "--hybrid-layer-pattern *-*-"),  # the default one
     ],
 )
