@@ -69,7 +69,7 @@ def child(flags: list[str]) -> None:
 
     sys.argv[1:] = flags
     with phase("torch"):
-        pretrain._choose_device(flags)
+        pretrain.choose_device(flags)
     with phase("Megatron"):
         from megatron.training import training
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_periln import flag_files
+from megatron_periln.collector import paused
 from megatron_periln.endings.children import be_a_child, end_children, keep_no_orphans
 from megatron_periln.endings.in_time import ends_in_time
 from megatron_periln.endings.launcher import end_with_launcher, wait_for_launcher
@@ -93,9 +94,10 @@ def main() -> None:
         sys.argv[1:] = flag_files.expand(sys.argv[1:])
         keep_no_orphans()
         refuse_version_mismatch()
-        choose_device(sys.argv[1:])
-        # After the line above, which decides what "cuda" is while Megatron is imported.
-        from megatron_periln.training.run import run
+        with paused():
+            choose_device(sys.argv[1:])
+            # After the line above, which decides what "cuda" is while Megatron is imported.
+            from megatron_periln.training.run import run
 
         run(PROGRAM_START)
     except UsageError as error:

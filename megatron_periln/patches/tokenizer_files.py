@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
-from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import MegatronHFTokenizer
-
 from megatron_periln.patches.registry import changes
+from megatron_periln.patches.starting.late_imports import leave_transformers_out
 from megatron_periln.vocabulary_files import KINDS, write_tokenizer_folder
+
+with leave_transformers_out():
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+    from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import MegatronHFTokenizer
 
 __all__ = ["read_vocabulary_files"]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_periln.patches.registry import changes
+from megatron_periln.patches.starting.late_imports import step_without_dynamo
 
 __all__ = [
     "compile_nothing",
@@ -27,6 +28,7 @@ _ROUGH = (torch.bfloat16, torch.float16)
 def install() -> None:
     """Install it, before megatron is imported."""
     compile_nothing()
+    step_without_dynamo()
     keep_data_loaders_off_the_device_generator()
     sum_layer_norm_gradients_in_fp32()
     sum_embedding_gradients_in_fp32()

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_periln.checkpoints import guard, local
 from megatron_periln.checkpoints.rendezvous import Rendezvous
+from megatron_periln.collector import paused
 from megatron_periln.errors import UsageError
 from megatron_periln.files import allow_open_files
 from megatron_periln.models import GPTModelConfig, HybridModelConfig
@@ -89,7 +90,8 @@ def run(program_start: float) -> None:
     allow_open_files()  # process groups and datasets want more than a shell's limit
     fixes.apply()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    args = parse()
+    with paused():
+        args = parse()
     refuse_old_cudnn(args)
     with refusals_in_one_line(args):
         configuration = pretrain_cfg_container_from_args(args, model_config_of(args))

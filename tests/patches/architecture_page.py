@@ -21,9 +21,9 @@ def modules():
     from megatron_periln import cpu, patches
 
     return [
-        importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(module.name)
         for package in (patches, cpu)
-        for module in pkgutil.iter_modules(package.__path__)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
 
 

@@ -36,6 +36,7 @@ NO_PATCHES = {
     "surface",
     "why_unreadable",
     "adapt_arguments",
+    "fork_ranks",  # what launch.py hands to what changes torch
     "low_precision",
     "without_low_precision",
     # of megatron_periln/cpu/state_spaces.py, handed to what changes them

@@ -1,0 +1,1 @@
+"""What is changed in Megatron and torch so that a process starts sooner. No value that trains changes."""
