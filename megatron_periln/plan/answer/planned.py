@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_periln.flag_files import without
 from megatron_periln.plan.costs.checkpoint import Checkpoint, bytes_per_parameter
 from megatron_periln.plan.costs.communication import (
     Buffers,
@@ -23,6 +24,9 @@ from megatron_periln.plan.costs.timing import Timing, pipeline_of, timing
 from megatron_periln.plan.machine.gpus import ALLOWANCES, Gpu
 from megatron_periln.plan.machine.links import Layout
 from megatron_periln.plan.ranks import RankPlan, plan_ranks
+
+# What wants a file to write to, and holds nothing on a GPU between steps.
+_WRITTEN = ("--monitor-layers",)
 
 __all__ = ["Machine", "Need", "Planned", "plan_layout"]
 
@@ -149,7 +153,7 @@ def plan_layout(label: str, flags: Sequence[str], world_size: int, machine: Mach
     UsageError
         For flags that are wrong, or that Megatron refuses at that size.
     """
-    args, ranks = plan_ranks(flags, world_size)
+    args, ranks = plan_ranks(without(flags, _WRITTEN), world_size)
     layout = Layout(args, machine.node)
     return Planned(
         label=label,
