@@ -25,15 +25,19 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Published:
-    """A layout that others have trained; its flag file names the source."""
+    """A layout of others; its flag file names the source.
+
+    ``trained`` says whether that has a run's numbers, or is a script alone.
+    """
 
     name: str
     gpu: str
     gpus: int
+    trained: bool = True
 
 
 PUBLISHED = (
-    Published("llama3-8b-fp8", "h100-80", 8),
+    Published("llama3-8b-fp8", "h100-80", 8, trained=False),
     Published("llama3-8b-b200", "b200-180", 8),
     Published("llama3-70b-fp8", "h100-80", 64),
     Published("mixtral-8x22b", "h100-80", 128),
