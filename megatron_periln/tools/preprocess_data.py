@@ -12,7 +12,13 @@ from megatron_periln.command_line import exit_code, parse_flags, parse_size, qui
 from megatron_periln.data.input_order import ORDERS
 from megatron_periln.data.preprocess.driver import preprocess
 from megatron_periln.data.preprocess.finalize import check_finished, is_finished
-from megatron_periln.data.preprocess.plan import Plan, Summary, dataset_prefix, prepare_outputs
+from megatron_periln.data.preprocess.plan import (
+    MOST_DOCUMENT_BYTES,
+    Plan,
+    Summary,
+    dataset_prefix,
+    prepare_outputs,
+)
 from megatron_periln.data.preprocess.sentences import sentence_splitter
 from megatron_periln.data.readers.inputs import FORMATS, InputFile, find_inputs
 from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args
@@ -56,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-document-bytes",
         type=parse_size,
-        default=256 << 20,
         metavar="SIZE",
-        help="largest document to read, such as 256M, the default; larger ones are bad documents",
+        help="largest document to read, such as 256M, the default; larger ones are bad documents, and "
+        "without this flag texts that need more than 4 GB to be encoded",
     )
     group.add_argument(
         "--split-sentences", action="store_true", help="make each sentence a sequence, with NLTK"
@@ -172,7 +178,8 @@ def run(argv: Sequence[str]) -> Summary | str:
         partitions=partitions,
         shard=args.shard,
         max_bin_size=args.max_bin_size,
-        max_document_bytes=args.max_document_bytes,
+        max_document_bytes=args.max_document_bytes or MOST_DOCUMENT_BYTES,
+        any_size=args.max_document_bytes is not None,
         on_error=args.on_error,
         resume=args.resume,
         overwrite=args.overwrite,

@@ -20,7 +20,12 @@ from megatron_periln.data.readers.opening import number_lines
 from megatron_periln.data.readers.sources import Source
 from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_tasks
 from megatron_periln.data.readers.together import SmallSources, together
-from megatron_periln.data.tokenizers.encoders import ChosenEncoder, choose_encoder, token_dtype
+from megatron_periln.data.tokenizers.encoders import (
+    ChosenEncoder,
+    PiecewiseEncoder,
+    choose_encoder,
+    token_dtype,
+)
 from megatron_periln.data.tokenizers.megatron_tokenizer import end_of_document
 from megatron_periln.errors import PreprocessError
 
@@ -121,7 +126,7 @@ class _Preprocessing:
     def _chunk_encoder(self) -> ChunkEncoder:
         plan = self.plan
         return ChunkEncoder(
-            self.choice.encoder,
+            PiecewiseEncoder(self.choice.encoder, plan.tokenizer, limited=not plan.any_size),
             plan.keys,
             self.dtype,
             reference=self.choice.reference,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_periln.data.readers.documents import BadDocument, Document, parse, readable, size_of
 from megatron_periln.data.readers.tasks import Task
-from megatron_periln.data.tokenizers.encoders import BatchEncoder, first_difference
+from megatron_periln.data.tokenizers.encoders import BatchEncoder, TextTooLargeError, first_difference
 from megatron_periln.errors import PreprocessError, with_kind
 
 __all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
@@ -202,6 +202,8 @@ class ChunkEncoder:
     def _tokenize(self, key: str, texts: list[str]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
         try:
             ids, lengths = self._encoder.encode(texts)
+        except TextTooLargeError as error:
+            raise _CannotEncodeError("too large", f"key {key!r} has {error}") from error
         except BaseException as error:  # a panic in a tokenizer written in Rust is no Exception
             raise _CannotEncodeError(
                 "not tokenizable", f"key {key!r} cannot be tokenized: {with_kind(error)}"

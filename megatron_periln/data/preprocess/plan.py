@@ -17,6 +17,7 @@ from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 
 __all__ = [
     "CHUNK_BYTES",
+    "MOST_DOCUMENT_BYTES",
     "Plan",
     "Summary",
     "dataset_prefix",
@@ -28,6 +29,9 @@ __all__ = [
 
 CHUNK_BYTES = 4 << 20
 """Size of the parts in which the input is read, where a plan does not say; looked up for each plan."""
+
+MOST_DOCUMENT_BYTES = 256 << 20
+"""Size of the largest document to read, where nothing else is asked for."""
 
 _FEW = 4
 """Input files that an error lists; of more it names one."""
@@ -63,6 +67,8 @@ class Plan:
         Bytes after which a dataset goes on in another; None for no limit.
     max_document_bytes
         Size of the largest document to read.
+    any_size
+        Encode texts whatever memory they take.
     on_error
         ``stop``, ``skip`` or ``quarantine`` documents that cannot be encoded.
     resume, overwrite
@@ -86,7 +92,8 @@ class Plan:
     partitions: int = 1
     shard: tuple[int, int] = (0, 1)
     max_bin_size: int | None = None
-    max_document_bytes: int = 256 << 20
+    max_document_bytes: int = MOST_DOCUMENT_BYTES
+    any_size: bool = False
     on_error: str = "stop"
     resume: bool = False
     overwrite: bool = False

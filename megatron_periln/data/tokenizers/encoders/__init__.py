@@ -6,6 +6,7 @@ from megatron_periln.data.tokenizers.encoders.base import (
     EncoderUnavailableError,
     token_dtype,
 )
+from megatron_periln.data.tokenizers.encoders.pieces import PiecewiseEncoder, TextTooLargeError
 from megatron_periln.data.tokenizers.encoders.selection import (
     ChosenEncoder,
     available_encoders,
@@ -19,6 +20,8 @@ __all__ = [
     "ChosenEncoder",
     "Encoded",
     "EncoderUnavailableError",
+    "PiecewiseEncoder",
+    "TextTooLargeError",
     "available_encoders",
     "choose_encoder",
     "first_difference",

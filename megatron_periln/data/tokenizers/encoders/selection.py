@@ -25,6 +25,7 @@ from megatron_periln.data.tokenizers.encoders.libraries import (
     TikTokenEncoder,
     TokenizersEncoder,
 )
+from megatron_periln.data.tokenizers.encoders.pieces import PiecewiseEncoder
 from megatron_periln.data.tokenizers.probes import vocabulary_texts
 from megatron_periln.data.tokenizers.resolved_tokenizer import ResolvedTokenizer
 from megatron_periln.errors import PreprocessError
@@ -212,7 +213,8 @@ def _with_exact(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEnco
         characters += unknown_characters()
     if not characters:
         return encoder
-    return GuardedEncoder(encoder, ENCODERS[resolved.kind](resolved), characters)
+    exact = PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
+    return GuardedEncoder(encoder, exact, characters)
 
 
 def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
