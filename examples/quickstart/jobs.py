@@ -48,8 +48,8 @@ class Progress:
 
 def train(arguments: list[str], ranks: int, log: Path, progress: Progress) -> None:
     """Run one training job, showing its progress, on one line in a terminal."""
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    command = [torchrun, "--nproc-per-node", str(ranks), "-m", "megatron_periln.pretrain", *arguments]
+    launch = [sys.executable, "-m", "megatron_periln.launch", "--nproc-per-node", str(ranks)]
+    command = [*launch, "-m", "megatron_periln.pretrain", *arguments]
     inline = sys.stdout.isatty()
     for line in _follow(command, log):
         if shown := progress.read(line):
