@@ -7,8 +7,10 @@ import copy
 import io
 import os
 import sys
+import types
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,6 +35,22 @@ _STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_
 _CHECKPOINTS = {"load": None, "pretrained_checkpoint": None, "non_persistent_ckpt_type": None}
 
 
+class _FusedAdam:
+    """Transformer Engine's, of which Megatron's validation asks which arguments it takes."""
+
+    def __init__(
+        self, master_weight_dtype: Any, exp_avg_dtype: Any, exp_avg_sq_dtype: Any, use_decoupled_grad: Any
+    ) -> None: ...
+
+
+def _engine_modules() -> dict[str, types.ModuleType]:
+    """Return what stands for Transformer Engine's modules while flags that need it are validated."""
+    names = ["transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"]
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[-1]].FusedAdam = _FusedAdam  # type: ignore[attr-defined]
+    return modules
+
+
 @contextlib.contextmanager
 def _as_its_first_rank(flags: Sequence[str], world_size: int) -> Iterator[None]:
     environment = {
@@ -47,6 +65,7 @@ def _as_its_first_rank(flags: Sequence[str], world_size: int) -> Iterator[None]:
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(sys, "argv", ["pretrain", *flags]),
+        mock.patch.dict(sys.modules, _engine_modules()),
         mock.patch("torch.cuda.get_device_capability", lambda *_: _GPU),
         mock.patch("megatron.core.utils._te_version", Version(ENGINE)),
         mock.patch(f"{rope_utils.__name__}.fused_apply_rotary_pos_emb", rope_utils.apply_rotary_pos_emb),

@@ -1,6 +1,6 @@
 """Tokens routed evenly over experts, where no router's choice is known: as fake tensors have no values.
 
-Stands in for what `MoEAlltoAllTokenDispatcher` reads from a routing map: how many tokens go where. What it
+Stands in for what token dispatchers read from a routing map: how many tokens go where. What it
 does with them is Megatron's own.
 """
 
@@ -14,7 +14,10 @@ from unittest import mock
 import numpy as np
 import torch
 from megatron.core.transformer.moe import token_dispatcher
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
 from torch import Tensor
 
 __all__ = ["evenly_routed"]
@@ -63,6 +66,24 @@ def _permute(
     return tokens.index_select(0, indices), chosen, indices, None, None
 
 
+def _gathered(dispatcher: Any, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Any, Tensor]:
+    """Stand for ``MoEAllGatherTokenDispatcher.dispatch_postprocess``, which selects by a mask."""
+    dispatcher.hidden_shape_before_permute = hidden_states.shape
+    experts = dispatcher.config.num_moe_experts
+    tokens = hidden_states.size(0) * dispatcher.config.moe_router_topk
+    own = slice(dispatcher.local_expert_indices[0], dispatcher.local_expert_indices[-1] + 1)
+    each = np.full(experts, tokens // experts)
+    each[: tokens % experts] += 1
+    dispatcher.local_map = dispatcher.routing_map[:, own].contiguous()
+    rows, chosen, indices, *_ = _permute(
+        hidden_states, dispatcher.local_map, probs[:, own].contiguous(), int(each[own].sum())
+    )
+    assert chosen is not None
+    dispatcher.reversed_local_input_permutation_mapping, dispatcher.local_probs = indices, chosen
+    dispatcher.routing_map = None
+    return rows, each[own], chosen
+
+
 @contextmanager
 def evenly_routed() -> Iterator[None]:
     """Have each expert get as many tokens as any other."""
@@ -71,4 +92,5 @@ def evenly_routed() -> Iterator[None]:
         for name, change in changes.items():
             stack.enter_context(mock.patch.object(MoEAlltoAllTokenDispatcher, name, change))
         stack.enter_context(mock.patch.object(token_dispatcher, "permute", _permute))
+        stack.enter_context(mock.patch.object(MoEAllGatherTokenDispatcher, "dispatch_postprocess", _gathered))
         yield
