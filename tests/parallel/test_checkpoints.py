@@ -71,10 +71,10 @@ def test_resuming_is_never_having_stopped(run, jobs, variant, saving):
     if saving:
         stopped = jobs.run(
             f"stop-{variant}-async".replace(" ", "-"),
-            f"{case.model} {saving} --save-interval 12 --exit-interval 12",
+            f"{case.model} {saving} --save-interval {FIRST - 1} --exit-interval {FIRST - 1}",
         )
         load = stopped.folder / "checkpoints"
-        assert "scheduled an async checkpoint save at iteration      12" in stopped.log
+        assert "scheduled an async checkpoint save at iteration       6" in stopped.log
     arguments = (
         f"{case.model} --load {load} --ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng {saving}"
     )
@@ -118,11 +118,11 @@ def test_the_step_is_saved(run):
 def test_the_torch_format_resumes_too(jobs):
     """``--ckpt-format torch``: one file a rank, without another layout."""
     model = f"{Case('peri').model} --ckpt-format torch"
-    straight = jobs.run("torch-straight", f"{model} --save-interval 12")
+    straight = jobs.run("torch-straight", f"{model} --save-interval {FIRST - 1}")
     load = straight.folder / "checkpoints"
-    arguments = f"--load {load} --ckpt-step 12 --save-interval 1000 --no-load-rng"
+    arguments = f"--load {load} --ckpt-step {FIRST - 1} --save-interval 1000 --no-load-rng"
     resumed = jobs.run("torch-resumed", f"{model} {arguments}")
-    assert resumed.curve == straight.curve[12:]
+    assert resumed.curve == straight.curve[FIRST - 1 :]
     refused = jobs.run("torch-refused", f"{model} --norm-placement post {arguments}", succeeds=False)
     assert refused.exit_codes == [1]
     assert "has norm placement peri (with embedding norm), and this run asks for post" in refused.log

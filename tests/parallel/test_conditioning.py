@@ -1,10 +1,10 @@
-"""Why a few cases have a wider bound: one of their steps amplifies any rounding."""
+"""No step that layouts are compared in amplifies rounding, which would hide a fault behind a wider bound."""
 
 import pytest
 import torch
 
 from tests.parallel.cases import Case
-from tests.parallel.compare import FP32, ILL_CONDITIONED, ill_conditioned
+from tests.parallel.compare import FP32
 from tests.parallel.conftest import FIRST, LAST
 
 NUDGE = 1e-6
@@ -30,12 +30,10 @@ def nudge_weights():
 @pytest.mark.parametrize(
     "case", [Case(placement, "mtp") for placement in ("pre", "post", "peri", "output")], ids=str
 )
-def test_only_ill_conditioned_steps_amplify_a_nudge(run, case):
+def test_no_step_amplifies_a_nudge(run, case):
     curves = [
         {point["iteration"]: point["grad norm"] for point in job.curve}
         for job in (run(case), run(case, (f"{__name__}.nudge_weights",)))
     ]
     apart = [abs(curves[1][i] - curves[0][i]) / curves[0][i] for i in range(FIRST, LAST + 1)]
-    *others, largest = sorted(apart)
-    assert max(others) < 5 * FP32["grad_norm"]
-    assert (largest > ILL_CONDITIONED["grad_norm"]) is ill_conditioned(case), apart
+    assert len(apart) == LAST - FIRST + 1 and 0 < max(apart) < 5 * FP32["grad_norm"], apart
