@@ -4,6 +4,7 @@ Tests run on the CPU, with a GPU hidden if there is one and Triton's kernels int
 tests/gpu need ``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
 """
 
+import gc
 import logging
 import os
 
@@ -29,6 +30,12 @@ if DEVICE == "cpu":
     cpu.activate()
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Leave thousands of tests and all that they import out of each search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

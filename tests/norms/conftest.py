@@ -9,4 +9,5 @@ def interpreted_bf16(monkeypatch):
     if DEVICE == "cpu":
         from tests.norms import interpreter  # imports Triton, which a GPU's tests import when they need it
 
+        interpreter.find_builtins_once()
         interpreter.compute_as_a_gpu_does(monkeypatch)

@@ -10,6 +10,7 @@ ARCHITECTURE_NOTES = {
     "mla": "multi-latent attention",
     "mla, whole queries": "the same without `--q-lora-rank`: queries are normed before they are projected",
     "mtp": "one multi-token prediction layer",
+    "states": "Mamba layers and a gated delta net beside attention",
 }
 
 HEAD = """# Parallel layouts
@@ -52,7 +53,7 @@ TAIL = """
 - `pre` is stock Megatron, bit for bit, in each of three layouts
   ([test_stock.py](../tests/parallel/test_stock.py)).
 - None of these steps amplifies rounding: changing each weight by 1e-6 of itself changes no step's gradient
-  norm by more than 5e-6 of it ([test_conditioning.py](../tests/parallel/test_conditioning.py)).
+  norm by more than 1e-5 of it ([test_conditioning.py](../tests/parallel/test_conditioning.py)).
 - Dropout replays, under recomputation too, and costs the same in the mean
   ([test_dropout.py](../tests/parallel/test_dropout.py)).
 

@@ -15,7 +15,9 @@ def dropped(jobs, run, name, layout, extra=""):
     case = Case("peri", layout=layout)
     load = run(case.one_process).folder / "checkpoints"
     arguments = f"{case.model} {case.execution} {DROPOUT} --load {load} --ckpt-step {FIRST - 1} --no-load-rng"
-    arguments += f" --train-iters {STEPS + FIRST - 1} --override-opt-param-scheduler --save-interval 1000 {extra}"
+    arguments += (
+        f" --train-iters {STEPS + FIRST - 1} --override-opt-param-scheduler --save-interval 1000 {extra}"
+    )
     return jobs.run(f"dropout-{name}", arguments, case.ranks).curve
 
 

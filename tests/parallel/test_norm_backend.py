@@ -13,6 +13,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 # Interpreted kernels are slow: a step or two, of one micro-batch where nothing else is compared with.
 BRIEF = "--eval-iters 0 --save-interval 1000 --exit-interval"
 SMALL = "--global-batch-size 2 --override-opt-param-scheduler"
+QUICK = "tests.norms.interpreter.find_builtins_once"
 FIRST_DROPPED = "tests.parallel.dropped_elements.print_first"
 
 
@@ -21,7 +22,10 @@ def trained(jobs, run, name, layout, arguments, *, steps=1, changes=()):
     load = run(case.one_process).folder / "checkpoints"
     resumed = f"--load {load} --ckpt-step {FIRST - 1} --no-load-rng {BRIEF} {FIRST + steps - 1}"
     return jobs.run(
-        f"backend-{name}", f"{case.model} {case.execution} {resumed} {arguments}", case.ranks, changes=changes
+        f"backend-{name}",
+        f"{case.model} {case.execution} {resumed} {arguments}",
+        case.ranks,
+        changes=[QUICK, *changes],
     )
 
 
