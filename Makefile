@@ -52,7 +52,7 @@ test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image a
 	MEGATRON_PERILN_TEST_DOCKER=1 $(PY) -m pytest tests/docker
 
 test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
-	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py
+	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py tests/convert/test_gguf.py
 
 test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
 	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
@@ -95,7 +95,7 @@ $(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the sa
 
 # The source has llama.cpp's, with the converter; of that only the library is built.
 $(LLAMA)/llama_cpp/lib: $(OTHER)/installed
-	$(UV) pip install --quiet --python $(OTHER)/bin/python cmake diskcache pip
+	$(UV) pip install --quiet --python $(OTHER)/bin/python cmake diskcache pip cyllama==0.7.0
 	$(OTHER)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(OTHER) llama-cpp-python==0.3.36
 	mkdir -p $(LLAMA)
 	tar -x -f $(OTHER)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components 1

@@ -26,6 +26,10 @@ COMMANDS = {
     "inspect-dataset": ("megatron_periln.tools.inspect_dataset", "say what a dataset holds, and verify it"),
     "train-tokenizer": ("megatron_periln.tools.train_tokenizer", "train a tokenizer on text"),
     "export-hf": ("megatron_periln.tools.export_hf", "export a checkpoint to a model of transformers"),
+    "export-gguf": (
+        "megatron_periln.tools.export_gguf",
+        "write an exported model as a GGUF file for llama.cpp",
+    ),
     "import-hf": ("megatron_periln.tools.import_hf", "import a model of transformers as a checkpoint"),
     "warm-start": ("megatron_periln.tools.warm_start", "make a Peri-LN checkpoint of a Pre-LN one"),
     "evaluate": ("megatron_periln.tools.evaluate", "measure a model's loss, or run lm-evaluation-harness"),

@@ -33,6 +33,12 @@ print(code, sorted({"torch", "megatron", "transformers"} & sys.modules.keys()))
         ("export_hf", "--load x --output full/file/new", "full/file/new: cannot be written: "),
         ("import_hf", "--model Qwen/Qwen3 --output new", "Qwen/Qwen3: no such folder; hub names are not"),
         ("import_hf", "--model full --output new", "--model full holds no config.json; give the folder of"),
+        ("export_gguf", "--model model --output full --llama-cpp x", "--output full: give a file's name in"),
+        (
+            "export_gguf",
+            "--model model --output new --llama-cpp x",
+            "--llama-cpp x: no convert_hf_to_gguf",
+        ),
         ("evaluate", "--model nope --data-path x", "nope: no such folder; hub names are not fetched"),
         ("evaluate", "--model nope --tasks paper", "nope: no such folder; hub names are not fetched"),
     ],

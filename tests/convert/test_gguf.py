@@ -1,0 +1,167 @@
+"""The pre-tokenizer that an export's GGUF file names, and ids and logits of the file in llama.cpp."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, rank
+from megatron_periln.convert.gguf.processes import LlamaCpp
+from megatron_periln.convert.gguf.write import GGUFOptions, write_gguf
+from megatron_periln.convert.tokens.texts import FEATURES
+from megatron_periln.data.tokenizer_training.train import SPLITS
+from megatron_periln.data.tokenizers.probes import probe_texts
+from megatron_periln.errors import UsageError
+from tests.convert import checkpoints
+
+TEXTS = [text for texts in FEATURES.values() for text in texts] + [
+    text for text in probe_texts(mixtures=150) if "'\u017f" not in text
+]
+NAMED = {each.name: each for each in PRE_TOKENIZERS}
+VARIABLE = "MEGATRON_PERILN_LLAMA_CPP"
+with_llama_cpp = pytest.mark.skipif(
+    VARIABLE not in os.environ, reason=f"{VARIABLE} names no folder that make test-llama-cpp has made"
+)
+
+
+def tokenizer(*steps, ignore_merges=False):
+    made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    return made
+
+
+def split(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    "made, name",
+    [
+        (tokenizer(split(SPLITS["llama3"]), BYTES), "dbrx"),
+        (tokenizer(split(SPLITS["llama3"]), BYTES, ignore_merges=True), "llama-bpe"),
+        (tokenizer(GPT_2), "gpt-2"),
+        (tokenizer(pre_tokenizers.Digits(individual_digits=True), GPT_2), "starcoder"),
+        (tokenizer(split(SPLITS["llama3"].replace("{1,3}", "")), BYTES), "qwen2"),
+    ],
+)
+def test_the_name_is_that_of_the_same_splits(made, name):
+    """Those of ``train_tokenizer.py`` among them; the negative controls are the other names."""
+    (first, none), *others = rank(made, TEXTS)
+    assert (first.name, none) == (name, 0)
+    same = {each.name for each, count in others if count == 0}
+    twins = ("dbrx", "llama-bpe") if name in ("dbrx", "llama-bpe") else ("qwen2", "bailingmoe")
+    assert same <= set(twins)
+    assert all(count > 0 for each, count in others if each.name in {"default", "gpt-4o", "falcon"} - {name})
+
+
+def test_that_of_no_name_is_told():
+    """Sequences of two digits, which none of llama.cpp's makes."""
+    made = tokenizer(split(SPLITS["llama3"].replace("{1,3}", "{1,2}")), BYTES)
+    assert rank(made, TEXTS)[0][1] > 0
+
+
+def test_a_normalizer_is_counted():
+    """llama.cpp has none for byte-level BPE."""
+    made = tokenizer(split(SPLITS["llama3"]), BYTES)
+    made.normalizer = normalizers.Lowercase()
+    assert rank(made, ["ABC def"])[0][1] > 0
+
+
+def test_every_pattern_keeps_the_whole_text():
+    for each in PRE_TOKENIZERS:
+        for text in TEXTS[:60]:
+            assert "".join(each.split(text)) == text, each.name
+    assert NAMED["dbrx"].split("it's 12345") == ["it", "'s", " ", "123", "45"]
+    assert NAMED["gpt-2"].split("it's 12345") == ["it", "'s", " 12345"]
+
+
+@pytest.fixture(scope="module")
+def model(saved, trained, tmp_path_factory):
+    """An export of Peri-LN with a tokenizer that is nobody else's, without ``<|user|>``."""
+    folder = tmp_path_factory.mktemp("gguf") / "model"
+    export(saved("peri").folder, folder, ExportOptions(tokenizer=trained, verify=False), say=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    made = Tokenizer(models.BPE())
+    # As train_tokenizer.py does, with an alphabet that fits the vocabulary of the models here.
+    made.pre_tokenizer = pre_tokenizers.Sequence([split(SPLITS["llama3"]), BYTES])
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: checkpoints.VOCABULARY - 10]
+    trainer = trainers.BpeTrainer(
+        vocab_size=checkpoints.VOCABULARY - 4,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    made.train_from_iterator(["12 12 123 123 ab ab"], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+NOWHERE = LlamaCpp(Path("nowhere"), sys.executable)
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("config.json", {"architectures": ["Lfm3ForCausalLM"]}, "llama.cpp is not known to compute Lfm3"),
+        ("config.json", {"architectures": ["Exaone4ForCausalLM"]}, "heads to be of the hidden size together"),
+        ("tokenizer.json", None, "holds no tokenizer.json"),
+    ],
+)
+def test_what_llama_cpp_has_not_is_one_line(model, tmp_path, file, changes, message):
+    folder = tmp_path / "changed"
+    shutil.copytree(model, folder)
+    if changes is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(UsageError, match=message):
+        write_gguf(folder, tmp_path / "new.gguf", GGUFOptions(llama_cpp=NOWHERE))
+    assert not (tmp_path / "new.gguf").exists()
+
+
+def test_a_python_without_llama_cpp_is_told(tmp_path):
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    with pytest.raises(UsageError, match="pip install cyllama"):
+        LlamaCpp.find(tmp_path, sys.executable)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    environment = Path(os.environ[VARIABLE])
+    return LlamaCpp.find(environment / "llama-cpp-python", str(environment / "bin/python"))
+
+
+@with_llama_cpp
+def test_the_file_gives_the_ids_and_logits(model, llama_cpp, tmp_path):
+    said = []
+    write_gguf(model, tmp_path / "new.gguf", GGUFOptions(llama_cpp=llama_cpp, kind="f32"), say=said.append)
+    assert "pre-tokenizer dbrx; in llama.cpp" in said[0] and "ids equal on" in said[0]
+    assert list(tmp_path.iterdir()) == [tmp_path / "new.gguf"]
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "default"])
+def test_another_name_gives_other_ids(model, llama_cpp, tmp_path, name):
+    """The negative control."""
+    said = []
+    options = GGUFOptions(llama_cpp=llama_cpp, kind="f32", pre_tokenizer=name)
+    write_gguf(model, tmp_path / "new.gguf", options, say=said.append)
+    assert f"pre-tokenizer {name}; in llama.cpp" in said[0] and "other ids for" in said[0]
