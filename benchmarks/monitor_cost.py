@@ -1,9 +1,9 @@
 """What the monitor costs: step time relative to training without it, measured side by side in one run.
 
 Whole training steps (Megatron's schedule, gradient reduction and Adam) of one GPT in one process.
-Steps without a monitor, steps between two intervals, and steps that record the layers take turns,
-so that they share whatever the machine is doing. A run at interval N takes N - 1 steps of the
-second kind and one of the third. Prints a table and writes JSON.
+Steps without a monitor, steps between two intervals, steps that record the layers, and steps that write
+them to TensorBoard too take turns, so that they share whatever the machine is doing. A run at interval N
+takes N - 1 steps of the second kind and one of the last. Prints a table and writes JSON.
 
     python benchmarks/monitor_cost.py --device cpu
     python benchmarks/monitor_cost.py --hidden-size 2048 --num-layers 24 --seq-length 4096 --bf16
@@ -51,11 +51,16 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def build_monitor(options: argparse.Namespace, folder: str) -> Any:
     """Return a monitor whose interval the caller decides."""
+    from megatron.training import global_vars
+    from torch.utils.tensorboard import SummaryWriter
+
     from megatron_periln.monitor.install import RunMonitor
 
+    global_vars._GLOBAL_TENSORBOARD_WRITER = SummaryWriter(f"{folder}/tensorboard", max_queue=1000)
     arguments = {
         "rank": 0,
         "world_size": 1,
+        "iteration": 0,
         "monitor_interval": 1,
         "monitor_layers": "all",
         "monitor_file": f"{folder}/monitor.jsonl",
@@ -72,7 +77,9 @@ def build_monitor(options: argparse.Namespace, folder: str) -> Any:
 def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int], float]]:
     """Return three kinds of training steps; each takes the iteration and returns its seconds."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.training import global_vars
 
+    writer = global_vars.get_tensorboard_writer()
     model, optimizer = build(options)
     shape = (options.micro_batch_size, options.seq_length)
     tokens = torch.randint(0, options.vocab_size, shape, device="cuda")
@@ -88,7 +95,8 @@ def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int]
     def schedule(**arguments: Any) -> Any:
         return get_forward_backward_func()(**arguments)
 
-    def step(iteration: int, *, monitored: bool, recorded: bool) -> float:
+    def step(iteration: int, *, monitored: bool, recorded: bool, tensorboard: bool = False) -> float:
+        global_vars._GLOBAL_TENSORBOARD_WRITER = writer if tensorboard else None
         torch.cuda.synchronize()
         start = time.perf_counter()
         run = schedule
@@ -118,6 +126,7 @@ def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int]
         "no monitor": lambda i: step(i, monitored=False, recorded=False),
         "between intervals": lambda i: step(i, monitored=True, recorded=False),
         "layers recorded": lambda i: step(i, monitored=True, recorded=True),
+        "and TensorBoard": lambda i: step(i, monitored=True, recorded=True, tensorboard=True),
     }
 
 
@@ -159,7 +168,7 @@ def main() -> None:
         ratios = [mine / none for mine, none in zip(taken, baseline, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         results.append({"step": name, "ms": 1e3 * statistics.median(taken), "over_none": [low, middle, high]})
-    _, between, recorded = (row["over_none"][1] for row in results)
+    _, between, _, recorded = (row["over_none"][1] for row in results)
     intervals = {interval: ((interval - 1) * between + recorded) / interval for interval in INTERVALS}
     print(f"{'step':<20}{'ms':>10}{'over none':>12}{'quartiles':>20}")
     for row in results:

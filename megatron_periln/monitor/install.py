@@ -119,7 +119,7 @@ class RunMonitor:
             layers = self.collector.layers
             statistics = self.collector.sums.values(layers)
             self.record.layers(iteration, layers, statistics)
-            self.board.layers(iteration, layers, statistics)
+            self.board.layers(iteration, layers, statistics, last=iteration == self.args.train_iters)
             alerts = alerts + self.watch.layers(iteration, layers, statistics)
         for alert in alerts:
             self.record.alert(iteration, alert.kind, alert.message, layer=alert.layer, value=alert.value)
