@@ -58,13 +58,17 @@ def checkpoint_path(args: Namespace, load_arg: str = "load") -> Path | None:
     path = _non_persistent_path(args, load_arg, persistent) or persistent
     if path is not None and not path.is_dir():
         numbers = sorted(number for inner in path.parent.glob("iter_*") if (number := iteration_of(inner)))
-        found = ", ".join(map(str, numbers)) or "none"
         place = f"{flag} {folder}" if path is persistent else str(path.parent)
         advice = (
             "give another --ckpt-step"
             if args.ckpt_step
             else f"correct {Path(tracker).name}, or give --ckpt-step"
         )
+        if not numbers:
+            raise UsageError(
+                f"{place}: there is no {path.name}, and no other; give the folder that --save wrote"
+            )
+        found = ", ".join(map(str, numbers))
         raise UsageError(f"{place}: there is no {path.name}, but {found}; {advice}")
     return path
 

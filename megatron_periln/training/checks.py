@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core.quantization.utils import load_quantization_recipe
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.enums import AttnBackend, LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_periln import cpu
 from megatron_periln.cpu.flags import LOW_PRECISION
@@ -156,6 +157,24 @@ def _launcher(_: Namespace) -> Iterator[str]:
 
 AS_PARSED: tuple[Check, ...] = (
     _other_training,
+    Rule(
+        lambda args: args.decoder_seq_length or args.decoder_num_layers,
+        "--decoder-seq-length and --decoder-num-layers belong to models of an encoder and a decoder, and "
+        "this trains GPT-style models; drop them, and give --seq-length and --num-layers",
+        {"decoder_seq_length": None, "decoder_num_layers": None},
+    ),
+    Rule(
+        lambda args: args.encoder_num_layers and args.num_layers,
+        "--encoder-num-layers is another name of --num-layers: this trains GPT-style models, which have no "
+        "encoder; drop it",
+        {"encoder_num_layers": None},
+    ),
+    Rule(
+        lambda args: args.encoder_seq_length and args.seq_length,
+        "--encoder-seq-length is another name of --seq-length: this trains GPT-style models, which have no "
+        "encoder; drop it",
+        {"encoder_seq_length": None},
+    ),
     _low_precision,
     Rule(
         lambda args: args.save and args.save_interval is None,
@@ -262,8 +281,66 @@ def _biased_experts(args: Namespace) -> Iterator[str]:
         yield "--num-experts: GELU is not fused with biases of experts; give --no-bias-gelu-fusion"
 
 
+def _pipeline_layout(args: Namespace) -> Iterator[str]:
+    """Yield what is wrong with the stages that layers are dealt to."""
+    layout = args.pipeline_model_parallel_layout
+    if not isinstance(layout, str) or args.hybrid_layer_pattern:
+        return
+    flag = f"--pipeline-model-parallel-layout {layout!r}"
+    try:
+        stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError:
+        yield (
+            f"{flag}: its letters are E (the embedding), t (a layer), m (multi-token prediction) and L (the "
+            "loss), with | between stages and (...)*N for what is repeated; correct it"
+        )
+        args.pipeline_model_parallel_layout = None
+        return
+    kinds = [kind for stage in stages for kind in stage]
+    pipeline, layers, heads = args.pipeline_model_parallel_size, args.num_layers, args.mtp_num_layers or 0
+    wrong = [
+        (
+            pipeline == 1 and len(stages) > 1,
+            f"{len(stages)} stages need --pipeline-model-parallel-size above 1",
+        ),
+        (
+            len(stages) % pipeline,
+            f"{len(stages)} stages are no multiple of --pipeline-model-parallel-size {pipeline}",
+        ),
+        (
+            layers and kinds.count(LayerType.decoder) != layers,
+            f"{kinds.count(LayerType.decoder)} layers t for --num-layers {layers}",
+        ),
+        (
+            kinds.count(LayerType.mtp) != heads,
+            f"{kinds.count(LayerType.mtp)} layers m for --mtp-num-layers {heads}",
+        ),
+        (
+            kinds[:1] != [LayerType.embedding] or kinds.count(LayerType.embedding) != 1,
+            "it must begin with the one E",
+        ),
+        (kinds[-1:] != [LayerType.loss] or kinds.count(LayerType.loss) != 1, "it must end with the one L"),
+    ]
+    if found := "; ".join(text for fault, text in wrong if fault):
+        yield f"{flag}: {found}; correct it"
+        args.pipeline_model_parallel_layout = None
+
+
 MODEL: tuple[Check, ...] = (
     _layers,
+    _pipeline_layout,
+    Rule(
+        lambda args: args.pipeline_model_parallel_size == 1 and args.num_layers_per_virtual_pipeline_stage,
+        "--num-layers-per-virtual-pipeline-stage divides the stages of a pipeline, and there is one; give "
+        "--pipeline-model-parallel-size too, or drop it",
+        {"num_layers_per_virtual_pipeline_stage": None},
+    ),
+    Rule(
+        lambda args: args.pipeline_model_parallel_size == 1 and args.num_virtual_stages_per_pipeline_rank,
+        "--num-virtual-stages-per-pipeline-rank divides the stages of a pipeline, and there is one; give "
+        "--pipeline-model-parallel-size too, or drop it",
+        {"num_virtual_stages_per_pipeline_rank": None},
+    ),
     _layers_config,
     _precision_config,
     _biased_experts,

@@ -27,6 +27,8 @@ from megatron_periln.patches import training_loop
 __all__ = ["Divergence", "DivergenceError"]
 
 _RAISED = re.compile(r"Unexpected result (\S+) \(message='(.*)'\)")
+# torch's, of a number that a parameter is to be changed by.
+_OVERFLOW = re.compile("converted to type .* without overflow|too large to convert")
 _LOGGED = re.compile(r"iteration #\d+")
 _LOSS = "the loss is"
 _WHAT = (
@@ -105,11 +107,14 @@ class Divergence:
             error = DivergenceError(self.message)
             error.status = end.code if isinstance(end.code, int) else 1
             raise error from None
-        except RuntimeError as error:
-            if (raised := _RAISED.search(str(error))) is None:
+        except (RuntimeError, OverflowError) as error:
+            raised = _RAISED.search(str(error))
+            overflows = _OVERFLOW.search(str(error))
+            if raised is None and overflows is None:
                 raise
             functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-            what = f"{_what(raised[2], raised[1])} on rank {self.args.rank} ({os.uname().nodename})"
+            found = _what(raised[2], raised[1]) if raised else "the optimizer's step is beyond fp32"
+            what = f"{found} on rank {self.args.rank} ({os.uname().nodename})"
             where = " in the evaluation after it" if "evaluate" in functions else ""
             message = self._line(self.args.curr_iteration + 1, f"{what}{where}", True, False)
             alone = Rendezvous(self.args).speaks_for_the_first()

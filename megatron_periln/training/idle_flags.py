@@ -13,18 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+
 from megatron_periln.cpu.flags import low_precision
 from megatron_periln.data.split import is_divided
 from megatron_periln.training.packages import installed
 from megatron_periln.vocabulary_files import KINDS
 
-__all__ = ["idle_flags", "is_idle"]
+__all__ = ["OTHER_MODELS", "idle_flags", "is_idle"]
+
+# Of what belongs to other models than these.
+OTHER_MODELS = "and this trains GPT-style models"
 
 # Groups of Megatron's parser, and what their flags belong to.
 _OTHER_GROUPS = {
     "rl": "it belongs to reinforcement learning",
-    "biencoder": "it belongs to retrievers",
-    "vision": "it belongs to vision models",
+    "biencoder": f"it belongs to retrievers, {OTHER_MODELS}",
+    "vision": f"it belongs to vision models, {OTHER_MODELS}",
     "inference": "it belongs to inference",
 }
 
@@ -69,6 +74,11 @@ def _above_one(flag: str) -> tuple[_Condition, str]:
     return lambda args: getattr(args, name) > 1, f"it needs {flag} above 1"
 
 
+def _replicated(args: Namespace) -> bool:
+    sizes = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return args.world_size > sizes
+
+
 def _tokenizers(*types: str) -> tuple[_Condition, str]:
     return lambda args: args.tokenizer_type in (None, *types), f"it needs --tokenizer-type {types[0]}"
 
@@ -78,6 +88,14 @@ def _reads_vocabulary(args: Namespace) -> bool:
     if args.tokenizer_type == "HuggingFaceTokenizer":
         return not Path(args.tokenizer_model or "", "tokenizer.json").is_file()
     return args.tokenizer_type in (None, *KINDS)
+
+
+def _in_object_storage(args: Namespace) -> bool:
+    paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    named = [path for each in paths for path in each or ()]
+    return bool(args.data_args_path or args.per_split_data_args_path) or any(
+        map(is_object_storage_path, named)
+    )
 
 
 def _graphs(args: Namespace) -> bool:
@@ -103,6 +121,9 @@ _MIXTURES: _Rows = (
         (lambda args: args.moe_token_dispatcher_type == "flex", "it needs --moe-token-dispatcher-type flex"),
     ),
     ("moe_paged_stash_.*", _needs("--moe-paged-stash")),
+    ("moe_routing_trace_(?!path).*", _needs("--moe-routing-trace-path")),
+    ("moe_pad_experts_for_cuda_graph_inference", _never("it belongs to inference")),
+    ("save_tokens_per_expert_interval", _needs("--num-experts")),
     ("ep_overlap_.*", _needs("--overlap-moe-expert-parallel-comm")),
 )
 _PARALLELISM: _Rows = (
@@ -125,6 +146,10 @@ _PARALLELISM: _Rows = (
         "dist_ckpt_optim_fully_reshardable|distrib_optim_fully_reshardable_mem_efficient",
         _needs("--use-distributed-optimizer"),
     ),
+    (
+        "data_parallel_random_init|check_weight_hash_across_dp_replicas_interval",
+        (_replicated, "it needs several data-parallel ranks"),
+    ),
     ("disable_symmetric_registration", _needs("--use-nccl-ub", "nccl_ub")),
     ("sharp_enabled_group", _needs("--use-sharp")),
     ("wgrad_deferral_limit", _needs("--defer-embedding-wgrad-compute")),
@@ -145,10 +170,19 @@ _CHECKPOINTS: _Rows = (
     (
         "no_load_(optim|rng)|ckpt_step|exit_on_missing_checkpoint|ckpt_fully_parallel_load.*|finetune|"
         "dist_ckpt_strictness|override_.*|load_main_params_from_ckpt|auto_detect_ckpt_format|"
-        "ckpt_load_validate_sharding_integrity|allow_model_changes|use_checkpoint_opt_param_scheduler",
+        "ckpt_load_validate_sharding_integrity|allow_(model|data)_changes|use_checkpoint_opt_param_scheduler|"
+        "stream_ckpt_dequant",
         _LOADING,
     ),
-    ("checkpoint_verify", (lambda args: args.load or args.save, "it needs --load or --save")),
+    (
+        "checkpoint_verify|ckpt_format|dist_ckpt_workers|verify_integrity",
+        (
+            lambda args: args.load or args.save or args.pretrained_checkpoint,
+            "it needs --load or --save",
+        ),
+    ),
+    ("ckpt_convert_(save|update_legacy_dist_opt_format)", _needs("--ckpt-convert-format")),
+    ("use_(tokenizer_model_from|mp_args_from)_checkpoint_args", _needs("--use-checkpoint-args")),
     ("exit_signal", _needs("--exit-signal-handler")),
     ("error_injection_type", _needs("--error-injection-rate")),
 )
@@ -156,6 +190,24 @@ _DATA: _Rows = (
     ("split", (is_divided, "mock data are divided evenly, and data by part as they are named")),
     ("start_eval_at_iter|eval_(micro|global)_batch_size", _EVALUATING),
     ("vocab_file|merge_file", _VOCABULARY),
+    (
+        "metadata_path|special_tokens",
+        (lambda args: args.tokenizer_type != "NullTokenizer", "NullTokenizer has none"),
+    ),
+    (
+        "reset_position_ids",
+        (
+            lambda args: (
+                args.position_embedding_type == "learned_absolute" and not args.multi_latent_attention
+            ),
+            "it needs --position-embedding-type learned_absolute: no other reads positions",
+        ),
+    ),
+    (
+        "object_storage_cache_path",
+        (_in_object_storage, "it needs data in object storage"),
+    ),
+    ("max_seqlen_per_dp_cp_rank", _never("sequences are not packed in pretraining")),
     ("tiktoken_.*", _tokenizers("TikTokenizer")),
     ("null_tokenizer_.*", _tokenizers("NullTokenizer")),
     (
@@ -334,6 +386,10 @@ _FEATURES: _Rows = (
     ("manual_gc_.*", _needs("--manual-gc")),
     ("inprocess_.+(?<!restart)", _needs("--inprocess-restart")),
     ("inprocess_restart", _package("nvidia-resiliency-ext", "nvidia_resiliency_ext")),
+    (
+        "one_logger_.*|enable_one_logger|app_tag_.*",
+        _package("one-logger", "one_logger"),
+    ),
     ("log_energy", _package("nvidia-ml-py", "pynvml")),
     ("calc_ft_timeouts|ft_num_warmup_iters", _needs("--enable-ft-package")),
     ("straggler_.*|disable_straggler_on_startup", _needs("--log-straggler")),
@@ -357,21 +413,30 @@ _FEATURES: _Rows = (
         "monitor_(?!layers).*",
         _needs("--monitor-layers"),
     ),
+    ("cross_entropy_fusion_impl", _needs("--cross-entropy-loss-fusion")),
+    (
+        "fp16_lm_cross_entropy",
+        _never(
+            "megatron-core reads it no more: the loss is computed in fp32, or by --cross-entropy-loss-fusion"
+        ),
+    ),
     ("kitchen_attention_backend", _needs("--use-kitchen-attention")),
     (
         "glu_linear_offset",
         (lambda args: args.swiglu or args.quick_geglu, "it needs --swiglu or --quick-geglu"),
     ),
-    ("head_lr_mult|data_sharding", _never("it belongs to vision models")),
-    ("bert_binary_head|mask_prob|short_seq_prob|sample_rate|titles_.*", _never("it belongs to BERT and T5")),
-    ("decoder_seq_length|decoder_num_layers", _never("it belongs to BERT and T5")),
+    ("head_lr_mult|data_sharding", _never(f"it belongs to vision models, {OTHER_MODELS}")),
+    (
+        "bert_binary_head|mask_prob|short_seq_prob|sample_rate|titles_.*",
+        _never(f"it belongs to BERT and T5, {OTHER_MODELS}"),
+    ),
     (
         "recompute_granularity",
         (lambda args: not args.recompute_activations, "--recompute-activations makes it selective"),
     ),
     ("lr_wsd_decay_samples", (lambda args: not args.train_iters, "--train-iters counts iterations")),
     ("lr_wsd_decay_iters", (lambda args: not args.train_samples, "--train-samples counts samples")),
-    ("vocab_extra_ids", _never("it belongs to T5")),
+    ("vocab_extra_ids", _never(f"it belongs to T5, {OTHER_MODELS}")),
     (
         "use_flash_attn",
         _never(

@@ -11,7 +11,7 @@ from typing import NoReturn
 from megatron.core.rerun_state_machine import RerunMode
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_periln import cpu
 from megatron_periln.checkpoints.guard import put_back
@@ -35,7 +35,7 @@ from megatron_periln.training.dropped_flags import DROPPED, make_flags_act
 from megatron_periln.training.evaluation_checks import EVALUATION, why_no_validation
 from megatron_periln.training.flag_names.lenient import parse_leniently
 from megatron_periln.training.graph_checks import GRAPHS
-from megatron_periln.training.idle_flags import idle_flags
+from megatron_periln.training.idle_flags import OTHER_MODELS, idle_flags
 from megatron_periln.training.mask_checks import MASKS
 from megatron_periln.training.model_settings import (
     add_model_arguments,
@@ -54,7 +54,7 @@ from megatron_periln.training.placement_checkpoint import (
 from megatron_periln.training.refusals import refusals_in_one_line, try_validation
 from megatron_periln.training.refusals.needed import NEEDED, SCHEDULE
 
-__all__ = ["add_arguments", "check", "parse", "parse_words"]
+__all__ = ["add_arguments", "check", "parse", "parse_words", "set_globals"]
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_periln.pretrain --norm-placement PLACEMENT [Megatron's flags]"
@@ -141,7 +141,7 @@ def parse() -> Namespace:
     check(args, parser, problems)
     choose_norm_backend(args)
     with refusals_in_one_line(args), explained_tokenizer(args):
-        set_global_variables(args)
+        set_globals(args)
     return args
 
 
@@ -166,6 +166,13 @@ def parse_words() -> tuple[Namespace, ArgumentParser, Problems]:
     with refusals_in_one_line():
         args = parse_args(add_and_keep)
     return args, parsers[0], problems
+
+
+def set_globals(args: Namespace) -> None:
+    """Make checked arguments Megatron's global ones, and complete them by the tokenizer's vocabulary."""
+    set_global_variables(args)
+    if args.padded_vocab_size is None:  # with --no-pad-vocab-size, and Megatron counts operations by it
+        args.padded_vocab_size = get_tokenizer().vocab_size
 
 
 def check(
@@ -226,6 +233,9 @@ def check(
         args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value  # the word that Megatron's code reads
     if not problems.final:
         _try(args, problems, {line.partition(" ")[0] for line in adapted}, from_local=from_local)
+    others = [line.partition(" ")[0] for line in idle if OTHER_MODELS in line]
+    if others and problems.texts:
+        problems.add(f"{', '.join(others)}: of other models, {OTHER_MODELS}; drop them")
     problems.refuse()
     with refusals_in_one_line(args):
         validate_args(args)

@@ -50,6 +50,16 @@ def refuse_other_placement(args: Namespace, placement: NormPlacement) -> None:
     path, saved = checkpoint_path(args, load_arg), saved_arguments(args, load_arg)
     if path is not None and saved is not None:
         _refuse_another(args, load_arg, path, saved, placement)
+    elif path is None and load_arg == "pretrained_checkpoint":
+        raise UsageError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no checkpoint; give the folder "
+            "that --save wrote"
+        )
+    elif path is None and not args.perform_initialization and args.non_persistent_ckpt_type != "local":
+        raise UsageError(
+            "--no-initialization leaves weights as the memory was, and there is no checkpoint to load; give "
+            "one by --load, or drop --no-initialization"
+        )
 
 
 def refuse_other_local_placement(args: Namespace, placement: NormPlacement, saved: Namespace) -> None:

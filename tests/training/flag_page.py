@@ -46,6 +46,8 @@ def write(flags):
         "Megatron adds fails it until tests/training/flags.json says what it does. This page is written from",
         "that table by `python -m tests.training.flag_page`. Those that change the model are",
         "looked for in the specs of Transformer Engine's layers too, which needs no Transformer Engine.",
+        "Those that change training, initial weights or rounding are tried in trainings of three steps, and",
+        "those that change how a run goes must leave such a training as it is.",
     ]
     for effect, (title, text) in EFFECTS.items():
         entries = {flag: entry for flag, entry in sorted(flags.items()) if entry["effect"] == effect}

@@ -71,14 +71,17 @@ def parse(flags, *, te=False):
 
 
 def without_removed(words):
-    """Return ``words`` without each flag, and its values, that a later ``~FLAG`` takes away."""
+    """Return ``words`` without each flag, and its values, that a ``~FLAG`` after it takes away."""
     while removals := [word for word in words if word.startswith("~")]:
-        words.remove(removals[0])
-        first = words.index(removals[0][1:])
-        last = first + 1
-        while last < len(words) and not words[last].startswith(("-", "~")):
-            last += 1
-        del words[first:last]
+        marker = words.index(removals[0])
+        del words[marker]
+        while removals[0][1:] in words[:marker]:
+            first = words.index(removals[0][1:])
+            last = first + 1
+            while last < marker and not words[last].startswith(("-", "~")):
+                last += 1
+            del words[first:last]
+            marker -= last - first
     return words
 
 

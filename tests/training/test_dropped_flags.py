@@ -72,7 +72,7 @@ def test_rotary_base_and_percent_reach_latent_attention():
     [
         ("--use-flash-attn", "--use-flash-attn (megatron-core reads it no more"),
         ("--moe-router-topk 3", "--moe-router-topk (it needs --num-experts)"),
-        ("--bert-load x", "--bert-load (it belongs to retrievers)"),
+        ("--bert-load x", "--bert-load (it belongs to retrievers, and this trains GPT-style models)"),
         ("--activation-func-clamp-value 0.1", "SwiGLU is computed without its fused kernel"),
         (
             "--use-mup --mup-base-hidden-size 16 --mup-embedding-mult 3",

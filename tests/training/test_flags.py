@@ -21,6 +21,7 @@ import megatron_periln
 from megatron_periln.errors import UsageError
 from megatron_periln.models.gpt import placed_layer_spec
 from megatron_periln.training.model_settings import MODEL_SETTINGS
+from tests.training import flag_training
 from tests.training import flag_trials as trials
 from tests.training.flag_page import PAGE, write
 
@@ -161,6 +162,81 @@ def test_what_needs_a_gpu_changes_nothing_in_silence_here(try_flag):
         for model in trials.MODELS:
             if (found := try_flag(flag, model)) & {"model", "training"}:
                 wrong[flag, model] = found
+    assert not wrong, listed(wrong)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Return a function that trains three steps by a model's name and flags: what came of it, if possible."""
+    folder = tmp_path_factory.mktemp("trainings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", "29500")
+        flag_training.prepare(folder)
+        yield functools.cache(
+            lambda model, flags: flag_training.train(f"{trials.MODELS[model]} {flags}", folder)
+        )
+
+
+def model_of(flag):
+    return "moe" if "-moe-" in flag else "mla" if "-mla-" in flag else "dense"
+
+
+def test_what_changes_training_changes_the_training_of_three_steps(train):
+    """Losses, rates, gradients, order of data, evaluations, status or state; or it says why not here."""
+    wrong = {}
+    for effect in ("training", "start", "rounding"):
+        for flag, entry in flags(effect).items():
+            if "structure" in entry:
+                continue
+            trial = entry.get("train", {"beside": entry.get("with", "")})
+            model, beside = trial.get("on", model_of(flag)), trial.get("beside", "")
+            try:
+                without = train(model, f"{beside} {trial.get('without', '')}")
+                trained = train(model, f"{beside} {trial.get('give', entry['give'])}")
+            except Exception as error:
+                wrong[flag] = repr(error)
+                continue
+            if not trained.differs_from(without) or f"\n  {flag} (" in trained.said:
+                wrong[flag] = "nothing changed"
+    assert not wrong, listed(wrong)
+
+
+def groups_of_run_flags(size=20):
+    """Flags that change how a run goes, by the model and what is given beside."""
+    groups = {}
+    for flag, entry in flags("run").items():
+        if "structure" not in entry:
+            groups.setdefault((model_of(flag), entry.get("with", "")), []).append(flag)
+    for (model, beside), together in groups.items():
+        for start in range(0, len(together), size):
+            yield model, beside, together[start : start + size]
+
+
+def test_what_changes_how_it_runs_takes_the_same_steps(train):
+    """Together; where they are refused together, in halves, down to those that are refused alone."""
+    wrong = {}
+
+    def compare(model, beside, together):
+        given = " ".join(FLAGS[flag]["give"] for flag in together)
+        try:
+            if flag_training.same_training(train(model, f"{beside} {given}"), train(model, beside)):
+                return
+            found = "other steps"
+        except REFUSALS as error:
+            found = "" if error.args else repr(error)
+        except Exception as error:
+            found = repr(error)
+        if len(together) > 1:
+            half = len(together) // 2
+            compare(model, beside, together[:half])
+            compare(model, beside, together[half:])
+        elif found:
+            wrong[together[0]] = found
+
+    for group in groups_of_run_flags():
+        compare(*group)
     assert not wrong, listed(wrong)
 
 

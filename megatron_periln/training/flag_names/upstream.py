@@ -170,7 +170,11 @@ UPSTREAM: dict[str, dict[str, str]] = {
 }
 
 NEWER: dict[str, str] = {
+    "--attn-chunk-size": "attention within chunks is no part of this version, and --window-size slides: "
+    "without it this is another model",
     "--batch-invariant-backend": "--batch-invariant-mode has its own kernels; drop it",
+    "--beta-fast": "--yarn-beta-fast",
+    "--beta-slow": "--yarn-beta-slow",
     "--chunked-optimizer-state-offload": "give --optimizer-cpu-offload to save memory, or drop it",
     "--ckpt-drop-redundant-extra-state": "it saves space; drop it",
     "--ckpt-fully-parallel-load-per-rank-objects": "it saves time; drop it",
@@ -225,5 +229,7 @@ NEWER: dict[str, str] = {
     "--use-gigatoken": "tools/preprocess_data.py uses it by itself; drop it",
     "--use-varlen-dataset": "sequences are not packed in pretraining",
     "--varlen-*": "sequences are not packed in pretraining",
+    "--yarn-mscale": "--mscale",
+    "--yarn-mscale-all-dim": "--mscale-all-dim",
 }
 """Of the main or dev branch of August 2026, and not in core 0.19."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron_periln.rules import Check, Rule
+from megatron_periln.training.packages import installed
 
 __all__ = ["NEEDED", "SCHEDULE"]
 
@@ -56,15 +58,48 @@ def _data_files(args: Namespace) -> Iterator[str]:
         setattr(args, name, None)
 
 
-def _cache_folder(args: Namespace) -> Iterator[str]:
-    """Find a cache folder that can't be made: Megatron says only that a dataset can't be built."""
-    if args.data_cache_path is None or is_object_storage_path(args.data_cache_path):
-        return
-    path = Path(args.data_cache_path).absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir() or (there != path and not os.access(there, os.W_OK)):
-        yield f"--data-cache-path {args.data_cache_path}: can't be made in {there}; give a folder that can"
-        args.data_cache_path = None
+# Folders that a run makes, by flag, and files, in whose folder it writes them.
+_FOLDERS = (
+    "--ckpt-convert-save",
+    "--data-cache-path",
+    "--dump-param-to-param-group-map",
+    "--moe-routing-trace-path",
+    "--non-persistent-global-ckpt-dir",
+    "--non-persistent-local-ckpt-dir",
+    "--tensorboard-dir",
+    "--wandb-save-dir",
+)
+_FILES = ("--result-rejected-tracker-filename",)
+
+
+def _folders(args: Namespace) -> Iterator[str]:
+    """Find folders that can't be made: Megatron finds it once all is built, or says another thing."""
+    for flag in (*_FOLDERS, *_FILES):
+        name = flag.removeprefix("--").replace("-", "_")
+        given = getattr(args, name)
+        if not given or is_object_storage_path(given):
+            continue
+        path = Path(given).absolute()
+        folder = path.parent if flag in _FILES else path
+        there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        made_by_user = flag in _FILES and there != folder  # what writes the file makes no folder
+        if made_by_user or not _takes_files(
+            there, args, reads=flag == "--data-cache-path" and there == folder
+        ):
+            yield f"{flag} {given}: can't be made in {there}; give a folder that can"
+            setattr(args, name, None)
+
+
+def _takes_files(folder: Path, args: Namespace, *, reads: bool) -> bool:
+    """Tell whether a folder is one, and can be written; the first rank tries, and leaves nothing."""
+    if not folder.is_dir() or not (reads or os.access(folder, os.W_OK)):
+        return False
+    if args.rank == 0 and not reads:
+        try:
+            tempfile.TemporaryDirectory(dir=folder).cleanup()
+        except OSError:
+            return False
+    return True
 
 
 def _layer_specs(args: Namespace) -> Iterator[str]:
@@ -105,13 +140,29 @@ def _warmup(args: Namespace) -> Iterator[str]:
         setattr(args, f"lr_wsd_decay_{unit}", 1)
 
 
+def _snapshots(args: Namespace) -> Iterator[str]:
+    """Yield what training would stop at, in the iteration that is to be written."""
+    for what in ("activations", "dgrads", "params", "tokens_per_expert", "wgrads"):
+        name = f"save_{what}_interval"
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(args, name) is None:
+            continue
+        if args.save is None:
+            yield f"{flag} needs --save, the folder that they are written to; give it, or drop {flag}"
+        elif what in ("activations", "dgrads") and not installed("transformer_engine"):
+            yield f"{flag} needs Transformer Engine, which is not installed; drop it"
+        else:
+            continue
+        setattr(args, name, None)
+
+
 def _trains(args: Namespace) -> bool:
     return not args.skip_train
 
 
 SCHEDULE: tuple[Check, ...] = (
     _data_files,
-    _cache_folder,
+    _folders,
     _layer_specs,
     Rule(
         lambda args: args.micro_batch_size is None,
@@ -123,6 +174,17 @@ SCHEDULE: tuple[Check, ...] = (
         "--train-iters and --train-samples are two lengths of the run; give one of them",
         {"train_samples": None, "lr_decay_samples": None, "lr_warmup_samples": 0},
     ),
+    Rule(
+        lambda args: args.phase_transition_iterations and not args.train_samples,
+        "--phase-transition-iterations counts samples: give --train-samples in the place of --train-iters",
+        {"phase_transition_iterations": None},
+    ),
+    Rule(
+        lambda args: args.lazy_mpu_init,
+        "--lazy-mpu-init: megatron-core's pretraining never makes up for what it puts off; drop it",
+        {"lazy_mpu_init": False},
+    ),
+    _snapshots,
     Rule(
         lambda args: _trains(args) and args.lr is None,
         "--lr is missing: give the learning rate",
