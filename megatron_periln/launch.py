@@ -1,16 +1,19 @@
 """torchrun that ends with what its ranks have said: ``python -m megatron_periln.launch``, with its flags.
 
 After a rank has failed, torchrun itself raises, and the traceback of its own code and a table of statuses
-stand below what the rank has said. Here they don't. And the ranks of a pretraining are forked from it, so
-that they need not import torch again. All else is torchrun's, its status 1 included.
+stand below what the rank has said. Here they don't. And the ranks of a pretraining on the CPU are forked from
+it, so that they need not import torch again. All else is torchrun's, its status 1 included.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 
+from megatron_periln import flag_files
 from megatron_periln.collector import paused
+from megatron_periln.errors import UsageError
 
 with paused():
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,14 +46,30 @@ def main() -> None:
 
 
 def _fork_first() -> None:
-    """Fork the ranks before torchrun has threads and connections, where their number is a number."""
+    """Fork the ranks before torchrun has threads and connections, where their number is a number.
+
+    Not those that use a GPU: whether its libraries bear a fork after torch was imported has not been seen.
+    """
     options = parse_args(sys.argv[1:])
     ranks = str(options.nproc_per_node)
     if not (options.module and options.training_script == _FORKED and ranks.isdecimal()):
         return
+    if not _on_the_cpu(options.training_script_args):
+        return
     if int(ranks) > 1 and "OMP_NUM_THREADS" not in os.environ:
         return  # torchrun would set it for them, after they have read it
     start_as_ranks(fork_ranks(int(ranks), _FORKED), _FORKED)
+
+
+def _on_the_cpu(arguments: list[str]) -> bool:
+    try:
+        flags = flag_files.expand(arguments)
+    except UsageError:
+        return False  # which the rank will say
+    return any(
+        flag == "--device=cpu" or (flag, value) == ("--device", "cpu")
+        for flag, value in pairwise([*flags, ""])
+    )
 
 
 if __name__ == "__main__":

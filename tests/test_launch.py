@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from megatron_periln import launch
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,3 +55,26 @@ def test_a_rank_that_is_not_to_speak_leaves_time_to_the_one_that_is(tmp_path):
         time.sleep(0.5)
         rank.send_signal(signal.SIGTERM)
         assert (rank.wait(), rank.stderr.read()) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--device cpu", True),
+        ("--lr 1 --device=cpu", True),
+        ("@cpu.flags", True),
+        ("--device cuda", False),
+        ("--lr 1", False),
+        ("--device", False),
+        ("@absent.flags --device cpu", False),  # which the ranks say
+    ],
+)
+def test_only_ranks_on_the_cpu_are_forked(monkeypatch, tmp_path, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cpu.flags").write_text("--lr 1 --device cpu  # no GPU\n")
+    forked = []
+    monkeypatch.setattr(launch, "fork_ranks", lambda number, module: [number])
+    monkeypatch.setattr(launch, "start_as_ranks", lambda ranks, module: forked.extend(ranks))
+    monkeypatch.setattr(sys, "argv", ["launch", "-m", "megatron_periln.pretrain", *flags.split()])
+    launch._fork_first()
+    assert forked == ([1] if expected else [])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_periln.models import HybridModelBuilder, HybridModelConfig
-from megatron_periln.norms import NormedBiasDropoutAdd, NormPlacement
+from megatron_periln.models import HybridModelBuilder, HybridModelConfig, place_norms
+from megatron_periln.norms import InputNorm, NoNorm, NormedBiasDropoutAdd, NormPlacement
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -176,3 +179,27 @@ def test_their_input_norms_are_saved_as_transformer_engine_saves_its_own(symbol)
     assert f"decoder.layers.0.{prefix}.in_proj.layer_norm_weight" in keys
     assert not any(".norm.weight" in key and "mixer.norm" not in key and "_bda" not in key for key in keys)
     assert not any("input_layernorm" in key for key in keys)
+
+
+OF_ENGINE = {"M": "mamba_layer", "G": "gdn_layer"}
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("name", small.PLACEMENTS)
+def test_norms_in_transformer_engines_layers(name, symbol, fp32):
+    """A gated delta net's norm stands apart from its linear where the stream is fp32; Mamba's sees none."""
+    placement = NormPlacement.named(name)
+    config = small.transformer_config(
+        transformer_impl="transformer_engine", fp32_residual_connection=fp32, is_hybrid_model=True
+    )
+    spec = getattr(hybrid_stack_spec.submodules, OF_ENGINE[symbol])
+    placed = place_norms(spec, placement, config).submodules
+    sublayer, norm, bda = (getattr(placed, part) for part in OF_LAYER[symbol])
+    apart = not placement.input or (symbol == "G" and fp32)
+    fused = te.TEColumnParallelLinear if apart else te.TELayerNormColumnParallelLinear
+    assert sublayer.submodules.in_proj is fused
+    assert norm is (NoNorm if not placement.input else InputNorm if apart else IdentityOp)
+    assert (getattr(bda, "module", None) is NormedBiasDropoutAdd) == (name != "pre")
+    if placement.input and apart:
+        keys = placed.sharded_state_dict_keys_map
+        assert keys["input_layernorm."] == "self_attention.in_proj.layer_norm_"

@@ -61,17 +61,6 @@ def test_a_batch_size_is_positive(check, flag):
         check(f"{ENOUGH} {flag} 0")
 
 
-@pytest.mark.parametrize("pattern", ["M*-", "G-"])
-def test_an_fp32_residual_needs_norms_that_stand_apart(monkeypatch, pattern):
-    flags = f"{ENOUGH} --norm-placement pre --fp32-residual-connection --hybrid-layer-pattern {pattern}"
-    monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
-    args = parse_args(add_arguments)
-    with pytest.raises(UsageError, match=r"--fp32-residual-connection: .*takes no fp32; drop it"):
-        refuse(args, MODEL)
-    args.transformer_impl = "local"
-    refuse(args, MODEL)
-
-
 LAYERS = "--heterogeneous-layers-config"
 LOCAL = "--transformer-impl local"
 EXPERTS = f"{LOCAL} --num-experts 4 --moe-router-topk 1"
