@@ -4,6 +4,7 @@ Tests run on the CPU, with a GPU hidden if there is one and Triton's kernels int
 tests/gpu need ``MEGATRON_PERILN_TEST_DEVICE=cuda``, which ``make test-gpu`` sets.
 """
 
+import atexit
 import gc
 import logging
 import os
@@ -36,6 +37,7 @@ def pytest_collection_finish():
     """Leave thousands of tests and all that they import out of each search for garbage."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind lists leaks
 
 
 @pytest.fixture(autouse=True)

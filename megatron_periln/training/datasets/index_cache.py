@@ -85,7 +85,11 @@ class GPTDataset(gpt_dataset.GPTDataset):
 
 
 class BlendedDataset(blended_dataset.BlendedDataset):
-    """Megatron's, whose cached index is whole, and which knows the sample without a loss, None."""
+    """Megatron's, whose cached index is whole, and which knows the sample without a loss, None.
+
+    Without ``path_to_cache`` the index is cached beside the first of its datasets, as that dataset's own is;
+    Megatron has each rank compute it at every start. Where nothing can be written, each rank does here too.
+    """
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         if idx is None:
@@ -93,12 +97,30 @@ class BlendedDataset(blended_dataset.BlendedDataset):
         return super().__getitem__(idx)
 
     def _build_indices(self) -> Indices:
-        folder = self.config.path_to_cache
-        if not folder:
-            return super()._build_indices()
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
-        names = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
-        return _cached(self, folder, [f"{stem}-{name}" for name in names], super()._build_indices)
+        files = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
+        names = [f"{stem}-{file}" for file in files]
+        build, config = super()._build_indices, self.config
+        if config.path_to_cache:
+            return _cached(self, config.path_to_cache, names, build)
+        if folder := self._beside_the_first():
+            self.config = copy.copy(config)
+            self.config.path_to_cache = folder
+            try:
+                # The first rank has built it before the others come here, if it can be.
+                if _is_first_rank() or all(_is_whole(Path(folder, name)) for name in names):
+                    return _cached(self, folder, names, build)
+            except UsageError:
+                pass
+            finally:
+                self.config = config
+        return build()
+
+    def _beside_the_first(self) -> str | None:
+        prefix = getattr(getattr(self.datasets[0], "dataset", None), "path_prefix", None)
+        if not prefix or is_object_storage_path(prefix):
+            return None
+        return str(Path(prefix, "cache", f"{type(self).__name__}_indices"))
 
 
 class Builder(BlendedMegatronDatasetBuilder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets import blended_dataset, gpt_dataset
+from megatron.core.datasets import blended_dataset, gpt_dataset, helpers
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
@@ -300,6 +300,46 @@ def test_jobs_that_start_at_once_share_a_cache(tmp_path, one, two, monkeypatch):
     monkeypatch.setattr(gpt_dataset, "_build_shuffle_index", interrupted)
     first = samples(tmp_path / "cache", named)
     assert first == jobs[1] == samples(tmp_path / "cache", named) == samples(tmp_path / "fresh", named)
+
+
+@pytest.fixture
+def blended(monkeypatch):
+    """Count how often the index of a blend is computed."""
+    build, computed = helpers.build_blending_indices, []
+    monkeypatch.setattr(
+        helpers, "build_blending_indices", lambda *arguments: (computed.append(1), build(*arguments))
+    )
+    return computed
+
+
+def test_a_blend_has_a_place_of_its_own_for_its_index(tmp_path, one, two, blended):
+    """Without one, stock Megatron computes it in every rank at every start."""
+    named = NAMED["weighted"](one, two)
+    expected = samples(tmp_path / "cache", named)
+    del blended[:]
+    assert samples(None, named) == expected == samples(None, named, stock=True)
+    assert len(list((tmp_path / "one" / "cache" / "BlendedDataset_indices").glob("*index.npy"))) == 6
+    at_once = len(blended)
+    assert samples(None, named) == expected
+    assert len(blended) == at_once == 6  # three splits, by ours and by stock Megatron
+    write(one, 2, 60)
+    assert samples(None, named) != expected
+    assert len(blended) == 9
+
+
+def test_a_blend_without_a_place_is_computed(tmp_path, one, two, blended, monkeypatch):
+    """Where nothing can be written, and on a node that does not see what the first rank wrote."""
+    named = NAMED["weighted"](one, two)
+    expected = samples(tmp_path / "cache", named)
+    (tmp_path / "one" / "cache").mkdir(parents=True)
+    (tmp_path / "one" / "cache" / "BlendedDataset_indices").touch()
+    del blended[:]
+    assert samples(None, named) == expected
+    contents = contents_of([one, two])
+    monkeypatch.setitem(globals(), "contents_of", lambda _: contents)
+    monkeypatch.setattr(index_cache, "_is_first_rank", lambda: False)
+    assert samples(None, named) == expected
+    assert len(blended) == 6
 
 
 @pytest.mark.parametrize("flag", ["fast_cache_load", "defer_npy_index_mmap"])
