@@ -100,7 +100,8 @@ class BlendedDataset(blended_dataset.BlendedDataset):
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
         files = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
         names = [f"{stem}-{file}" for file in files]
-        build, config = super()._build_indices, self.config
+        build = super()._build_indices
+        config: Any = self.config
         if config.path_to_cache:
             return _cached(self, config.path_to_cache, names, build)
         if folder := self._beside_the_first():
