@@ -58,7 +58,7 @@ def prepare(folder: Path) -> Data:
     command += ["--output-prefix", str(folder / "stdlib"), "--append-eod", "--overwrite"]
     command += ["--tokenizer-type", "SentencePieceTokenizer"]
     command += ["--tokenizer-model", str(folder / "tokenizer.model")]
-    run(command, folder / "preprocess.log")
+    run((command, folder / "preprocess.log"))
     return data
 
 

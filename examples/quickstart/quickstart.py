@@ -1,7 +1,8 @@
-"""Pretrain small GPTs with Pre-, Post- and Peri-LN from raw text, and compare them in a report.
+"""Pretrain small GPTs with Pre-, Post- and Peri-LN from raw text, compare them in a report, and export one.
 
 The text is what every machine with Python has: the sources of its standard library. Data, seed and
-flags are the same for all placements. The last run stops before its end and resumes.
+flags are the same for all placements, which train at the same time. The last run stops before its end and
+resumes in another layout; transformers then writes some lines with it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from corpus import Data, prepare
-from jobs import Progress, run, say, train
+from jobs import Job, run, say, train
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = Path("examples/quickstart/model.flags")
@@ -24,7 +25,7 @@ STOP_AT = 140
 
 
 def device_flags() -> tuple[int, list[str]]:
-    """Return the number of ranks, and the flags, for the machine at hand."""
+    """Return the ranks of the resumed run, and the flags, for the machine at hand."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -37,23 +38,31 @@ def device_flags() -> tuple[int, list[str]]:
     return min(gpus, 2), flags
 
 
-def train_placement(placement: str, folder: Path, data: Data, *, interrupted: bool) -> float:
-    """Train with a norm placement in ``folder``; return the validation loss at the end."""
-    folder.mkdir(parents=True)
-    ranks, flags = device_flags()
-    checkpoints, log, progress = folder / "checkpoints", folder / "train.log", Progress()
-    arguments = [f"@{FLAGS}", *flags, "--norm-placement", placement, *data.flags]
-    arguments += ["--tensor-model-parallel-size", str(ranks), "--save", str(checkpoints)]
-    arguments += ["--tensorboard-dir", str(folder / "tensorboard")]
-    arguments += ["--monitor-file", str(folder / "monitor.jsonl")]
-    device = "the CPU" if "--device" in flags else "the GPU"
-    say(f"Pretraining on {device}: norm placement {placement}, tensor parallel {ranks}")
-    if interrupted:
-        train([*arguments, "--exit-interval", str(STOP_AT)], ranks, log, progress)
-        say(f"Stopped at iteration {STOP_AT}; resuming from the checkpoint")
-        arguments += ["--load", str(checkpoints)]
-    train(arguments, ranks, log, progress)
-    return progress.validation
+def train_all(placements: Sequence[str], folder: Path, data: Data) -> dict[Path, float]:
+    """Train with each placement in a folder of its own; return their validation losses at the end.
+
+    All at the same time, a process each; the last one stops at ``STOP_AT`` and resumes on more ranks.
+    """
+    ranks, device = device_flags()
+    jobs = []
+    for placement in placements:
+        place = folder / placement
+        place.mkdir(parents=True)
+        arguments = [f"@{FLAGS}", *device, "--norm-placement", placement, *data.flags]
+        arguments += ["--save", str(place / "checkpoints"), "--tensorboard-dir", str(place / "tensorboard")]
+        arguments += ["--monitor-file", str(place / "monitor.jsonl")]
+        jobs.append(Job(placement, arguments, place / "train.log"))
+    *_, last = jobs
+    whole = list(last.arguments)
+    last.arguments = [*whole, "--exit-interval", str(STOP_AT)]
+    say(f"Pretraining on {'the CPU' if '--device' in device else 'a GPU'}: {', '.join(placements)}")
+    train(*jobs)
+    say(f"{last.name} stopped at iteration {STOP_AT}; resuming from its checkpoint, tensor parallel {ranks}")
+    checkpoints = str(folder / last.name / "checkpoints")
+    last.arguments = [*whole, "--load", checkpoints, "--tensor-model-parallel-size", str(ranks)]
+    last.ranks = ranks
+    train(last)
+    return {folder / job.name: job.progress.validation for job in jobs}
 
 
 def summary(runs: Mapping[Path, float]) -> str:
@@ -87,30 +96,31 @@ def main() -> None:
     data = prepare(options.folder / "data")
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S")
     placements = list(dict.fromkeys(options.norm_placement))
-    runs = {
-        folder / name: train_placement(name, folder / name, data, interrupted=name == placements[-1])
-        for name in placements
-    }
-    report = folder / "report.html"
-    say("Comparing the runs")
-    paths = [str(path) for path in runs]
-    command = [sys.executable, "tools/report.py", *paths, "--output", str(report)]
-    run([*command, "--title", "Quickstart"], folder / "report.log")
+    runs = train_all(placements, folder, data)
+    last = folder / placements[-1]
+    report, model = folder / "report.html", folder / "model"
+    say(f"Comparing the runs, and exporting {last.name} to transformers")
+    compare = [sys.executable, "tools/report.py", *map(str, runs), "--output", str(report)]
+    export = [sys.executable, "tools/export_hf.py", "--load", f"{last}/checkpoints", "--output", str(model)]
+    run(([*compare, "--title", "Quickstart"], folder / "report.log"), (export, folder / "export.log"))
+    written = folder / "sample.txt"
+    run(([sys.executable, "examples/quickstart/sample.py", str(model), str(written)], folder / "sample.log"))
 
     say(
         f"Done in {time.time() - started:.0f} s; the unigram entropy of the tokens is "
         f"{data.unigram_entropy():.3f}"
     )
+    lines = "\n".join(f"   | {line}" for line in written.read_text().splitlines()[:3])
     print(
         f"""{summary(runs)}
 
+   What {last.name} writes after seeing 0.3 million tokens, by transformers:
+{lines}
+
    report           {report}: open it in a browser
    TensorBoard      tensorboard --logdir {folder}
-   checkpoints      {folder}/*/checkpoints, logs {folder}/*/train.log
-
-   Try next: python tools/export_hf.py --load {folder / placements[-1]}/checkpoints --output my-model
-             make quickstart PLACEMENTS="peri output"
-             @{FLAGS} holds the flags; add yours after it"""
+   checkpoints      {folder}/*/checkpoints, logs {folder}/*/train.log; transformers' model {model}
+   try next         make quickstart PLACEMENTS="peri output"; @{FLAGS} holds the flags"""
     )
 
 

@@ -91,6 +91,8 @@ class BlendedDataset(blended_dataset.BlendedDataset):
     Megatron has each rank compute it at every start. Where nothing can be written, each rank does here too.
     """
 
+    config: Any
+
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         if idx is None:
             return {"dataset_id": np.int16(0), **self.datasets[0][None]}
@@ -100,8 +102,7 @@ class BlendedDataset(blended_dataset.BlendedDataset):
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
         files = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
         names = [f"{stem}-{file}" for file in files]
-        build = super()._build_indices
-        config: Any = self.config
+        build, config = super()._build_indices, self.config
         if config.path_to_cache:
             return _cached(self, config.path_to_cache, names, build)
         if folder := self._beside_the_first():
