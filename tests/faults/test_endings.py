@@ -146,7 +146,7 @@ def test_an_error_ends_torchrun(torchrun, tmp_path):
     with log.open("w") as stream:
         process = torchrun("--lr 1e38 --clip-grad 0 --lr-warmup-iters 0 --lr-decay-style constant", stream)
         assert process.wait(timeout=180) == 1, log.read_text()
-    assert "RuntimeError" in log.read_text()
+    assert "the optimizer's step is beyond fp32" in log.read_text()
 
 
 def test_ranks_end_with_torchrun(torchrun, tmp_path):

@@ -19,8 +19,10 @@ KNOWN = frozenset(symbol.rpartition(".")[2] for patch in PATCHES for symbol in p
 COMMON = {"open", "pickle", "fork", "to", "type", "cuda", "load", "empty", "compile", "accelerator"}
 # A tokenizer library is imported without another one that it does not need: no change to Megatron or torch.
 # What they change is a stand-in for awkward, and copies of configurations and datasets of our own class; and
-# configurations for as long as it takes to find all that they refuse of a copy of the arguments.
+# configurations for as long as it takes to find all that they refuse of a copy of the arguments. And a plan
+# is of a job that is not there: what it changes is as before once a rank is built (tests/plan/test_ranks.py).
 OTHER = {
+    *(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("plan/model/*.py")),
     "data/tokenizers/encoders/gigatoken.py",
     "training/datasets/index_cache.py",
     "training/refusals/trial.py",

@@ -24,6 +24,7 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.transformer.moe import router_trace
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import ft_integration, global_vars, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -237,5 +238,7 @@ def _forget():
     global_vars.unset_global_variables()
     destroy_rerun_state_machine()
     destroy_moe_metrics_tracker()
+    # Of a backward pass outside of a training, which leaves a number where a training copies a tensor.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     MTPLossLoggingHelper.tracker = {}
     assert parallel_state.model_parallel_is_initialized()
