@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-START = "import os\n\ndef "
+START = "class Test("
 
 
 def main(model: str, output: str) -> None:
@@ -17,8 +17,8 @@ def main(model: str, output: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
     tokens = tokenizer(START, return_tensors="pt", add_special_tokens=False)
-    found = network.generate(**tokens, max_new_tokens=48, do_sample=True, top_k=20, temperature=0.7)
-    lines = [line for line in tokenizer.decode(found[0]).splitlines() if line.strip()]
+    found = network.generate(**tokens, max_new_tokens=64, do_sample=True, top_k=50, temperature=0.9)
+    lines = [line.strip() for line in tokenizer.decode(found[0]).splitlines() if line.strip()]
     Path(output).write_text("\n".join(lines) + "\n")
 
 
