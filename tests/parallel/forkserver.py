@@ -7,6 +7,7 @@ nothing speaks against it.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -60,6 +61,7 @@ def warm_up():
     # Ranks then neither look for garbage among what is imported, which copies its pages: 0.3 s a rank.
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind lists leaks
 
 
 def run_rank(job, rank, port):
