@@ -94,7 +94,7 @@ def plan_ranks(flags: Sequence[str], world_size: int) -> tuple[argparse.Namespac
     """
     args = run_arguments(flags, world_size)
     built = buildable(args)
-    with refusals_in_one_line(args):
+    with refusals_in_one_line():
         config = transformer_config(built)
         kinds: dict[Any, Held] = {}
         plans = []

@@ -127,6 +127,12 @@ def test_a_plan_leaves_the_process_as_it_was(single_process):
         (SMALL.replace("--num-layers 8", ""), 1, "--num-layers"),
         (SMALL, 0, "--world-size"),
         (f"{SMALL} --no-such-flag", 1, "--no-such-flag"),
+        (f"{SMALL} --use-megatron-fsdp", 1, "a plan does not know what FSDP shards and gathers"),
+        (
+            f"{SMALL.replace('--num-layers 8', '')} --hybrid-layer-pattern M-G-",
+            1,
+            "kernels of Mamba, gated delta net layers",
+        ),
     ],
 )
 def test_flags_that_are_wrong_are_named(flags, world_size, says):
@@ -137,3 +143,12 @@ def test_flags_that_are_wrong_are_named(flags, world_size, says):
 def test_names_of_stages():
     assert [stages.name_of(stage, 3) for stage in range(3)] == ["first stage", "stage 2", "last stage"]
     assert stages.name_of(0, 1) == "every rank"
+
+
+def test_the_layers_of_a_layout():
+    """Two stages of two virtual ones: what a stage has later is behind what the others have earlier."""
+    flags = f"{SMALL} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*2|t*3|t*2L"
+    _, (first, last) = plan(flags, 2)
+    assert (first.layers, last.layers) == ((1, 3), (2, 2))
+    even = plan(f"{SMALL} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", 2)[1]
+    assert sum(each.parameters for each in even) == first.parameters + last.parameters

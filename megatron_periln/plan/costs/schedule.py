@@ -125,4 +125,4 @@ def bubble(pipeline: Pipeline, costs: Sequence[Sequence[float]] | None = None) -
         if waiting and not moved:
             raise ValueError(f"{pipeline}: its stages would wait for each other forever")
     busy = (1 + _BACKWARD) * pipeline.microbatches * sum(sum(chunks) for chunks in costs)
-    return 1 - busy / (pipeline.stages * max(clocks))
+    return max(0.0, 1 - busy / (pipeline.stages * max(clocks)))  # not -2e-16

@@ -24,6 +24,7 @@ from megatron_periln.data.tokenizers.megatron_tokenizer import explained_tokeniz
 from megatron_periln.errors import UsageError
 from megatron_periln.patches import fixes
 from megatron_periln.plan.model.engine import ENGINE
+from megatron_periln.rules import Check, Rule
 from megatron_periln.training.parsing import check, parse_words
 from megatron_periln.training.refusals import refusals_in_one_line
 
@@ -31,6 +32,32 @@ __all__ = ["buildable", "run_arguments"]
 
 _GPU = (9, 0)  # the compute capability that flags such as --fp8-format are validated against
 _STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+_UNKNOWN = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
+
+
+def _layers_of_kernels(args: Namespace) -> Iterator[str]:
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
+    if args.device != "cpu" and (found := [symbol for symbol in _UNKNOWN if symbol in pattern]):
+        args.hybrid_layer_pattern = args.hybrid_override_pattern = None
+        args.num_layers = args.num_layers or len(pattern)
+        yield (
+            f"--hybrid-layer-pattern {pattern!r}: a plan does not know what the kernels of "
+            f"{', '.join(_UNKNOWN[symbol] for symbol in found)} layers ({', '.join(found)}) keep in memory; "
+            "plan the pattern with other layers"
+        )
+
+
+UNPLANNED: tuple[Check, ...] = (
+    _layers_of_kernels,
+    Rule(
+        lambda args: args.use_megatron_fsdp or args.use_torch_fsdp2,
+        "--use-megatron-fsdp, --use-torch-fsdp2: a plan does not know what FSDP shards and gathers; plan "
+        "with --use-distributed-optimizer, which needs more memory",
+        {"use_megatron_fsdp": False, "use_torch_fsdp2": False},
+    ),
+)
+"""What can be trained and not planned."""
+
 # Which only a run that starts reads.
 _CHECKPOINTS = {"load": None, "pretrained_checkpoint": None, "non_persistent_ckpt_type": None}
 
@@ -107,8 +134,9 @@ def run_arguments(flags: Sequence[str], world_size: int) -> Namespace:
         args, parser, problems = parse_words()
         if not args.use_checkpoint_args:
             vars(args).update(_CHECKPOINTS)
+        problems.find(args, UNPLANNED)
         check(args, parser, problems, here=False)
-        with refusals_in_one_line(args), explained_tokenizer(args):
+        with refusals_in_one_line(), explained_tokenizer(args):
             build_tokenizer(args)
     return args
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -31,6 +33,8 @@ def first_rank(args: Namespace, stage: int) -> int:
 
 def layers_of(args: Namespace, config: TransformerConfig, stage: int) -> tuple[range, ...]:
     """Return the decoder's layers, from 0, that each virtual stage of a pipeline stage has."""
+    if layout := getattr(config, "pipeline_model_parallel_layout", None):
+        return _of_layout(layout.layout, stage)
     virtual = args.virtual_pipeline_model_parallel_size
     parts = []
     for chunk in range(virtual or 1):
@@ -38,6 +42,20 @@ def layers_of(args: Namespace, config: TransformerConfig, stage: int) -> tuple[r
         first = get_transformer_layer_offset(config, vp_stage, stage)
         parts.append(range(first, first + get_num_layers_to_build(config, vp_stage, stage)))
     return tuple(parts)
+
+
+def _of_layout(layout: Sequence[Sequence[Sequence[LayerType]]], stage: int) -> tuple[range, ...]:
+    """Return the same of ``--pipeline-model-parallel-layout``, ``[stage][virtual stage]``.
+
+    Megatron's functions for it take the stage from the process that asks, whichever they are asked for.
+    """
+    counts = [[part.count(LayerType.decoder) for part in parts] for parts in layout]
+    ranges = []
+    for chunk, count in enumerate(counts[stage]):
+        earlier = sum(each for parts in counts for each in parts[:chunk])
+        first = earlier + sum(parts[chunk] for parts in counts[:stage])
+        ranges.append(range(first, first + count))
+    return tuple(ranges)
 
 
 def _kind(args: Namespace, layer: int) -> tuple[Any, ...]:
