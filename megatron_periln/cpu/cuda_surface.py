@@ -112,11 +112,13 @@ def _resident_bytes(device: Any = None) -> int:
 
 
 def _peak_resident_bytes(device: Any = None) -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # The system counts the two apart, and the peak now and then a little behind what is resident.
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _resident_bytes())
 
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
-    now, peak = _resident_bytes(), _peak_resident_bytes()
+    now = _resident_bytes()
+    peak = max(now, _peak_resident_bytes())
     return defaultdict(
         int,
         {
