@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["expand", "without"]
+__all__ = ["device_of", "expand", "without"]
 
 
 def expand(arguments: Iterable[str]) -> list[str]:
@@ -27,6 +28,16 @@ def expand(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         flags.extend(_read(Path(argument[1:]), ()) if argument.startswith("@") else [argument])
     return flags
+
+
+def device_of(flags: Sequence[str]) -> str:
+    """Return the ``--device`` of a pretraining's flags, "cuda" without one; the last one counts."""
+    device = "cuda"
+    for flag, following in pairwise([*flags, ""]):
+        name, assigned, value = flag.partition("=")
+        if name == "--device":
+            device = value if assigned else following
+    return device
 
 
 def without(flags: Iterable[str], names: Collection[str]) -> list[str]:

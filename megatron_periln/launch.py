@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from itertools import pairwise
 
 from megatron_periln import flag_files
 from megatron_periln.collector import paused
@@ -66,10 +65,7 @@ def _on_the_cpu(arguments: list[str]) -> bool:
         flags = flag_files.expand(arguments)
     except UsageError:
         return False  # which the rank will say
-    return any(
-        flag == "--device=cpu" or (flag, value) == ("--device", "cpu")
-        for flag, value in pairwise([*flags, ""])
-    )
+    return flag_files.device_of(flags) == "cpu"
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def test_a_rank_that_is_not_to_speak_leaves_time_to_the_one_that_is(tmp_path):
         ("--lr 1 --device=cpu", True),
         ("@cpu.flags", True),
         ("--device cuda", False),
+        ("@cpu.flags --device cuda", False),  # the last one counts
         ("--lr 1", False),
         ("--device", False),
         ("@absent.flags --device cpu", False),  # which the ranks say

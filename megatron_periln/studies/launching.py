@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing.util
 import os
 import shlex
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_periln.errors import UsageError
+from megatron_periln.flag_files import device_of
 from megatron_periln.studies.run_folder import DONE, RunFolder
 from megatron_periln.studies.study import Study
 
@@ -29,8 +29,7 @@ def is_forked(study: Study) -> bool:
 
 
 def _on_cpu(flags: Sequence[str]) -> bool:
-    words = " ".join(flags).replace("=", " ").split()
-    return ("--device", "cpu") in itertools.pairwise(words)
+    return device_of(" ".join(flags).split()) == "cpu"
 
 
 def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:

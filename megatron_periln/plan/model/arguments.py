@@ -22,6 +22,7 @@ from megatron_periln import cpu
 from megatron_periln.cpu.flags import adapt_arguments, without_low_precision
 from megatron_periln.data.tokenizers.megatron_tokenizer import explained_tokenizer
 from megatron_periln.errors import UsageError
+from megatron_periln.flag_files import device_of
 from megatron_periln.patches import fixes
 from megatron_periln.plan.model.engine import ENGINE
 from megatron_periln.rules import Check, Rule
@@ -100,15 +101,6 @@ def _as_its_first_rank(flags: Sequence[str], world_size: int) -> Iterator[None]:
         yield
 
 
-def _device(flags: Sequence[str]) -> str:
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
-        if flag == "--device":
-            return value
-        if flag.startswith("--device="):
-            return flag.partition("=")[2]
-    return "cuda"
-
-
 def run_arguments(flags: Sequence[str], world_size: int) -> Namespace:
     """Return a run's arguments, validated by Megatron as those of its first rank, with ``padded_vocab_size``.
 
@@ -129,7 +121,7 @@ def run_arguments(flags: Sequence[str], world_size: int) -> Namespace:
     if world_size < 1:
         raise UsageError(f"--world-size must be positive, not {world_size}")
     fixes.apply()
-    where = contextlib.nullcontext() if _device(flags) == "cpu" else cpu.judging_for_gpus()
+    where = contextlib.nullcontext() if device_of(flags) == "cpu" else cpu.judging_for_gpus()
     with _as_its_first_rank(flags, world_size), where, contextlib.redirect_stdout(io.StringIO()):
         args, parser, problems = parse_words()
         if not args.use_checkpoint_args:

@@ -75,9 +75,7 @@ class GPTDataset(gpt_dataset.GPTDataset):
         return [*gpt_dataset.GPTDataset._key_config_attributes(), "content"]
 
     def _build_document_sample_shuffle_indices(self) -> Indices:
-        folder = self.config.path_to_cache or str(
-            Path(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
-        )
+        folder = self.config.path_to_cache or _beside(self.dataset.path_prefix, self)
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
         build = super()._build_document_sample_shuffle_indices
@@ -122,7 +120,7 @@ class BlendedDataset(blended_dataset.BlendedDataset):
         prefix = getattr(getattr(self.datasets[0], "dataset", None), "path_prefix", None)
         if not prefix or is_object_storage_path(prefix):
             return None
-        return str(Path(prefix, "cache", f"{type(self).__name__}_indices"))
+        return _beside(prefix, self)
 
 
 class Builder(BlendedMegatronDatasetBuilder):
@@ -159,6 +157,11 @@ def _counts(dataset: IndexedDataset) -> Content:
     lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
     last = [int(pointers[-1]), int(lengths[-1])] if len(lengths) else []
     return {"sequences": len(lengths), "documents": len(dataset.document_indices) - 1, "last": last}
+
+
+def _beside(prefix: str, dataset: object) -> str:
+    """Return where Megatron caches indices of a dataset's kind beside the data of a prefix."""
+    return str(Path(prefix, "cache", f"{type(dataset).__name__}_indices"))
 
 
 def _is_first_rank() -> bool:

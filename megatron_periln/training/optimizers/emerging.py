@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from weakref import WeakSet
 
+from megatron.core.optimizer import emerging_optimizers
 from torch import nn
 
 from megatron_periln.rules import Check, Rule
@@ -29,9 +30,8 @@ def _scales_in_its_step(args: Namespace) -> bool:
         return False
     # Of the package, which takes a second to import: only for who asks for it.
     from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon
-    from megatron.core.optimizer.emerging_optimizers import TensorParallelAdaptiveMuon
 
-    names = TensorParallelAdaptiveMuon.__init__.__code__.co_names
+    names = emerging_optimizers.TensorParallelAdaptiveMuon.__init__.__code__.co_names
     return hasattr(AdaptiveMuon, "_apply_muon_scale") and "scale_mode" not in names
 
 
@@ -77,11 +77,7 @@ def describe_shares(args: Namespace, model: nn.Module) -> Iterator[str]:
     shares: dict[bool, tuple[set[str], list[int]]] = {True: (set(), []), False: (set(), [])}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # As Megatron's _is_nonlinear_or_embedding tells them apart.
-            matrix = parameter.dim() == 2 and not getattr(
-                parameter, "is_embedding_or_output_parameter", False
-            )
-            names, sizes = shares[matrix]
+            names, sizes = shares[not emerging_optimizers._is_nonlinear_or_embedding(parameter)]
             names.add(_short(name))
             sizes.append(parameter.numel())
     for matrix, optimizer in ((True, args.optimizer), (False, args.muon_scalar_optimizer)):
