@@ -6,7 +6,6 @@ lists them. ``@FILE`` stands for the flags in a file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -44,13 +43,9 @@ def choose_device(argv: list[str]) -> None:
 
     from megatron_periln import cpu
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument(FLAG, action="store_true")
-    given = parser.parse_known_args(argv)[0]
-    if given.traceback:
+    if FLAG in argv:
         os.environ[TRACEBACK] = "1"
-    if given.device == "cpu":
+    if flag_files.device_of(argv) == "cpu":
         try:
             cpu.activate()
         except RuntimeError as error:
