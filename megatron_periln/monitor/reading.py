@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_periln.monitor.lines import STEP, RecordError, from_json, read_lines
+from megatron_periln.monitor.lines import STEP, RecordError, from_json, read_blocks
 from megatron_periln.monitor.statistics import STATISTICS
 
 __all__ = ["LayerStatistics", "Run", "StepSeries", "read_run"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+_WRONG = (KeyError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,15 @@ class Run:
     alerts: list[dict[str, Any]]
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, *, without: Collection[str] = ()) -> Run:
     """Read a monitor's file; a last line that a kill has torn is skipped.
+
+    Parameters
+    ----------
+    path
+        The file.
+    without
+        Of a step, what is not wanted: NaN in what is returned, which then takes no memory.
 
     Raises
     ------
@@ -85,70 +95,133 @@ def read_run(path: Path) -> Run:
         If it cannot be read, is corrupt, or is no monitor's file.
     """
     runs: list[dict[str, Any]] = []
-    steps: dict[int, dict[str, Any]] = {}
-    layers: dict[int, dict[str, Any]] = {}
+    steps = _Steps([name for name in STEP if name not in without])
+    layers = _Layers()
     alerts: list[dict[str, Any]] = []
-    lines = 0
-    try:
-        for _, entry in read_lines(path):
-            lines += 1
-            kind, iteration = entry["kind"], entry["iteration"]
-            if kind == "run":
-                runs.append(entry)
-            elif kind == "step":
-                steps[iteration] = {key: from_json(entry.get(key)) for key in STEP}
-            elif kind == "layers":
-                layers[iteration] = _layers(entry)
-            else:
-                value = entry.get("value")
-                alerts.append({**entry, "value": None if value is None else from_json(value)})
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path}, line {lines}: not as in the schema ({error})") from error
+    number = 0
+    for lines, entries in read_blocks(path):
+        try:
+            steps.add([entry for entry in entries if entry["kind"] == "step"])
+            for entry in entries:
+                if entry["kind"] != "step":
+                    _add_other(entry, runs, layers, alerts)
+        except _WRONG as error:
+            raise RecordError(f"{path}, {_first_wrong(entries, number, error)}") from error
+        number += len(lines)
     if not runs:
         raise RecordError(f"{path}: holds no run")
     return Run(
         path=path,
         header=runs[-1],
         resumed_from=[run["iteration"] for run in runs if run["iteration"] > 0],
-        steps=_step_series(steps),
-        layers=_layer_statistics(layers),
+        steps=steps.series(),
+        layers=layers.statistics(),
         alerts=alerts,
     )
 
 
-def _layers(entry: dict[str, Any]) -> dict[str, Any]:
-    layers = [int(layer) for layer in entry["layers"]]
-    values = {}
-    for name in entry.keys() & STATISTICS.keys():
-        values[name] = [from_json(value) for value in entry[name]]
-        if len(values[name]) != len(layers):
-            raise ValueError(f"{name} has {len(values[name])} values for {len(layers)} layers")
-    return {"layers": layers, "values": values}
+def _add_other(
+    entry: dict[str, Any], runs: list[dict[str, Any]], layers: _Layers, alerts: list[dict[str, Any]]
+) -> None:
+    if entry["kind"] == "layers":
+        layers.add(entry)
+    elif entry["kind"] == "run":
+        runs.append(entry)
+    else:
+        value = entry.get("value")
+        alerts.append({**entry, "value": None if value is None else from_json(value)})
 
 
-def _step_series(steps: dict[int, dict[str, Any]]) -> StepSeries:
-    order = sorted(steps)
-    columns: dict[str, Floats] = {
-        key: np.array([steps[iteration][key] for iteration in order], dtype=np.float64) for key in STEP
-    }
-    return StepSeries(iteration=np.array(order, dtype=np.int64), **columns)
+def _first_wrong(entries: list[dict[str, Any]], before: int, error: Exception) -> str:
+    """Return which line is wrong, and how."""
+    for number, entry in enumerate(entries, before + 1):
+        try:
+            if entry["kind"] == "step":
+                _Steps(STEP).add([entry])
+            else:
+                _add_other(entry, [], _Layers(), [])
+        except _WRONG as wrong:
+            return f"line {number}: not as in the schema ({wrong})"
+    return f"lines {before + 1} to {before + len(entries)}: not as in the schema ({error})"
 
 
-def _layer_statistics(intervals: dict[int, dict[str, Any]]) -> LayerStatistics:
-    order = sorted(intervals)
-    layers = _union(entry["layers"] for entry in intervals.values())
-    column = {layer: index for index, layer in enumerate(layers)}
-    names = [name for name in STATISTICS if any(name in entry["values"] for entry in intervals.values())]
-    values = {name: np.full((len(order), len(layers)), np.nan) for name in names}
-    for row, iteration in enumerate(order):
-        entry = intervals[iteration]
-        columns = [column[layer] for layer in entry["layers"]]
-        for name, numbers in entry["values"].items():
-            values[name][row, columns] = numbers
-    return LayerStatistics(
-        iteration=np.array(order, dtype=np.int64), layers=np.array(layers, dtype=np.int64), values=values
-    )
+class _Steps:
+    """Lines of kind ``step``: eight bytes a number, where an object a line takes a hundred times as much."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._iterations = array("q")
+        self._columns = [(name, array("d")) for name in names]
+
+    def add(self, entries: Sequence[dict[str, Any]]) -> None:
+        self._iterations.extend([entry["iteration"] for entry in entries])
+        for name, column in self._columns:
+            values: list[Any] = [entry.get(name) for entry in entries]
+            try:
+                column.extend(array("d", values))
+            except TypeError:  # null, or a NaN's name
+                column.extend([from_json(value) for value in values])
+
+    def series(self) -> StepSeries:
+        iterations = np.frombuffer(self._iterations, np.int64)
+        order = _last_of_each(iterations)
+        columns = {name: _compact(np.frombuffer(column)[order]) for name, column in self._columns}
+        absent = {name: _all_the_same(math.nan, len(iterations[order])) for name in STEP}
+        return StepSeries(iteration=iterations[order], **{**absent, **columns})
 
 
-def _union(lists: Iterable[list[int]]) -> list[int]:
-    return sorted({layer for layers in lists for layer in layers})
+class _Layers:
+    """Lines of kind ``layers``, in runs of those that have the same layers and statistics."""
+
+    def __init__(self) -> None:
+        self._iterations = array("q")
+        self._alike: list[tuple[list[int], dict[str, array[float]], int]] = []
+        """The layers, the values and the first line of each run of them."""
+
+    def add(self, entry: dict[str, Any]) -> None:
+        layers = [int(layer) for layer in entry["layers"]]
+        values = {
+            name: [from_json(value) for value in entry[name]] for name in entry.keys() & STATISTICS.keys()
+        }
+        for name, numbers in values.items():
+            if len(numbers) != len(layers):
+                raise ValueError(f"{name} has {len(numbers)} values for {len(layers)} layers")
+        if not self._alike or self._alike[-1][0] != layers or self._alike[-1][1].keys() != values.keys():
+            self._alike.append((layers, {name: array("d") for name in values}, len(self._iterations)))
+        for name, numbers in values.items():
+            self._alike[-1][1][name].extend(numbers)
+        self._iterations.append(entry["iteration"])
+
+    def statistics(self) -> LayerStatistics:
+        iterations = np.frombuffer(self._iterations, np.int64)
+        layers = np.array(sorted({layer for some, _, _ in self._alike for layer in some}), dtype=np.int64)
+        order = _last_of_each(iterations)
+        values = {}
+        for name in STATISTICS:
+            if any(name in some for _, some, _ in self._alike):
+                values[name] = self._joined(name, layers, len(iterations))[order]
+        return LayerStatistics(iteration=iterations[order], layers=layers, values=values)
+
+    def _joined(self, name: str, layers: Integers, lines: int) -> Floats:
+        joined = np.full((lines, len(layers)), np.nan)
+        for of_some, values, first in self._alike:
+            if name in values and of_some:
+                rows = np.frombuffer(values.pop(name)).reshape(-1, len(of_some))
+                joined[first : first + len(rows), np.searchsorted(layers, of_some)] = rows
+        return joined
+
+
+def _last_of_each(iterations: Integers) -> slice | Integers:
+    """Return the indices of the last line of each iteration, by iteration."""
+    if (np.diff(iterations) > 0).all():
+        return slice(None)
+    order = np.argsort(iterations, kind="stable")
+    return order[np.append(np.diff(iterations[order]) > 0, True)[: len(order)]]
+
+
+def _compact(values: Floats) -> Floats:
+    """Return the same, without memory where all are the same, as the tokens of a step mostly are."""
+    return _all_the_same(values[0], len(values)) if len(values) and (values == values[0]).all() else values
+
+
+def _all_the_same(value: float, number: int) -> Floats:
+    return np.broadcast_to(np.float64(value), number)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,15 +82,17 @@ def extremes(values: Floats, limit: int) -> Indices:
     """
     if len(values) <= limit:
         return np.arange(len(values))
-    parts = max(limit // 2, 1)
-    edges = np.linspace(0, len(values), parts + 1).astype(np.int64)
+    size = math.ceil(len(values) / max(limit // 2, 1))
+    parts = math.ceil(len(values) / size)
     finite = np.isfinite(values)
-    low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
-    kept = set()
-    for first, end in pairwise(edges.tolist()):
-        kept.add(first + int(np.argmin(low[first:end])))
-        kept.add(first + int(np.argmax(high[first:end])))
-    return np.array(sorted(kept), dtype=np.int64)
+
+    def within(absent: float) -> Floats:
+        padded = np.full(parts * size, absent)
+        np.copyto(padded[: len(values)], values, where=finite)
+        return padded.reshape(parts, size)
+
+    first = np.arange(parts) * size
+    return np.unique([first + within(np.inf).argmin(axis=1), first + within(-np.inf).argmax(axis=1)])
 
 
 def thin(length: int, limit: int) -> Indices:
@@ -99,18 +100,17 @@ def thin(length: int, limit: int) -> Indices:
     return np.unique(np.linspace(0, length - 1, min(length, limit)).round().astype(np.int64))
 
 
-def smooth(values: Floats, window: int) -> Floats:
-    """Return the centred mean over ``window`` values, of the finite ones; NaN where none is."""
+def smooth(values: Floats, window: int, at: Indices) -> Floats:
+    """Return the centred mean over ``window`` values, of the finite ones, at some; NaN where it is not."""
     window = min(window, len(values))
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    centre = np.arange(len(values))
-    first = np.clip(centre - window // 2, 0, None)
-    end = np.clip(centre + (window + 1) // 2, None, len(values))
+    counts = np.concatenate([[0], np.cumsum(finite, dtype=np.int32)])
+    first = np.clip(at - window // 2, 0, None)
+    end = np.clip(at + (window + 1) // 2, None, len(values))
     count = counts[end] - counts[first]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(finite & (count > 0), (sums[end] - sums[first]) / count, np.nan)
+        return np.where(finite[at] & (count > 0), (sums[end] - sums[first]) / count, np.nan)
 
 
 def numbers(values: Floats) -> list[float | None]:

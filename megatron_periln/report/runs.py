@@ -15,6 +15,7 @@ from megatron_periln.report.colors import PLACEMENT_COLORS
 
 __all__ = ["ReportedRun", "load_runs"]
 
+_NOT_SHOWN = ("learning_rate",)
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -74,7 +75,7 @@ def _find(path: Path) -> Path:
 
 
 def _read(file: Path) -> Run:
-    run = read_run(file)
+    run = read_run(file, without=_NOT_SHOWN)
     header: dict[str, Any] = run.header
     if not isinstance(header.get("placement"), str) or type(header.get("num_layers")) is not int:
         raise ReportError(f"{file}: its line of kind run lacks placement or num_layers")

@@ -83,9 +83,9 @@ def throughput_figure(runs: Sequence[ReportedRun]) -> Figure:
     traces = []
     for index, run in enumerate(runs):
         steps = run.run.steps
-        rate = smooth(_rate(steps.tokens, steps.seconds), smoothing_window(len(steps.iteration)))
+        rate = _rate(steps.tokens, steps.seconds)
         kept = thin(len(rate), _SMOOTH_POINTS // len(runs))
-        x, y = steps.iteration[kept].tolist(), numbers(rate[kept])
+        x, y = steps.iteration[kept].tolist(), numbers(smooth(rate, smoothing_window(len(rate)), kept))
         traces.append(trace(index, run, x, y, hovertemplate="%{y:,.0f}<extra>%{fullData.name}</extra>"))
     layout = {
         **_iterations("tokens/s"),
@@ -129,9 +129,9 @@ def _curves(runs: Sequence[ReportedRun], what: str, spike: str) -> Panel:
         raw = extremes(values, _RAW_POINTS // len(runs))
         faint = {"line": {"width": 1, "dash": "solid"}, "opacity": 0.3, "hoverinfo": "skip"}
         traces.append(trace(index, run, x[raw].tolist(), numbers(values[raw]), **faint))
-        mean = smooth(values, smoothing_window(len(x)))
         kept = thin(len(x), _SMOOTH_POINTS // len(runs))
-        marks.append(trace(index, run, x[kept].tolist(), numbers(mean[kept]), hovertemplate=_HOVER))
+        mean = numbers(smooth(values, smoothing_window(len(x)), kept))
+        marks.append(trace(index, run, x[kept].tolist(), mean, hovertemplate=_HOVER))
         marks += _marks(index, run, values, spike)
     title = {"loss": "loss", "grad_norm": "gradient norm"}[what]
     return Panel(traces=traces + marks, layout=_iterations(title))
@@ -139,7 +139,9 @@ def _curves(runs: Sequence[ReportedRun], what: str, spike: str) -> Panel:
 
 def _marks(index: int, run: ReportedRun, values: Floats, spike: str) -> list[dict[str, Any]]:
     """Return markers of the run's spikes, and of NaN where the curve was last seen."""
-    iterations = run.run.steps.iteration
+    # Looked for once for all alerts: their number and that of the iterations grow together.
+    finite = np.flatnonzero(np.isfinite(values)) if run.run.alerts else np.empty(0, np.int64)
+    iterations = run.run.steps.iteration[finite]
     marks = []
     for kind, symbol in ((spike, "triangle-down"), ("nan", "x")):
         x: list[int] = []
@@ -148,11 +150,10 @@ def _marks(index: int, run: ReportedRun, values: Floats, spike: str) -> list[dic
         for alert in run.run.alerts:
             if alert["alert"] != kind or len(x) == _MARKED_SPIKES:
                 continue
-            upto = values[: np.searchsorted(iterations, alert["iteration"], side="right")]
-            finite = upto[np.isfinite(upto)]
-            if len(finite):
+            before = np.searchsorted(iterations, alert["iteration"], side="right")
+            if before:
                 x.append(alert["iteration"])
-                y.append(float(f"{finite[-1]:.6g}"))
+                y.append(float(f"{values[finite[before - 1]]:.6g}"))
                 text.append(str(alert["message"]))
         if x:
             edge = {"width": 1, "color": "@background"}

@@ -17,6 +17,7 @@ from megatron_periln.data.preprocess.plan import Plan, Summary, partial_folder
 from megatron_periln.data.preprocess.progress import Progress
 from megatron_periln.data.preprocess.workers import Report, encode_and_write
 from megatron_periln.data.readers.opening import number_lines
+from megatron_periln.data.readers.parquet import RowStream
 from megatron_periln.data.readers.sources import Source
 from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_tasks
 from megatron_periln.data.readers.together import SmallSources, together
@@ -73,9 +74,10 @@ class _Preprocessing:
         sources = self._sources()
         self.sources = together(sources, plan.chunk_bytes)
         identity = plan.identity(self.dtype)
-        if any(isinstance(source, SmallSources) for source in self.sources):
-            # Not as versions before this one: the chunks of their journals are others.
-            identity["the size of a chunk"] = [plan.chunk_bytes, "small files together"]
+        # Not as versions before this one: the chunks of their journals are others.
+        kinds = {SmallSources: "small files together", RowStream: "row groups in parts"}
+        if cut := [name for kind, name in kinds.items() if any(isinstance(s, kind) for s in self.sources)]:
+            identity["the size of a chunk"] = [plan.chunk_bytes, *cut]
         self.progress = Progress(sum(source.weight for source in sources), log_interval)
         self.encoder = self._chunk_encoder()
         self.outputs = PartialOutputs(

@@ -125,7 +125,12 @@ class Plan:
             "--partitions": self.partitions,
             "--shard": list(self.shard),
             "--max-bin-size": self.max_bin_size,
-            "--max-document-bytes": self.max_document_bytes,
+            # The default given as a flag is another: it takes texts that their encoder would be limited for.
+            "--max-document-bytes": (
+                f"{self.max_document_bytes}, for any encoder"
+                if self.any_size and self.max_document_bytes == MOST_DOCUMENT_BYTES
+                else self.max_document_bytes
+            ),
             "the size of a chunk": self.chunk_bytes,
         }
 

@@ -28,6 +28,7 @@ from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk, P
 from megatron_periln.data.preprocess.journal import Size
 from megatron_periln.data.preprocess.partial_outputs import Location, write_part
 from megatron_periln.data.readers.documents import BadDocument
+from megatron_periln.data.readers.shared_buffers import lending
 from megatron_periln.data.readers.tasks import Task
 from megatron_periln.errors import PreprocessError
 
@@ -37,6 +38,9 @@ __all__ = ["Report", "Written", "encode_and_write"]
 # of them whose tokens a worker keeps until it learns where they go.
 _OUTSTANDING_PER_WORKER = 4
 _HELD_PER_WORKER = 2
+
+_BUFFER_BYTES = 24 << 20
+"""Of what this process reads for the workers, at once, that which is larger goes through their pipes."""
 
 _DEATHS = 3
 """Workers that die with the same chunk, after which the run ends."""
@@ -140,13 +144,15 @@ def encode_and_write(
     PreprocessError
         If an input cannot be read or an output cannot be written, or a chunk's workers die.
     """
-    pool = _Pool(encoder, tasks, place, first, warn)
-    try:
-        for _ in range(workers):
-            pool.start_worker()
-        yield from pool.written()
-    finally:
-        pool.stop()
+    # One more is read ahead, and one is with whom it was yielded to.
+    with lending(_OUTSTANDING_PER_WORKER * workers + 2, _BUFFER_BYTES):
+        pool = _Pool(encoder, tasks, place, first, warn)
+        try:
+            for _ in range(workers):
+                pool.start_worker()
+            yield from pool.written()
+        finally:
+            pool.stop()
 
 
 @dataclass

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
 from megatron_periln.data.readers.documents import Oversized, Place, RawDocument, text_size
+from megatron_periln.data.readers.shared_buffers import SharedBuffer, borrow
 from megatron_periln.data.readers.sources import SingleChunk, Source
 from megatron_periln.errors import PreprocessError
 
-__all__ = ["RANGE_BYTES", "RowRange", "RowStream", "Rows", "row_ranges", "streamed"]
+__all__ = ["RANGE_BYTES", "STREAMED_PARTS", "RowRange", "RowStream", "Rows", "row_ranges", "streamed"]
 
 RANGE_BYTES = 32 << 20
 """Size of a range, decompressed."""
+STREAMED_PARTS = 4
+"""Parts in which a range is handed on by the process that reads it: four of them wait for each worker."""
 _ROWS_AT_ONCE = 256
 _READ_BYTES = 1 << 20
 _SCHEMA_BYTES = 1 << 16
@@ -52,6 +55,16 @@ class RowRange(SingleChunk):
     def count(self) -> int:
         """Return the number of rows."""
         return self.stop - self.start
+
+    def cut(self, parts: int) -> list[RowRange]:
+        """Return the same rows in at most ``parts`` ranges."""
+        parts = max(1, min(parts, self.count()))
+        rows = [self.start + self.count() * part // parts for part in range(parts + 1)]
+        weights = [self.weight * part // parts for part in range(parts + 1)]
+        return [
+            replace(self, start=start, stop=stop, weight=end - begin)
+            for (start, stop), (begin, end) in zip(pairwise(rows), pairwise(weights), strict=True)
+        ]
 
     def raw_documents(self, limit: int) -> Iterator[RawDocument]:
         """Yield the rows, those of more than ``limit`` bytes as ``Oversized``."""
@@ -94,7 +107,7 @@ class Rows(SingleChunk):
     path: str
     first: int
     number: int
-    data: bytearray
+    data: bytearray | memoryview | SharedBuffer
     weight: int
 
     def count(self) -> int:
@@ -106,7 +119,7 @@ class Rows(SingleChunk):
         import pyarrow  # here: 0.2 s
 
         row = self.first
-        for batch in pyarrow.ipc.open_stream(self.data):
+        for batch in pyarrow.ipc.open_stream(_bytes(self.data)):
             yield from _documents(self.path, row, batch, limit)
             row += batch.num_rows
 
@@ -132,7 +145,8 @@ class RowStream:
         whole = RowRange(
             first.path, first.keys, first.group, first.start, last.stop, first.first, self.weight
         )
-        parts, held = iter(self.ranges), list[Any]()
+        all_parts = [part for wide in self.ranges for part in wide.cut(STREAMED_PARTS)]
+        parts, last, held = iter(all_parts), all_parts[-1], list[Any]()
         part = next(parts)
         for row, batch in whole.batches():
             taken = 0
@@ -223,13 +237,18 @@ def _packed(part: RowRange, batches: list[Any]) -> Rows:
                 stream.write_batch(batch)
 
     # Into memory of the right size: a stream that grows costs three times as much.
-    data = bytearray(sum(map(pyarrow.ipc.get_record_batch_size, batches)) + _SCHEMA_BYTES)
+    size = sum(map(pyarrow.ipc.get_record_batch_size, batches)) + _SCHEMA_BYTES
+    data = borrow(size) or bytearray(size)
     try:
-        write(pyarrow.FixedSizeBufferWriter(pyarrow.py_buffer(data)))
+        write(pyarrow.FixedSizeBufferWriter(pyarrow.py_buffer(_bytes(data))))
     except (OSError, pyarrow.ArrowException):  # dictionaries, which that size leaves out
         write(sink := pyarrow.BufferOutputStream())
         data = bytearray(sink.getvalue())
     return Rows(part.path, part.first + part.start, part.count(), data, part.weight)
+
+
+def _bytes(data: bytearray | memoryview | SharedBuffer) -> bytearray | memoryview:
+    return data.view if isinstance(data, SharedBuffer) else data
 
 
 def _rows(batch: Any) -> list[dict[str, object]]:

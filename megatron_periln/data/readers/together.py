@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_periln.data.readers.documents import RawDocument
+from megatron_periln.data.readers.documents import Oversized, RawDocument
 from megatron_periln.data.readers.parquet import Rows, streamed
 from megatron_periln.data.readers.sources import Block, Chunk, SingleChunk, Source
 
@@ -93,7 +93,7 @@ def together(sources: Iterable[Source], chunk_bytes: int) -> list[Source]:
 def _size(chunk: Chunk) -> int:
     """Return the size in memory of what was read, or in the input of what will be."""
     if isinstance(chunk, Block | Rows):
-        return len(chunk.data) if isinstance(chunk.data, bytes | bytearray) else 0
+        return 0 if isinstance(chunk.data, Oversized) else len(chunk.data)
     return chunk.weight
 
 

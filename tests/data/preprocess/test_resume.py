@@ -95,6 +95,10 @@ def test_started_anew(tmp_path: Path, interrupted: Interrupted, run: Callable) -
         (["--shard", "0/2"], r"--shard was \[0, 1\] and is \[0, 2\]"),
         (["--max-bin-size", "1G"], "--max-bin-size was None and is 1073741824"),
         (["--max-document-bytes", 1000], "--max-document-bytes was 268435456 and is 1000"),
+        (
+            ["--max-document-bytes", 256 << 20],
+            "--max-document-bytes was 268435456 and is '268435456, for",
+        ),
         (["--input-format", "text"], "the input was"),
     ],
 )
