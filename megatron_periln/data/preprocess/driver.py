@@ -142,7 +142,7 @@ class _Preprocessing:
     def _open_outputs(self) -> None:
         plan, outputs = self.plan, self.outputs
         outputs.open(resume=plan.resume, overwrite=plan.overwrite)
-        skipped = sum(sum(record.skipped.values()) for record in outputs.records)
+        skipped = sum(outputs.records.total().skipped.values())
         if skipped and plan.on_error == "quarantine" and skipped > sum(1 for _ in outputs.bad_documents()):
             raise PreprocessError(
                 f"{outputs.folder}: documents were skipped with --on-error skip, so they cannot be put "
@@ -164,8 +164,8 @@ class _Preprocessing:
         plan, outputs = self.plan, self.outputs
         for note in self.choice.notes:
             self.progress.note(note)
-        for record in outputs.records:
-            self._show(record, new=False)
+        if outputs.records:
+            self._show(outputs.records.total(), new=False)
         first = len(outputs.records)
         tasks = islice(to_tasks(self.sources, plan.partitions, plan.max_document_bytes), first, None)
         written = encode_and_write(
@@ -221,29 +221,29 @@ class _Preprocessing:
         """Refuse what Megatron cannot map; a shard may be empty, as long as not all are."""
         if self.plan.shard[1] > 1:
             return
-        records = self.outputs.records
+        total = self.outputs.records.total()
         tokens = Counter[str]()
         for (key, _), size in self.outputs.datasets().items():
             tokens[key] += size.tokens
         for key in self.plan.keys:
-            if not any(record.sizes[key].documents or record.skipped for record in records):
+            if not total.skipped and not (total.sizes and total.sizes[key].documents):
                 names = " ".join(file.path for file in self.plan.inputs)
                 raise _NothingToKeepError(f"no documents: {names} is empty")
             if not tokens[key]:
-                skipped = " or was skipped" if any(record.skipped for record in records) else ""
+                skipped = " or was skipped" if total.skipped else ""
                 raise _NothingToKeepError(
                     f"{self.plan.dataset_prefix(key)}: every document is empty{skipped}, so there are no "
                     f"tokens to write"
                 )
 
     def _summary(self, files: list[Path]) -> Summary:
-        records = self.outputs.records
+        total = self.outputs.records.total()
         return Summary(
-            documents=sum(record.sizes[self.plan.keys[0]].documents for record in records),
-            tokens=sum(size.tokens for record in records for size in record.sizes.values()),
-            bytes=sum(record.bytes for record in records),
-            empty=sum(number for record in records for number in record.empty.values()),
-            skipped=dict(sum((Counter(record.skipped) for record in records), Counter())),
+            documents=total.sizes[self.plan.keys[0]].documents if total.sizes else 0,
+            tokens=sum(size.tokens for size in total.sizes.values()),
+            bytes=total.bytes,
+            empty=sum(total.empty.values()),
+            skipped=total.skipped,
             encoder=self.choice.encoder.name,
             seconds=time.monotonic() - self.started,
             files=files,

@@ -23,7 +23,7 @@ from megatron_periln.data.indexed.format import BLOCK, DTYPES, HEADER, MAGIC, VE
 from megatron_periln.data.indexed.index_arrays import IndexArrays
 from megatron_periln.data.indexed.sidecar import Sidecar, check_counts, sha256_of, sidecar_path, utc_now
 from megatron_periln.data.output_files import writing
-from megatron_periln.data.preprocess.journal import Dataset
+from megatron_periln.data.preprocess.journal import Dataset, Size
 from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from megatron_periln.data.preprocess.plan import Plan, difference, partial_folder, quarantine_file
 from megatron_periln.data.readers.documents import BadDocument
@@ -79,7 +79,7 @@ def finalize_run(plan: Plan, outputs: PartialOutputs, checksums: dict[str, str],
         files += finalize_dataset(stem, prefix, outputs.dtype, checksums.get(f"{stem}.bin"), sidecar)
     if plan.max_bin_size:
         _remove_outdated(plan, outputs)
-    if plan.on_error == "quarantine" and any(record.skipped for record in outputs.records):
+    if plan.on_error == "quarantine" and outputs.records.total().skipped:
         path, partial = quarantine_file(plan.output_prefix), outputs.folder / "quarantine"
         with writing(partial):
             _write_quarantine(partial, number_lines(outputs.bad_documents))
@@ -194,7 +194,11 @@ def _sidecars(plan: Plan, outputs: PartialOutputs, encoder: str) -> dict[Dataset
     """Return what describes each dataset, but for its checksums."""
     sizes = outputs.datasets()
     bytes_read, skipped = Counter[Dataset](), {dataset: Counter[str]() for dataset in sizes}
-    for record, starts in outputs.placed():
+    if plan.max_bin_size:
+        chunks = outputs.placed()
+    else:  # each has a part of every chunk
+        chunks = iter([(outputs.records.total(), dict.fromkeys(sizes, Size(0, 0, 0)))])
+    for record, starts in chunks:
         for dataset in starts.keys() & sizes.keys():
             bytes_read[dataset] += record.bytes
             skipped[dataset].update(record.skipped)

@@ -8,34 +8,36 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import orjson
 
 from megatron_periln.data.readers.documents import BadDocument, Place
-from megatron_periln.files import sync
 
 __all__ = [
     "COMPLETE",
     "Dataset",
     "Placer",
     "Record",
+    "Records",
     "Replay",
     "Size",
     "bad_documents",
-    "copy_journal",
+    "is_complete",
     "read_journal",
 ]
 
 COMPLETE = '"complete"'
 """The line of a journal that has all chunks."""
 
+_TAIL_BYTES = 100
 _NUMBER = re.compile(rb'\{"number": (\d+),')
 
 Dataset = tuple[str, int]
@@ -94,10 +96,6 @@ class Record:
         content = {"left_out" if name == "skipped" else name: value for name, value in vars(self).items()}
         return json.dumps(content, default=vars) + "\n"
 
-    def without_bad(self) -> Record:
-        """Return the same without the documents that were skipped."""
-        return replace(self, bad=[]) if self.bad else self
-
     @classmethod
     def from_json(cls, line: Any) -> Record:
         """Read one line, text or UTF-8."""
@@ -106,13 +104,74 @@ class Record:
         except ValueError:  # a path that is not UTF-8, which orjson refuses, or a line that was cut off
             content = json.loads(line)
         content["sizes"] = {key: Size(*size) for key, size in content["sizes"].items()}
-        content["bad"] = [
-            BadDocument(Place(*place), kind, reason, text)
-            for place, kind, reason, text in (document.values() for document in content["bad"])
-        ]
-        kinds = Counter(document.kind for document in content["bad"])
-        content["skipped"] = content.pop("left_out", dict(kinds))
+        if content["bad"]:
+            content["bad"] = [
+                BadDocument(Place(*place), kind, reason, text)
+                for place, kind, reason, text in (document.values() for document in content["bad"])
+            ]
+        if "left_out" in content:
+            content["skipped"] = content.pop("left_out")
+        else:
+            content["skipped"] = dict(Counter(document.kind for document in content["bad"]))
         return cls(**content)
+
+
+class Records(Sequence[Record]):
+    """The chunks of a run, without the documents that were skipped: eight bytes a number.
+
+    There may be millions, and an object for each would take a kilobyte. All have the same keys.
+    """
+
+    def __init__(self) -> None:
+        self._keys: tuple[str, ...] = ()
+        self._numbers = array("q")
+        self._skipped: dict[int, dict[str, int]] = {}
+
+    @property
+    def _width(self) -> int:
+        return 3 + 5 * len(self._keys)
+
+    def append(self, record: Record) -> None:
+        """Add a chunk."""
+        if not self._numbers:
+            self._keys = tuple(record.sizes)
+        if record.skipped:
+            self._skipped[len(self)] = record.skipped
+        row = [record.number, record.bytes, record.weight]
+        for key in self._keys:
+            row += (*record.sizes[key], record.checksums[key], record.empty[key])
+        self._numbers.extend(row)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // self._width
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Record]: ...
+    def __getitem__(self, at: int | slice) -> Record | list[Record]:
+        """Return a chunk, or some."""
+        if isinstance(at, slice):
+            return [self[one] for one in range(len(self))[at]]
+        at = range(len(self))[at]
+        row = self._numbers[at * self._width : (at + 1) * self._width].tolist()
+        return self._record(row, self._skipped.get(at, {}))
+
+    def total(self) -> Record:
+        """Return the sum of all: their number, and what a chunk has, without checksums."""
+        rows = np.array(self._numbers, np.int64).reshape(-1, self._width)
+        skipped = Counter[str]()
+        for kinds in self._skipped.values():
+            skipped.update(kinds)
+        total = self._record(rows.sum(axis=0).tolist(), dict(skipped))
+        return replace(total, number=len(self), checksums={})
+
+    def _record(self, row: list[int], skipped: dict[str, int]) -> Record:
+        sizes, checksums, empty = {}, {}, {}
+        for at, key in enumerate(self._keys):
+            *size, checksums[key], empty[key] = row[3 + 5 * at : 8 + 5 * at]
+            sizes[key] = Size(*size)
+        return Record(row[0], sizes, checksums, empty, row[1], row[2], skipped)
 
 
 class Placer:
@@ -130,6 +189,12 @@ class Placer:
         self._itemsize, self._max = dtype.itemsize, max_bin_size
         self.ends: dict[Dataset, Size] = {}
         self._last: dict[str, int] = {}
+
+    def copy(self) -> Placer:
+        """Return another that goes on from here."""
+        other = copy(self)
+        other.ends, other._last = dict(self.ends), dict(self._last)
+        return other
 
     def place(self, sizes: dict[str, Size]) -> dict[Dataset, Size]:
         """Return the datasets that the next chunk goes to, and where in them it begins."""
@@ -152,40 +217,41 @@ class Replay:
     Parameters
     ----------
     placer
-        Places chunks as the run did, from the first.
+        Places chunks as the run did, from the first that is to come.
+    first
+        Number of that.
     """
 
-    def __init__(self, placer: Placer) -> None:
+    def __init__(self, placer: Placer, first: int = 0) -> None:
         self._placer = placer
-        self._next = 0
+        self._next = first
         self._waiting: dict[int, Record] = {}
 
     def add(self, records: Iterable[Record]) -> Iterator[tuple[Record, dict[Dataset, Size]]]:
         """Yield the chunks before which none is missing any more, by number, and where their parts begin."""
-        self._waiting.update((record.number, record) for record in records)
-        while record := self._waiting.pop(self._next, None):
-            self._next += 1
-            yield record, self._placer.place(record.sizes)
+        for known in records:
+            self._waiting[known.number] = known
+            while record := self._waiting.pop(self._next, None):
+                self._next += 1
+                yield record, self._placer.place(record.sizes)
 
 
-def read_journal(path: Path) -> tuple[list[Record], bool]:
-    """Return the chunks that a journal has, and whether they are all there are.
+def is_complete(path: Path) -> bool:
+    """Return whether the chunks that a journal has are all there are: by its last line."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return stream.read().rstrip().split(b"\n")[-1] == COMPLETE.encode()
 
-    The documents that were skipped are not read into memory.
-    """
+
+def read_journal(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """Yield the chunks of a journal as they stand there, with their lines."""
     with path.open("rb") as lines:
-        complete = any(line.rstrip() == COMPLETE.encode() for line in lines)
-    return [record.without_bad() for record, _ in _records(path)], complete
-
-
-def copy_journal(path: Path, to: Path, chunks: int, *, complete: bool) -> None:
-    """Write a journal with the first ``chunks`` of that at ``path``, and bring it to the disk."""
-    with to.open("wb") as stream:
-        for record, line in _records(path):
-            if record.number < chunks:
-                stream.write(line)
-        stream.write(f"{COMPLETE}\n".encode() * complete)
-    sync(to)
+        for line in lines:
+            try:
+                record = Record.from_json(line)
+            except (ValueError, TypeError, KeyError, AttributeError):  # the last line, or one cut off
+                continue
+            yield record, line.rstrip(b"\n") + b"\n"
 
 
 def bad_documents(path: Path) -> Iterator[BadDocument]:
@@ -201,11 +267,3 @@ def bad_documents(path: Path) -> Iterator[BadDocument]:
         for number in sorted(starts):
             stream.seek(starts[number])
             yield from Record.from_json(stream.readline()).bad
-
-
-def _records(path: Path) -> Iterator[tuple[Record, bytes]]:
-    """Yield the chunks of a journal as they stand there, with their lines."""
-    with path.open("rb") as lines:
-        for line in lines:
-            with suppress(ValueError, TypeError, KeyError, AttributeError):  # the last line, or one cut off
-                yield Record.from_json(line), line.rstrip(b"\n") + b"\n"

@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -28,10 +28,11 @@ from megatron_periln.data.preprocess.journal import (
     Dataset,
     Placer,
     Record,
+    Records,
     Replay,
     Size,
     bad_documents,
-    copy_journal,
+    is_complete,
     read_journal,
 )
 from megatron_periln.data.preprocess.plan import difference
@@ -39,7 +40,7 @@ from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import sync, try_lock
 
-__all__ = ["LOCK_SECONDS", "Location", "PartialOutputs", "checksum_of", "write_part"]
+__all__ = ["LOCK_SECONDS", "Location", "PartReader", "PartialOutputs", "write_part"]
 
 LOCK_SECONDS = 5.0
 """How long to wait for another run to leave the folder."""
@@ -87,23 +88,51 @@ def read_all(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def checksum_of(location: Location, size: Size, dtype: np.dtype) -> int | None:
-    """Return the CRC-32 of what lies where a part of ``size`` was written; None if less lies there."""
-    checksum = 0
-    itemsizes = (dtype.itemsize, np.dtype(np.int32).itemsize, np.dtype(np.int64).itemsize)
-    for suffix, start, length, itemsize in zip(_SUFFIXES, location.start, size, itemsizes, strict=True):
+class PartReader:
+    """Reads what lies on the disk; a dataset's files stay open, for a run may have 10^5 chunks.
+
+    Parameters
+    ----------
+    dtype
+        The dtype of the tokens.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._itemsizes = (dtype.itemsize, np.dtype(np.int32).itemsize, np.dtype(np.int64).itemsize)
+        self._open: dict[str, tuple[str, list[int]]] = {}
+
+    def checksum(self, key: str, location: Location, size: Size) -> int | None:
+        """Return the CRC-32 of what lies where a key's part was written; None if less lies there."""
+        checksum = 0
         try:
-            descriptor = os.open(location.stem + suffix, os.O_RDONLY)  # a journal may have 10^5 chunks
+            files = self._files(key, location.stem)
         except FileNotFoundError:
             return None
-        try:
+        for descriptor, start, length, itemsize in zip(
+            files, location.start, size, self._itemsizes, strict=True
+        ):
             data = read_all(descriptor, length * itemsize, start * itemsize)
-        finally:
-            os.close(descriptor)
-        if len(data) < length * itemsize:
-            return None
-        checksum = zlib.crc32(data, checksum)
-    return checksum
+            if len(data) < length * itemsize:
+                return None
+            checksum = zlib.crc32(data, checksum)
+        return checksum
+
+    def close(self) -> None:
+        """Close the files."""
+        for _, files in self._open.values():
+            for descriptor in files:
+                os.close(descriptor)
+        self._open.clear()
+
+    def _files(self, key: str, stem: str) -> list[int]:
+        stem_before, files = self._open.get(key, ("", []))
+        if stem_before != stem:
+            while files:
+                os.close(files.pop())
+            self._open[key] = (stem, files)
+            for suffix in _SUFFIXES:
+                files.append(os.open(stem + suffix, os.O_RDONLY | os.O_CLOEXEC))
+        return files
 
 
 class PartialOutputs:
@@ -136,10 +165,12 @@ class PartialOutputs:
         self._lock: TextIO | None = None
 
     def _forget(self) -> None:
-        self.records: list[Record] = []
+        self.records = Records()
         self._placer = self._new_placer()
         self._final = Replay(self._new_placer())
         self._seen_as_final = 0
+        self._final_ends: dict[Dataset, Size] = {}
+        """How much of the datasets was final when the run was resumed, until that is told."""
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or resume from what it holds.
@@ -178,7 +209,7 @@ class PartialOutputs:
         with writing(self.folder):
             self._journal.write(record.to_json())
             self._journal.flush()
-        self.records.append(record.without_bad())
+        self.records.append(record)
 
     def stem(self, dataset: Dataset) -> str:
         """Return the path, without suffix, of a partial dataset's files."""
@@ -197,11 +228,13 @@ class PartialOutputs:
 
         Bytes are final when their chunk and all before it were written.
         """
+        ends, self._final_ends = self._final_ends, {}
         new, self._seen_as_final = self.records[self._seen_as_final :], len(self.records)
         for record, starts in self._final.add(new):
             for dataset, start in starts.items():
-                tokens = start.tokens + record.sizes[dataset[0]].tokens
-                yield f"{self.stem(dataset)}.bin", tokens * self.dtype.itemsize
+                ends[dataset] = start + record.sizes[dataset[0]]
+        for dataset, end in ends.items():
+            yield f"{self.stem(dataset)}.bin", end.tokens * self.dtype.itemsize
 
     def bad_documents(self) -> Iterator[BadDocument]:
         """Yield the documents that go in quarantine, in order, from the disk."""
@@ -281,7 +314,7 @@ class PartialOutputs:
         journal = self.folder / "journal"
         try:
             saved = json.loads((self.folder / "run.json").read_text())
-            found, self.complete = read_journal(journal)
+            self.complete = is_complete(journal)
         except (FileNotFoundError, ValueError):  # ended before anything was written
             self._start()
             return
@@ -290,24 +323,39 @@ class PartialOutputs:
                 f"{self.folder}: cannot go on: {changed}; run as before, or start anew with --overwrite"
             )
         self.encoder = saved.get("encoder")
-        self._keep_what_is_there(found)
         # Without a line that was cut off, and the chunks that will be written again.
         temporary = journal.with_suffix(".new")
-        copy_journal(journal, temporary, len(self.records), complete=self.complete)
+        with temporary.open("wb") as stream:
+            stream.writelines(self._keep_what_is_there(journal))
+            stream.write(f"{COMPLETE}\n".encode() * self.complete)
+        sync(temporary)
         temporary.replace(journal)
         self._journal = journal.open("a", encoding="utf-8")
         self._started = True
 
-    def _keep_what_is_there(self, found: Iterable[Record]) -> None:
-        """Keep the chunks of a journal up to the first that does not lie on the disk as it says."""
-        for record, starts in Replay(self._new_placer()).add(found):
-            # What is complete may have its final name already.
-            locations = {} if self.complete else self._locations(starts)
-            for key, location in locations.items():
-                if checksum_of(location, record.sizes[key], self.dtype) != record.checksums[key]:
-                    return
-            self._placer.place(record.sizes)
-            self.records.append(record)
+    def _keep_what_is_there(self, journal: Path) -> Iterator[bytes]:
+        """Keep the chunks of a journal up to the first that does not lie on the disk; yield their lines."""
+        lines: dict[int, bytes] = {}
+
+        def records() -> Iterator[Record]:
+            for record, line in read_journal(journal):
+                lines[record.number] = line
+                yield record
+
+        with closing(PartReader(self.dtype)) as reader:
+            for record, starts in Replay(self._new_placer()).add(records()):
+                # What is complete may have its final name already.
+                locations = {} if self.complete else self._locations(starts)
+                if any(
+                    reader.checksum(key, location, record.sizes[key]) != record.checksums[key]
+                    for key, location in locations.items()
+                ):
+                    break
+                self._placer.place(record.sizes)
+                self.records.append(record)
+                yield lines.pop(record.number)
+        self._final = Replay(self._placer.copy(), len(self.records))
+        self._seen_as_final, self._final_ends = len(self.records), dict(self._placer.ends)
 
     def _new_placer(self) -> Placer:
         return Placer(self.dtype, self._max)

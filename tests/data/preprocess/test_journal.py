@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from megatron_periln.data.preprocess.journal import (
     Placer,
     Record,
+    Records,
     Replay,
     Size,
     bad_documents,
-    copy_journal,
+    is_complete,
     read_journal,
 )
 from megatron_periln.data.readers.documents import BadDocument, Place
@@ -52,28 +55,51 @@ RECORDS = st.lists(
 )
 
 
-@given(RECORDS, st.integers(1), st.integers(0, 9))
-def test_journal(
-    tmp_path_factory: pytest.TempPathFactory, records: list[Record], cut: int, chunks: int
-) -> None:
-    """Lines are read as they were written, or not at all if cut off; the documents only when asked for."""
+@given(RECORDS, st.integers(1))
+def test_journal(tmp_path_factory: pytest.TempPathFactory, records: list[Record], cut: int) -> None:
+    """Lines are read as they were written, or not at all if cut off."""
     path = tmp_path_factory.mktemp("journal") / "journal"
     lines = [record.to_json() for record in records]
-    text, kept = "".join(lines), {record.number: record.without_bad() for record in records}
+    text = "".join(lines)
+    expected = list(zip(records, map(str.encode, lines), strict=True))
     path.write_text(text)
-    assert read_journal(path) == (list(kept.values()), False)
+    assert list(read_journal(path)) == expected
+    assert not is_complete(path)
     ordered = sorted(records, key=lambda record: record.number)
     assert list(bad_documents(path)) == [document for record in ordered for document in record.bad]
     path.write_text(text + '"complete"\n')
-    assert read_journal(path) == (list(kept.values()), True)
-    copy_journal(path, path.with_name("copy"), chunks, complete=True)
-    first = [line for record, line in zip(records, lines, strict=True) if record.number < chunks]
-    assert path.with_name("copy").read_text() == "".join([*first, '"complete"\n'])
+    assert list(read_journal(path)) == expected
+    assert is_complete(path)
     path.write_text(text[:-1])  # without the end of the last line, which is whole all the same
-    assert read_journal(path) == (list(kept.values()), False)
+    assert list(read_journal(path)) == expected
     path.write_text(text[: -2 - cut % (len(lines[-1]) - 2)])
-    kept.pop(records[-1].number)
-    assert read_journal(path) == (list(kept.values()), False)
+    assert list(read_journal(path)) == expected[:-1]
+    assert not is_complete(path)
+
+
+@given(RECORDS)
+def test_records_are_kept_as_numbers(records: list[Record]) -> None:
+    """Without the documents that were skipped."""
+    kept, expected = Records(), []
+    for record in records:
+        record = replace(
+            record,
+            sizes={"a": Size(1, 2, 3), "b": Size(0, 0, record.number)},
+            checksums={"a": 1 << 32, "b": 2},
+            empty={"a": 5, "b": 0},
+            bytes=record.bytes >> 2,
+        )
+        kept.append(record)
+        expected.append(replace(record, bad=[]))
+    assert list(kept) == expected == kept[:] and kept[-1] == expected[-1] and len(kept) == len(records)
+    total = kept.total()
+    assert (total.number, total.bytes) == (len(records), sum(record.bytes for record in expected))
+    assert total.sizes == {
+        "a": Size(*(len(records) * size for size in (1, 2, 3))),
+        "b": Size(0, 0, sum(record.number for record in expected)),
+    }
+    assert total.skipped == sum((Counter(record.skipped) for record in expected), Counter())
+    assert Records().total() == Record(0, {}, {}, {}, 0, 0)
 
 
 @given(sizes=st.lists(SIZES, max_size=30), limit=st.one_of(st.none(), st.integers(1, 40)))

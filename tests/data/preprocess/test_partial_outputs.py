@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_periln.data.preprocess.journal import Record, Size
 from megatron_periln.data.preprocess.partial_outputs import (
     Location,
     PartialOutputs,
-    checksum_of,
+    PartReader,
     write_part,
 )
 from megatron_periln.errors import PreprocessError
@@ -113,13 +114,13 @@ def test_a_line_is_missing(four_chunks: Path) -> None:
 @pytest.mark.parametrize("missing", ["journal", "run.json"])
 def test_ended_before_anything_was_written(four_chunks: Path, missing: str) -> None:
     (four_chunks / missing).unlink()
-    assert open_outputs(four_chunks, resume=True).records == []
+    assert not open_outputs(four_chunks, resume=True).records
     assert not (four_chunks / "text_00000.bin").exists()
 
 
 def test_description_that_is_cut_off(four_chunks: Path) -> None:
     (four_chunks / "run.json").write_text("{")
-    assert open_outputs(four_chunks, resume=True).records == []
+    assert not open_outputs(four_chunks, resume=True).records
 
 
 def test_refused_without_a_flag(four_chunks: Path) -> None:
@@ -132,7 +133,7 @@ def test_refused_without_a_flag(four_chunks: Path) -> None:
 
 def test_started_anew(four_chunks: Path) -> None:
     outputs = open_outputs(four_chunks, overwrite=True)
-    assert outputs.records == []
+    assert not outputs.records
     assert sorted(path.name for path in four_chunks.iterdir()) == ["journal", "lock", "run.json"]
 
 
@@ -203,7 +204,7 @@ def test_encoder_of_a_restart(folder: Path) -> None:
     assert outputs.encoder is None
     write(outputs, 0)
     outputs.restart("tokenizers")
-    assert outputs.records == []
+    assert not outputs.records
     write(outputs, 0)
     outputs.close()
     assert json.loads((folder / "run.json").read_text())["encoder"] == "tokenizers"
@@ -225,7 +226,8 @@ def test_writes_that_fall_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     part = Part(np.arange(9, dtype=np.uint16), np.array([4, 5], np.int32), np.array([2], np.int64))
     location = Location(str(tmp_path / "out"), Size(2, 1, 0))
     checksum = write_part(location, part)
-    assert checksum == checksum_of(location, Size(9, 2, 1), UINT16)
+    with closing(PartReader(UINT16)) as reader:
+        assert checksum == reader.checksum("text", location, Size(9, 2, 1))
     assert np.fromfile(tmp_path / "out.bin", np.uint16).tolist() == [0, 0, *range(9)]
     assert np.fromfile(tmp_path / "out.lengths", np.int32).tolist() == [0, 4, 5]
     assert np.fromfile(tmp_path / "out.documents", np.int64).tolist() == [2]
