@@ -14,7 +14,8 @@ import pytest
 
 from megatron_periln.checkpoints.manifest import Manifest
 from tests.faults.test_fencing import ONE_BY_ONE
-from tests.parallel.jobs import COMMON, ROOT
+from tests.parallel.connecting import ROOT
+from tests.parallel.jobs import COMMON
 from tests.parallel.test_checkpoints import ASYNC
 from tests.training.model import MODEL
 

@@ -30,9 +30,11 @@ def indexed_bytes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory, indexed_bytes):
-    server = Jobs(tmp_path_factory.mktemp("jobs"), indexed_bytes)
-    yield server
-    server.close()
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    running = Jobs(tmp_path_factory.mktemp("jobs"), indexed_bytes, shared)
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

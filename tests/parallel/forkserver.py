@@ -1,9 +1,10 @@
 """Runs training jobs from one process that has imported everything once.
 
-Reads one JSON job a line from standard input, forks its ranks, and answers with one JSON line,
-until a line says end.
-Importing torch and Megatron costs seconds a process; a fork costs nothing, and without a GPU
-nothing speaks against it.
+It says the name of the socket at which it listens, until its standard input ends, and forks itself for
+each connection. The fork reads its environment, then one JSON job a line, forks the job's ranks, and
+answers with one JSON line, until a line says end.
+Importing torch, Megatron and transformers costs seconds a process; a fork costs nothing, and without a
+GPU nothing speaks against it.
 """
 
 import argparse
@@ -15,13 +16,24 @@ import importlib
 import json
 import multiprocessing.util
 import os
+import selectors
 import signal
+import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
 from tests.ports import free_port
+
+# What Megatron imports in every rank, but in functions.
+LATE = (
+    "megatron.core.datasets.helpers",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.models.mimo",
+    "multiprocessing.managers",
+    "multiprocessing.pool",
+)
 
 
 def once_a_class(read):
@@ -40,7 +52,6 @@ def warm_up():
 
     cpu.activate()
     import torch
-    import torch._dynamo  # which torch.optim imports when an optimizer is built: 0.8 s a rank
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
     from megatron.training import argument_utils
@@ -51,6 +62,10 @@ def warm_up():
     from tests.parallel import probe  # noqa: F401
 
     fixes.apply()
+    for name in LATE:
+        importlib.import_module(name)
+    # After the fixes, which then do as in a rank: 1.4 s a rank whose tokenizer is one of transformers'.
+    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
     MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
     # Megatron takes its flags' help from its sources, for each of a run's three parsers: 0.3 s a rank.
     argument_utils.ArgumentGroupFactory._get_field_docstrings = once_a_class(
@@ -148,15 +163,39 @@ def run_job(job):
     return {"exit_codes": [codes[rank] for rank in sorted(codes)], "orphans": orphans, "left": left}
 
 
-def main():
-    warm_up()
+def serve(connection, own):
+    """Run the jobs of one connection in its environment and ``own``; never returns."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # What ranks leave becomes a child of this process, which sees how it ends.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        if line == "end\n":
-            break
-        print(json.dumps(run_job(json.loads(line))), flush=True)
+    with connection, connection.makefile("rw") as stream:
+        environment = json.loads(stream.readline())
+        os.environ.clear()
+        os.environ.update(environment | own)
+        for line in stream:
+            if line == "end\n":
+                break
+            print(json.dumps(run_job(json.loads(line))), file=stream, flush=True)
+    os._exit(0)
+
+
+def main():
+    before = dict(os.environ)
+    warm_up()
+    own = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no fork of this process is waited for
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind("")  # Linux chooses a name that is free
+        listener.listen()
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        print(listener.getsockname().decode().removeprefix("\0"), flush=True)
+        while sys.stdin not in [key.fileobj for key, _ in selector.select()]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                serve(connection, own)
+            connection.close()
 
 
 if __name__ == "__main__":

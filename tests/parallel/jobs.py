@@ -1,18 +1,15 @@
 """Training jobs for tests: what to run, and what came of it."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint
 
-ROOT = Path(__file__).parents[2]
+from tests.parallel.connecting import connect
 
 COMMON = """
     --device cpu --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 64
@@ -66,24 +63,16 @@ def load_tensors(folder):
 class Jobs:
     """Runs jobs in folders of their own under ``folder``, one after the other."""
 
-    def __init__(self, folder, data):
+    def __init__(self, folder, data, shared=None):
+        """Jobs of all that name the same folder ``shared`` are forked from one server."""
         self.folder, self.data = folder, data
-        paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.parallel.forkserver"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths]), "OMP_NUM_THREADS": "1"},
-        )
-        assert json.loads(self.server.stdout.readline()) == "ready"
+        self.server = connect(shared or folder)
 
     def close(self):
-        # Closing the pipe is not enough: what the tests' process has forked may hold it open.
-        self.server.stdin.write("end\n")
-        self.server.stdin.close()
-        self.server.wait()
+        # Closing the stream is not enough: what the tests' process has forked may hold it open.
+        print("end", file=self.server, flush=True)
+        assert self.server.read() == ""
+        self.server.close()
 
     def run(
         self,
@@ -122,9 +111,8 @@ class Jobs:
 
     def submit(self, job):
         """Run a job as the server takes it; return what came of it, failed or not, if no process is left."""
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        finished = Finished(Path(job["folder"]), **json.loads(self.server.stdout.readline()))
+        print(json.dumps(job), file=self.server, flush=True)
+        finished = Finished(Path(job["folder"]), **json.loads(self.server.readline()))
         if finished.left:
             raise AssertionError(
                 f"{finished.folder.name} has left processes: {finished.left}:\n{finished.log[-6000:]}"
