@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.folders import LONGEST
+
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize("plugin", [["-p", "tests.folders"], []])
 def test_a_folder_s_tests_run_in_one_process(tmp_path, plugin):
@@ -17,7 +21,7 @@ def test_a_folder_s_tests_run_in_one_process(tmp_path, plugin):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "2", "-v", "--import-mode", "importlib", *plugin],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
@@ -27,3 +31,7 @@ def test_a_folder_s_tests_run_in_one_process(tmp_path, plugin):
         processes[folder].add(process)
     assert set(processes) == {"a", "b"}
     assert all(len(those) == 1 for those in processes.values()) == bool(plugin)
+
+
+def test_the_longest_folders_are_there():
+    assert [folder for folder in LONGEST if not list((ROOT / folder).glob("test_*.py"))] == []

@@ -6,6 +6,7 @@ tests/training/flags.json says of each flag what it does.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from argparse import ArgumentParser, Namespace
@@ -489,10 +490,15 @@ def is_idle(name: str, args: Namespace) -> bool:
 
 
 def _why_idle(name: str, group: str, args: Namespace) -> str | None:
-    rows = [(acts, reason) for pattern, (acts, reason) in _FEATURES if re.fullmatch(pattern, name)]
+    rows = _rows(name)
     for acts, reason in rows:
         if not acts(args):
             return reason
     if not rows and name not in _ACTING and not getattr(args, "perform_rl_step", False):
         return _OTHER_GROUPS.get(group)
     return None
+
+
+@functools.cache
+def _rows(name: str) -> list[tuple[_Condition, str]]:
+    return [row for pattern, row in _FEATURES if re.fullmatch(pattern, name)]

@@ -171,4 +171,23 @@ def _all_cases():
 
 
 CASES = list(_cases())
+# Those whose statistics are compared, and those of them whose training is: monitored, each is run once.
+MONITORED_CASES = [
+    *(
+        Case(placement, layout=layout)
+        for placement in ("pre", "post", "output")
+        for layout in ("TP2+SP", "PP2")
+    ),
+    *(Case("peri", layout=layout) for layout in ("TP2", "TP2+SP", "PP2", "PP2xVPP2", "CP2", "DP2")),
+    Case("peri", options="full recompute"),
+    Case("post", layout="TP2+SP", options="full recompute"),
+    Case("peri", layout="DP2", variant="distributed optimizer"),
+    Case("pre", layout="DP2", options="overlap", variant="distributed optimizer"),
+    Case("peri", "biased", "TP2xPP2+SP"),
+    Case("peri", "moe", "EP2", variant="distributed optimizer"),
+    Case("pre", "moe", "EP2xTP2+SP", variant="distributed optimizer"),
+    Case("peri", "mla", "TP2+SP"),
+    Case("output", "mtp", "PP2"),
+]
+WATCHED = frozenset(MONITORED_CASES).intersection(CASES)
 MORE_CASES = [case for case in _all_cases() if case not in CASES]

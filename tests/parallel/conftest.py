@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.parallel.cases import WATCHED
 from tests.parallel.jobs import Jobs
 from tests.parallel.report import page
 
 # Every run ends after LAST iterations; those that are compared start from one process's
 # checkpoint of iteration FIRST - 1.
 FIRST, LAST = 7, 12
+MONITOR_CHANGES = "tests.parallel.monitor_changes"
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,7 @@ def jobs(tmp_path_factory, indexed_bytes):
 
 @pytest.fixture(scope="session")
 def run(jobs):
-    """Run a case once: one process from the start, other layouts from its checkpoint."""
+    """Run a case once: one process from the start, other layouts from its checkpoint, some monitored."""
 
     @functools.cache
     def cached(case, changes=()):
@@ -52,6 +54,10 @@ def run(jobs):
             arguments += " --save-interval 1000 --no-load-rng"
         name = "-".join(str(case).replace("+", "").split(", ")).replace(" ", "_")
         name += "".join(f"-{change.rsplit('.', 1)[1]}" for change in changes)
+        if not changes:
+            watched = case in WATCHED
+            changes = (f"{MONITOR_CHANGES}.{'keep_counts' if watched else 'forbid_the_monitor'}",)
+            arguments += f" --monitor-layers all --monitor-interval {FIRST}" if watched else ""
         return jobs.run(name, arguments, case.ranks, changes=changes)
 
     return cached
