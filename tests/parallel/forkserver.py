@@ -165,7 +165,6 @@ def run_job(job):
 
 def serve(connection, own):
     """Run the jobs of one connection in its environment and ``own``; never returns."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # What ranks leave becomes a child of this process, which sees how it ends.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     with connection, connection.makefile("rw") as stream:
@@ -183,7 +182,6 @@ def main():
     before = dict(os.environ)
     warm_up()
     own = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no fork of this process is waited for
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind("")  # Linux chooses a name that is free
         listener.listen()
@@ -192,6 +190,9 @@ def main():
         print(listener.getsockname().decode().removeprefix("\0"), flush=True)
         while sys.stdin not in [key.fileobj for key, _ in selector.select()]:
             connection, _ = listener.accept()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
             if os.fork() == 0:
                 listener.close()
                 serve(connection, own)
