@@ -1,11 +1,13 @@
 """The wheel, in an environment of its own and without the checkout, does what the README shows."""
 
+import contextlib
 import json
 import os
 import random
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -79,9 +81,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     subprocess.run([*uv, "venv", str(environment)], check=True)
     python = ["--python", str(environment / "bin" / "python"), "--constraints", str(ROOT / "constraints.txt")]
     subprocess.run([*uv, "pip", "install", *python, str(wheel)], check=True)
+    share_bytecode(environment)
     folder = base / "work"
     folder.mkdir()
     return Installed(environment, folder)
+
+
+def share_bytecode(environment: Path) -> None:
+    """Link what is compiled of the same files here, where links can be: 11 s to compile again.
+
+    Python takes it only if its source is as old and as long.
+    """
+    here = Path(sysconfig.get_paths()["purelib"])
+    (there,) = environment.glob("lib/python*/site-packages")
+    with contextlib.suppress(OSError):
+        for package in ("torch", "megatron", "numpy", "sympy", "transformers", "triton"):
+            for cache in (here / package).rglob("__pycache__"):
+                target = there / cache.relative_to(here)
+                if target.parent.is_dir() and not target.exists():
+                    shutil.copytree(cache, target, copy_function=os.link)
 
 
 @pytest.fixture(scope="module")
