@@ -13,7 +13,7 @@ import megatron.core.datasets.helpers_cpp  # noqa: F401  # the compiled helpers,
 import torch
 from megatron.core import utils
 from megatron.core.datasets import utils as dataset_utils
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers, random
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.moe import upcycling_utils
 
@@ -57,18 +57,19 @@ def use_prebuilt_dataset_helpers() -> None:
 @changes(
     "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
     why="it tests `fp8 is not None`, so that False means FP8, which needs Transformer Engine: "
-    "selective recomputation of norms fails without it",
+    "selective recomputation of norms fails without it. Where it is installed, that path is left as it is: "
+    "what upstream recomputes in FP8 counts on it",
     until=(
         "patches/test_fixes.py::test_upstream_still_takes_false_for_fp8",
         "patches/test_fixes.py::test_upstream_still_cannot_recompute_norms_without_transformer_engine",
     ),
 )
 def checkpoint_without_output_off_fp8() -> None:
-    """Keep ``CheckpointWithoutOutput(fp8=False)`` off the FP8 path."""
+    """Keep ``CheckpointWithoutOutput(fp8=False)`` off the FP8 path, where there is no Transformer Engine."""
     init = CheckpointWithoutOutput.__init__
 
-    def with_false_as_none(self: Any, fp8: Any = None) -> None:
-        init(self, fp8 or None)
+    def with_false_as_none(self: Any, fp8: Any = False, *more: Any, **options: Any) -> None:
+        init(self, fp8 if random.HAVE_TE else fp8 or None, *more, **options)
 
     CheckpointWithoutOutput.__init__ = with_false_as_none
 

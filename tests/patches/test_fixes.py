@@ -80,6 +80,35 @@ def test_only_fp8_takes_the_fp8_path(fp8, takes_it):
     assert with_fixes(["checkpoint_without_output_off_fp8"], takes_the_fp8_path, fp8) is takes_it
 
 
+def takes_the_fp8_path_with_transformer_engine(fp8):
+    from megatron.core.tensor_parallel import random
+
+    random.HAVE_TE = True
+    return takes_the_fp8_path(fp8)
+
+
+@pytest.mark.parametrize("fp8", [{}, {"fp8": False}, {"fp8": None}, {"fp8": "hybrid"}])
+def test_with_transformer_engine_all_is_as_upstream_has_it(fp8):
+    fixed = with_fixes(["checkpoint_without_output_off_fp8"], takes_the_fp8_path_with_transformer_engine, fp8)
+    assert fixed is without_fixes(takes_the_fp8_path, fp8)
+
+
+def what_arrives(given):
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    arrived = {}
+    CheckpointWithoutOutput.__init__ = lambda self, fp8=False, **more: arrived.update(fp8=fp8, **more)
+    fixes.checkpoint_without_output_off_fp8()
+    CheckpointWithoutOutput(**given)
+    return arrived
+
+
+def test_other_arguments_arrive():
+    """Megatron's next version has more of them."""
+    more = {"ckpt_manager": "one", "retain_input_tensors": True}
+    assert without_fixes(what_arrives, more) == {"fp8": None, **more}
+
+
 def test_norms_are_recomputed_without_transformer_engine():
     assert with_fixes(["checkpoint_without_output_off_fp8"], recompute_without_fp8)
 
