@@ -120,6 +120,8 @@ def save_every_bucket_of_adam_state() -> None:
     many.
     """
     sharded_state = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if "cumulative_padding_stripped" in sharded_state.__code__.co_varnames:
+        return  # Upstream's own fix is there: the padding would be subtracted twice, and all be saved wrong.
 
     def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
         padded = [buffer.param_index_map for buffer in self.buffers]

@@ -11,6 +11,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 
+from megatron_periln.patches import optimizer_state
 from tests.cpu import fresh
 from tests.patches.applied import with_fixes, without_fixes
 from tests.training.small_optimizers import build_optimizer, build_optimizers, steps, train, weights
@@ -157,6 +158,23 @@ def test_upstream_still_saves_a_shared_embedding_from_the_wrong_place(torch_adam
 def test_every_bucket_is_saved_as_it_is(torch_adam):
     names = ["materialize_adam_state", "save_every_bucket_of_adam_state"]
     assert with_fixes(names, largest_difference_of_the_saved_weights) == 0
+
+
+def is_left_alone_where_upstream_fixed_it():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def sharded_state(self):
+        cumulative_padding_stripped = [0]
+        return cumulative_padding_stripped
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state
+    optimizer_state.save_every_bucket_of_adam_state()
+    return DistributedOptimizer.sharded_param_state_fully_reshardable is sharded_state
+
+
+def test_padding_is_not_subtracted_twice():
+    """Upstream's next version subtracts it; both together would save every bucket from the wrong place."""
+    assert without_fixes(is_left_alone_where_upstream_fixed_it)
 
 
 # Experts, which have an optimizer of their own under expert parallelism.
