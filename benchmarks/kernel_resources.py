@@ -48,6 +48,7 @@ class Variant:
     sublayer_bias: bool = False
     dropout: bool = False
     with_next: bool = False
+    scales: bool = False
 
     def launch_config(self, hidden_size: int) -> LaunchConfig:
         """Return its launch config for rows of this length."""
@@ -68,6 +69,11 @@ VARIANTS = (
     Variant("RMSNorm, and the next", with_next=True),
     Variant("all, and the next", layer_norm=True, sublayer_bias=True, dropout=True, with_next=True),
     Variant("all and next in fp32", "*fp32", "*fp32", True, True, True, with_next=True),
+    Variant("RMSNorm, scaled", scales=True),
+    Variant("all, scaled", layer_norm=True, sublayer_bias=True, dropout=True, scales=True),
+    Variant(
+        "all and next, scaled", layer_norm=True, sublayer_bias=True, dropout=True, with_next=True, scales=True
+    ),
 )
 
 
@@ -116,6 +122,8 @@ def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]
         types |= {"grad_out": variant.residual, "grad_sublayer_output": variant.dtype}
         types |= {"grad_out_stride": "i32", "weight_partials": "*fp32", "bias_partials": bias and "*fp32"}
         types |= {"sublayer_bias_partials": "*fp32" if variant.sublayer_bias else None}
+    if variant.scales:
+        types |= {"residual_scale": "fp32", "output_scale": "fp32", "grad_residual": variant.residual}
     if variant.with_next:
         mean = types["mean"]
         types |= {"next_weight": variant.dtype, "next_mean": mean, "next_rstd": "*fp32"}

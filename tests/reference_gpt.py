@@ -31,6 +31,7 @@ class Shape:
     bias: bool = False
     rope: bool = True
     tied: bool = False
+    qk_norm: bool = False
 
     @property
     def head_dim(self):
@@ -38,13 +39,12 @@ class Shape:
 
 
 class Norm(nn.Module):
-    def __init__(self, shape, eps):
+    def __init__(self, shape, eps, size=None):
         super().__init__()
         self.eps, self.zero_centered_gamma = eps, shape.zero_centered_gamma
-        self.weight = nn.Parameter(torch.zeros(shape.hidden_size) + (not shape.zero_centered_gamma))
-        self.bias = (
-            nn.Parameter(torch.zeros(shape.hidden_size)) if shape.normalization == "LayerNorm" else None
-        )
+        size = size or shape.hidden_size
+        self.weight = nn.Parameter(torch.zeros(size) + (not shape.zero_centered_gamma))
+        self.bias = nn.Parameter(torch.zeros(size)) if shape.normalization == "LayerNorm" else None
 
     def forward(self, x):
         gain = 1 + self.weight if self.zero_centered_gamma else self.weight
@@ -74,12 +74,15 @@ class Attention(nn.Module):
         self.key = nn.Linear(shape.hidden_size, kv_size, shape.bias)
         self.value = nn.Linear(shape.hidden_size, kv_size, shape.bias)
         self.out = nn.Linear(shape.hidden_size, shape.hidden_size, shape.bias)
+        self.query_norm, self.key_norm = (Norm(shape, shape.eps, shape.head_dim) for _ in range(2))
 
     def forward(self, x):
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
+        if self.shape.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.shape.rope:
             q, k = rotate(q), rotate(k)
         heads_per_group = self.shape.num_heads // self.shape.num_query_groups
@@ -104,9 +107,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Has both norms of each sublayer; those that the placement does not use get no gradient."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, number=1):
         super().__init__()
-        self.shape = shape
+        self.shape, self.number = shape, number
         output_eps = shape.eps if shape.output_eps is None else shape.output_eps
         self.attention_input_norm, self.mlp_input_norm = Norm(shape, shape.eps), Norm(shape, shape.eps)
         self.attention_output_norm, self.mlp_output_norm = Norm(shape, output_eps), Norm(shape, output_eps)
@@ -117,6 +120,9 @@ class Layer(nn.Module):
         return self.around(x, self.mlp, self.mlp_input_norm, self.mlp_output_norm)
 
     def around(self, x, sublayer, input_norm, output_norm):
+        layers, layer = self.shape.num_layers, self.number
+        of_attention = sublayer is self.attention
+        terms = 2 * layer + (not of_attention)  # of the stream with this one, the embedding among them
         match self.shape.placement:
             case "pre":
                 return x + sublayer(input_norm(x))
@@ -126,6 +132,19 @@ class Layer(nn.Module):
                 return x + output_norm(sublayer(input_norm(x)))
             case "output":
                 return x + output_norm(sublayer(x))
+            case "deepnorm":
+                return output_norm((2 * layers) ** 0.25 * x + sublayer(x))
+            case "keel":
+                return output_norm(2 * layers * x + sublayer(input_norm(x)))
+            case "ln-scaling":
+                return x + sublayer(input_norm(x) / layer**0.5)
+            case "mix-ln":
+                of_first_quarter = 4 * layer <= layers
+                return output_norm(x + sublayer(x)) if of_first_quarter else x + sublayer(input_norm(x))
+            case "hybrid-norm":
+                return output_norm(x + sublayer(x)) if of_attention else x + sublayer(x)
+            case "scaled-peri":
+                return (terms - 1) ** 0.5 / terms**0.5 * x + output_norm(sublayer(input_norm(x))) / terms**0.5
 
 
 class ReferenceGPT(nn.Module):
@@ -135,7 +154,7 @@ class ReferenceGPT(nn.Module):
         self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
         self.embedding_norm = Norm(shape, shape.eps)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
+        self.layers = nn.ModuleList(Layer(shape, i + 1) for i in range(shape.num_layers))
         self.final_norm = Norm(shape, shape.eps)
         self.unembedding = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tied:
@@ -150,7 +169,7 @@ class ReferenceGPT(nn.Module):
             x = self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x)
-        if self.shape.placement != "post":
+        if self.shape.placement not in ("post", "deepnorm", "keel"):
             x = self.final_norm(x)
         return self.unembedding(x)
 
@@ -168,6 +187,8 @@ def megatron_names(model):
         names[prefix + "input_layernorm"] = [layer.attention_input_norm]
         names[prefix + "self_attention.linear_qkv"] = [attention.query, attention.key, attention.value]
         names[prefix + "self_attention.linear_proj"] = [attention.out]
+        names[prefix + "self_attention.q_layernorm"] = [attention.query_norm]
+        names[prefix + "self_attention.k_layernorm"] = [attention.key_norm]
         names[prefix + "self_attn_bda.norm"] = [layer.attention_output_norm]
         names[prefix + "pre_mlp_layernorm"] = [layer.mlp_input_norm]
         names[prefix + "mlp.linear_fc1"] = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]

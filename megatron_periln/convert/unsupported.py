@@ -108,10 +108,10 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
     """Return what ``target`` doesn't support of ``architecture``; nothing if it computes the same."""
     found = []
     placement, name = architecture.placement, target.name
-    if placement.name != target.placement:
+    if placement.label != target.placement:
         found.append(
             UnsupportedFeature(
-                f"its norm placement is {placement.name} and {name}'s is {target.placement}",
+                f"its norm placement is {placement.label} and {name}'s is {target.placement}",
                 f"--norm-placement {target.placement}",
             )
         )
@@ -180,7 +180,12 @@ def choose_target(architecture: Architecture, name: str = "auto") -> tuple[Targe
         return target, (
             f"it computes {architecture.placement.name}{norms}, and runs in {target.runs_in}{others}"
         )
-    same_placement = [t.name for t in TARGETS.values() if t.placement == architecture.placement.name]
+    same_placement = [t.name for t in TARGETS.values() if t.placement == architecture.placement.label]
+    if not same_placement:
+        raise UsageError(
+            f"no target can express norm placement {architecture.placement.label}: there are those of pre, "
+            "peri, output and post"
+        )
     nearest = min(same_placement, key=lambda each: len(unsupported[each]))
     raise UsageError(
         f"no target can express this model. The nearest is {nearest}: {_explain(unsupported[nearest])}"

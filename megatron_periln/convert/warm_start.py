@@ -101,7 +101,7 @@ def insert_output_norms(
     checkpoint = Checkpoint(load, step)
     refuse_unsupported(checkpoint.args)
     placement = placement_of(checkpoint.args)
-    if placement.name != "pre":
+    if placement.label != "pre":
         raise UsageError(
             f"--load {load} has norm placement {placement.structure()}; only pre can be given norms"
         )

@@ -9,12 +9,21 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_periln.models.residual_adds import SLOTS, check_slots
-from megatron_periln.norms import EmbeddingNorm, FusedInputNorm, NormedBiasDropoutAdd, NormPlacement
+from megatron_periln.models.initial_scale import scale_initial_weights
+from megatron_periln.models.residual_adds import SLOTS, check_slots, rule_of
+from megatron_periln.norms import (
+    EmbeddingNorm,
+    FusedInputNorm,
+    NormedBiasDropoutAdd,
+    NormPlacement,
+    ScaledInputNorm,
+)
 from megatron_periln.patches.tensor_parallel_gradients import fix_delta_nets, fix_latent_attention
 from megatron_periln.patches.transformer_layers import gather_before_graphs, keep_grad_mode_of_caller
 
 __all__ = ["finish_model"]
+
+_INPUT_NORMS = {"self_attn_bda": "input_layernorm", "mlp_bda": "pre_mlp_layernorm"}
 
 
 def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> None:
@@ -27,12 +36,24 @@ def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> Non
     """
     for layer in model.modules():
         if isinstance(layer, TransformerLayer | MambaLayer):
+            _set_scales(layer, placement)
             _finish_layer(layer)
     fix_latent_attention(model)
     fix_delta_nets(model)
     if placement.embedding and model.pre_process:
         EmbeddingNorm(model.config).attach(model)
+    if placement.initial_scale != 1.0:
+        scale_initial_weights(model, placement)
     check_slots(model, placement)
+
+
+def _set_scales(layer: Any, placement: NormPlacement) -> None:
+    """Give a layer's norms and adds the scales of its place, by the number that Megatron has given it."""
+    for slot, norm in ((slot, _INPUT_NORMS.get(slot)) for slot in SLOTS):
+        if isinstance(bda := getattr(layer, slot, None), NormedBiasDropoutAdd):
+            bda.set_scales(rule_of(layer, slot, placement))
+        if norm and isinstance(input_norm := getattr(layer, norm, None), ScaledInputNorm):
+            input_norm.scale = rule_of(layer, slot, placement).input_scale
 
 
 def _finish_layer(layer: Any) -> None:

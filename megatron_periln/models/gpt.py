@@ -21,12 +21,14 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training import global_vars
 from megatron.training.models import gpt as upstream
 from megatron.training.models.base import ModelConfig
 
 from megatron_periln.models.finish import finish_model
 from megatron_periln.models.from_arguments import transformer_config
+from megatron_periln.models.initial_scale import with_plain_output_projections
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.specs import with_l2_norms
@@ -59,7 +61,12 @@ class GPTModelBuilder(upstream.GPTModelBuilder):
     def __init__(self, model_config: GPTModelConfig) -> None:
         model_config = _dense_while_upcycling(model_config)
         placed = functools.partial(placed_layer_spec, base=model_config.transformer_layer_spec)
-        super().__init__(changed_config(model_config, transformer_layer_spec=placed))
+        transformer = with_plain_output_projections(model_config.transformer, model_config.norm_placement)
+        if not model_config.norm_placement.same_norms:
+            # A checkpoint that stacks the layers' parameters would want each of them in every layer.
+            transformer = copy.copy(transformer)
+            transformer.hetereogenous_dist_checkpoint = True
+        super().__init__(changed_config(model_config, transformer=transformer, transformer_layer_spec=placed))
 
     def build_model(
         self,
@@ -123,10 +130,12 @@ def placed_layer_spec(
     if isinstance(base, ModuleSpec):
         layers = [base] * get_num_layers_to_build(config.transformer, vp_stage)
         base = TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNormImpl)
-    return _place(base, config)
+    in_pipeline = config.transformer.pipeline_model_parallel_size > 1
+    before = get_transformer_layer_offset(config.transformer, vp_stage) if in_pipeline else 0
+    return _place(base, config, first_layer=before + 1)
 
 
-def _place(spec: Any, config: GPTModelConfig) -> Any:
+def _place(spec: Any, config: GPTModelConfig, first_layer: int = 1) -> Any:
     if config.transformer.qk_l2_norm:
         spec = with_l2_norms(spec)
     return place_norms(
@@ -134,4 +143,5 @@ def _place(spec: Any, config: GPTModelConfig) -> Any:
         config.norm_placement,
         config.transformer,
         fuse_pre_mlp_norm=config.fuse_pre_mlp_norm,
+        first_layer=first_layer,
     )

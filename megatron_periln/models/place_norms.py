@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
-from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayerSubmodules,
@@ -30,8 +30,11 @@ from megatron_periln.norms import (
     NoNorm,
     NormedBiasDropoutAdd,
     NormPlacement,
+    ScaledInputNorm,
+    SublayerRule,
 )
 from megatron_periln.norms.arguments import why_norms_stay_apart
+from megatron_periln.norms.formulas import Place
 
 __all__ = ["place_norms"]
 
@@ -57,7 +60,12 @@ _MLP_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def place_norms[Spec](
-    spec: Spec, placement: NormPlacement, config: TransformerConfig, *, fuse_pre_mlp_norm: bool = False
+    spec: Spec,
+    placement: NormPlacement,
+    config: TransformerConfig,
+    *,
+    fuse_pre_mlp_norm: bool = False,
+    first_layer: int = 1,
 ) -> Spec:
     """Return ``spec`` with its norms placed; ``spec`` itself is left as it was.
 
@@ -76,6 +84,9 @@ def place_norms[Spec](
         Whether attention's output norm and the MLP's input norm become one kernel: the input norm then
         stands before the MLP's first linear, not in it. `megatron_periln.models.finish.finish_model` connects
         them.
+    first_layer
+        Which of the model's layers the spec is of, counted from 1, or its first: the placement may have other
+        norms in others. Scales are left to `finish_model`.
 
     Returns
     -------
@@ -97,16 +108,17 @@ def place_norms[Spec](
         the bias-dropout-adds (``inference_fuse_tp_communication``); or if ``fuse_pre_mlp_norm`` has not both
         norms to fuse, or recomputes one of them; or if ``fused_residual_rmsnorm`` has an fp32 residual.
     """
-    if config.inference_fuse_tp_communication and (placement.output or placement.after_add):
+    if config.inference_fuse_tp_communication and not placement.adds_plainly:
         raise ValueError(
             f"inference_fuse_tp_communication adds the residual without norm placement {placement.name!r}'s "
             "norm; turn it off or choose pre"
         )
-    place: Callable[[Any], Any] = functools.partial(
+    place: Callable[..., Any] = functools.partial(
         place_norms, placement=placement, config=config, fuse_pre_mlp_norm=fuse_pre_mlp_norm
     )
     if isinstance(spec, TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules):
-        changes: dict[str, Any] = {"layer_specs": [place(layer) for layer in spec.layer_specs or []]}
+        layers = enumerate(spec.layer_specs or [], first_layer)
+        changes: dict[str, Any] = {"layer_specs": [place(layer, first_layer=i) for i, layer in layers]}
         if isinstance(spec, TransformerBlockSubmodules):
             changes |= _norms_of_stream(spec, config, "layer_norm")
             if not placement.final:
@@ -120,11 +132,17 @@ def place_norms[Spec](
             changes["layer_norm"] = NoNorm
         return replace(spec, **changes)
     if isinstance(spec, MambaLayerSubmodules):
-        return replace(spec, **_normed_bdas(spec, placement, config), **_input_norm_of_mamba(spec, placement))
+        rules = _rules(placement, config, first_layer)
+        bdas = _normed_bdas(spec, placement, config, rules)
+        return replace(spec, **bdas, **_input_norm_of_mamba(spec, placement))
     if isinstance(spec, TransformerLayerSubmodules):
         if fuse_pre_mlp_norm:
             _check_fusion(spec, placement, config)
-        placed = replace(spec, **_normed_bdas(spec, placement, config), **_input_norms(spec, placement))
+        rules = _rules(placement, config, first_layer)
+        bdas = _normed_bdas(spec, placement, config, rules)
+        placed = replace(spec, **bdas, **_without_input_norms(spec, placement, rules))
+        if placement.input_scale != 1.0:
+            return _with_scaled_input_norms(placed, rules)
         if placement.input and config.fp32_residual_connection:
             placed = _with_norms_of_fp32_stream(placed, config)
         elif placement.input and placement.output and _wants_input_norms_apart(config):
@@ -135,19 +153,34 @@ def place_norms[Spec](
             )
         return _with_fused_norm(placed) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
-        return with_submodules(spec, place(spec.submodules))
+        return with_submodules(spec, place(spec.submodules, first_layer=first_layer))
     raise TypeError(f"place_norms takes a layer or block spec of Megatron's, not {spec!r}")
+
+
+Rules = dict[bool, SublayerRule]
+"""The rule of a layer's attention, under True, and that of its MLP, under False."""
+
+
+def _rules(placement: NormPlacement, config: TransformerConfig, layer: int) -> Rules:
+    hybrid, layers = config.is_hybrid_model, config.num_layers
+    layer = 1 if hybrid else layer  # a hybrid model has one spec for all its layers of a kind
+    return {kind: placement.at(Place.of_layer(layer, layers, kind, hybrid)) for kind in (True, False)}
 
 
 def _normed_bdas(
     layer: TransformerLayerSubmodules | MambaLayerSubmodules,
     placement: NormPlacement,
     config: TransformerConfig,
+    rules: Rules,
 ) -> dict[str, ModuleSpec]:
-    if not (placement.output or placement.after_add):
-        return {}
-    bda = ModuleSpec(module=NormedBiasDropoutAdd, params={"config": config, "placement": placement})
-    return {name: bda for name in SLOTS if getattr(layer, name, IdentityFuncOp) is not IdentityFuncOp}
+    bdas = {}
+    for name in SLOTS:
+        rule = rules[name != "mlp_bda"]
+        plain = placement.adds_plainly if config.is_hybrid_model else rule.adds_plainly
+        if not plain and getattr(layer, name, IdentityFuncOp) is not IdentityFuncOp:
+            params = {"config": config, "placement": placement, "rule": rule}
+            bdas[name] = ModuleSpec(module=NormedBiasDropoutAdd, params=params)
+    return bdas
 
 
 def _input_norm_of_mamba(layer: MambaLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
@@ -164,16 +197,33 @@ def _without_input_norm(placement: NormPlacement) -> str:
     return f"norm placement {placement.name!r} has no input norm; choose pre or peri"
 
 
-def _input_norms(layer: TransformerLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
-    if placement.input:
-        return {}
-    why = _without_input_norm(placement)
-    return {
-        "input_layernorm": NoNorm,
-        "pre_mlp_layernorm": NoNorm,
-        "self_attention": _unfuse_input_norm(layer.self_attention, why),
-        "mlp": _unfuse_input_norm(layer.mlp, why),
+def _without_input_norms(
+    layer: TransformerLayerSubmodules, placement: NormPlacement, rules: Rules
+) -> dict[str, Any]:
+    why, changes = _without_input_norm(placement), dict[str, Any]()
+    if not rules[True].input:
+        changes |= {
+            "input_layernorm": NoNorm,
+            "self_attention": _unfuse_input_norm(layer.self_attention, why),
+        }
+    if not rules[False].input:
+        changes |= {"pre_mlp_layernorm": NoNorm, "mlp": _unfuse_input_norm(layer.mlp, why)}
+    return changes
+
+
+def _with_scaled_input_norms(layer: TransformerLayerSubmodules, rules: Rules) -> TransformerLayerSubmodules:
+    """Put a norm of ours, which multiplies what it gives, in the place of each input norm."""
+    apart = _with_separate_input_norms(
+        layer, ScaledInputNorm, "its scale wants that norm by itself; choose another norm placement"
+    )
+    norms = {True: "input_layernorm", False: "pre_mlp_layernorm"}
+    sublayers = {True: layer.self_attention, False: layer.mlp}
+    scaled = {
+        norms[kind]: ScaledInputNorm
+        for kind, rule in rules.items()
+        if rule.input and sublayers[kind] is not IdentityOp
     }
+    return replace(apart, **scaled)
 
 
 def _check_fusion(

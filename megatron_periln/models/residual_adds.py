@@ -7,15 +7,24 @@ a list of flags: the model that was built is looked at, and after its first forw
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from weakref import WeakSet
 
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from torch import nn
 
 from megatron_periln.errors import UsageError
-from megatron_periln.norms import NormedBiasDropoutAdd, NormPlacement, OutputNorm, PostNorm
+from megatron_periln.norms import (
+    NormedBiasDropoutAdd,
+    NormPlacement,
+    OutputNorm,
+    PlainAdd,
+    PostNorm,
+    SublayerRule,
+)
+from megatron_periln.norms.formulas import Place
 
-__all__ = ["SLOTS", "check_calls", "check_slots"]
+__all__ = ["SLOTS", "check_calls", "check_slots", "rule_of"]
 
 SLOTS = {
     "self_attn_bda": "self_attention",
@@ -28,6 +37,23 @@ SLOTS = {
 _seen_to_call: WeakSet[nn.Module] = WeakSet()
 
 
+def rule_of(layer: Any, slot: str, placement: NormPlacement) -> SublayerRule:
+    """Return the rule of a built layer's sublayer, by the number that Megatron has given the layer.
+
+    Parameters
+    ----------
+    layer
+        One of Megatron's; layers of multi-token prediction are counted by themselves.
+    slot
+        Its bias-dropout-add, a key of `SLOTS`.
+    placement
+        The model's.
+    """
+    config = layer.config
+    number, attention = getattr(layer, "layer_number", 1), slot != "mlp_bda"
+    return placement.at(Place.of_layer(number, config.num_layers, attention, config.is_hybrid_model))
+
+
 def check_slots(model: nn.Module, placement: NormPlacement) -> None:
     """Check that a built pipeline stage has the norm of ``placement`` at every residual add.
 
@@ -36,9 +62,9 @@ def check_slots(model: nn.Module, placement: NormPlacement) -> None:
     UsageError
         If a layer has no such place, or something else in it; the message names the first of them.
     """
-    if not (placement.output or placement.after_add):
+    if placement.adds_plainly:
         return
-    for name, reason in _faults(model, OutputNorm if placement.output else PostNorm):
+    for name, reason in _faults(model, placement):
         raise UsageError(
             f"norm placement {placement.name!r}: {name} {reason}, and would train as Pre-LN does; choose "
             "other layers (--spec, --hybrid-layer-pattern, --experimental-attention-variant), or pre"
@@ -64,7 +90,7 @@ def check_calls(model: nn.Module) -> None:
             )
 
 
-def _faults(model: nn.Module, norm: type[nn.Module]) -> Iterator[tuple[str, str]]:
+def _faults(model: nn.Module, placement: NormPlacement) -> Iterator[tuple[str, str]]:
     """Yield the name of each layer without its norms, and what is wrong with it."""
     stacked = {id(layer) for stack in model.modules() for layer in getattr(stack, "layers", None) or ()}
     for name, layer in model.named_modules():
@@ -75,9 +101,19 @@ def _faults(model: nn.Module, norm: type[nn.Module]) -> Iterator[tuple[str, str]
         for slot in slots:
             if _is_nothing(getattr(layer, SLOTS[slot], None)):
                 continue
-            bda = getattr(layer, slot)
-            if not isinstance(bda, NormedBiasDropoutAdd) or type(bda.norm) is not norm:
+            bda, rule = getattr(layer, slot), rule_of(layer, slot, placement)
+            if rule.adds_plainly and not isinstance(bda, NormedBiasDropoutAdd):
+                continue
+            if not isinstance(bda, NormedBiasDropoutAdd) or type(bda.norm) is not _norm_class(rule):
                 yield name, f"({kind}) adds the output of its {SLOTS[slot]} without the norm"
+            elif (bda.norm.residual_scale, bda.norm.output_scale) != (rule.residual_scale, rule.output_scale):
+                yield name, f"({kind}) adds the output of its {SLOTS[slot]} with other scales"
+
+
+def _norm_class(rule: SublayerRule) -> type[nn.Module]:
+    if rule.output:
+        return OutputNorm
+    return PostNorm if rule.after_add else PlainAdd
 
 
 def _is_container(layer: nn.Module) -> bool:

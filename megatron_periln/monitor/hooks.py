@@ -23,7 +23,7 @@ from megatron_periln.monitor.layer_sums import (
     square_and_variance,
 )
 from megatron_periln.monitor.statistics import STREAM_MAX_ABS, SUBLAYERS
-from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PostNorm
+from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PlainAdd, PostNorm
 from megatron_periln.patches.transformer_layers import replace_bda, without_graphs
 
 __all__ = ["recomputing", "watched"]
@@ -148,7 +148,7 @@ def _see_output(
     sums: Sums,
     sublayer: str,
     row: int,
-    norm: OutputNorm | PostNorm | None,
+    norm: OutputNorm | PostNorm | PlainAdd | None,
     output: Tensor,
     bias: Tensor | None,
     residual: Tensor,
@@ -156,8 +156,14 @@ def _see_output(
     x = output.float() if bias is None else output.float() + bias.float()
     before = square_and_variance(x)
     added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else before
-    sums.add(sublayer, row, per_token([*before, *added, residual.float().square().mean(-1)]))
-    if norm is not None:
+    stream = residual.float().square().mean(-1)
+    if norm is not None and norm.scales:
+        of_stream, of_output = norm.scales
+        added = (added[0] * of_output**2, added[1] * of_output**2)
+        stream = stream * of_stream**2
+        sums.add(f"{sublayer}_scales", row, torch.tensor([1.0, of_stream, of_output]).to(sums.sums))
+    sums.add(sublayer, row, per_token([*before, *added, stream]))
+    if isinstance(norm, OutputNorm | PostNorm):
         weight = norm.weight.float() + norm.zero_centered_gamma
         sums.add(f"{sublayer}_weight", row, torch.stack([torch.ones_like(weight), weight]).sum(1))
         sums.include(SUBLAYERS[sublayer].gain_max, row, weight.amax())

@@ -31,6 +31,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SUBLAYERS, ("tokens", *_OF_OUTPUT, "residual_mean_square")),
     **dict.fromkeys(_PARAMETER_GRADIENTS, ("tensors", "square")),
     **{f"{sublayer}_weight": ("elements", "sum") for sublayer in SUBLAYERS},
+    **{f"{sublayer}_scales": ("microbatches", "residual_scale", "output_scale") for sublayer in SUBLAYERS},
     "loss": ("tokens",),
 }
 _COLUMNS = [(group, name) for group, names in _GROUPS.items() for name in names]

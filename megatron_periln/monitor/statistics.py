@@ -122,7 +122,8 @@ NORM_GRADIENT_NORM = Statistic(
 class SublayerStatistics(NamedTuple):
     """The statistics of attention, or of the MLP, in the order of the file.
 
-    ``output_`` is what is added to the stream, after the output norm; ``gain_`` are that norm's weights.
+    ``output_`` is what is added to the stream, after the output norm and its scale; ``gain_`` are that norm's
+    weights.
     """
 
     mean_square: Statistic
@@ -134,6 +135,8 @@ class SublayerStatistics(NamedTuple):
     gain_mean: Statistic
     gain_min: Statistic
     gain_max: Statistic
+    residual_scale: Statistic
+    output_scale: Statistic
 
 
 def _of_sublayer(name: str, called: str, letter: str) -> SublayerStatistics:
@@ -148,6 +151,10 @@ def _of_sublayer(name: str, called: str, letter: str) -> SublayerStatistics:
 
     def of_weight(part: str, meaning: str, made_of: Quotient | Extreme) -> Statistic:
         return Statistic(f"{name}_gain_{part}", meaning, made_of, "weight", logarithmic=False)
+
+    def of_scales(part: str, meaning: str) -> Statistic:
+        made_of = Quotient(f"{name}_scales", part, "microbatches")
+        return Statistic(f"{name}_{part}", meaning, made_of, "scale", logarithmic=False)
 
     return SublayerStatistics(
         per_token("mean_square", f"{square} of {called}'s output {letter} before its output norm"),
@@ -169,6 +176,8 @@ def _of_sublayer(name: str, called: str, letter: str) -> SublayerStatistics:
         of_weight("mean", f"mean of the weight of {called}'s output norm", mean),
         of_weight("min", "its minimum", Extreme(weight, sign=-1)),
         of_weight("max", "its maximum", Extreme(weight)),
+        of_scales("residual_scale", f"what multiplies the stream that {called} adds to"),
+        of_scales("output_scale", f"what multiplies {called}'s output, after its output norm"),
     )
 
 
@@ -202,6 +211,7 @@ _OF_A_FORWARD = [
     for of in SUBLAYERS.values()
     for statistic in (
         of.mean_square, of.variance, of.gain_mean, of.gain_min, of.gain_max,
+        of.residual_scale, of.output_scale,
         of.output_mean_square, of.output_variance, of.ratio,
     )
 ]  # fmt: skip

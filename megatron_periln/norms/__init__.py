@@ -9,9 +9,11 @@ from megatron_periln.norms.modules import (
     Norm,
     NormedBiasDropoutAdd,
     OutputNorm,
+    PlainAdd,
     PostNorm,
+    ScaledInputNorm,
 )
-from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement
+from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement, SublayerRule
 
 __all__ = [
     "OUTPUT",
@@ -28,5 +30,8 @@ __all__ = [
     "NormPlacement",
     "NormedBiasDropoutAdd",
     "OutputNorm",
+    "PlainAdd",
     "PostNorm",
+    "ScaledInputNorm",
+    "SublayerRule",
 ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_periln.errors import UsageError
 from megatron_periln.norms.kernels import BACKENDS, MAX_NORM_ADD_NORM_HIDDEN_SIZE
@@ -15,8 +19,10 @@ __all__ = [
     "add_norm_arguments",
     "placement_flags",
     "placement_of",
+    "read_norm_rule",
     "set_placement",
     "why_norms_stay_apart",
+    "why_rule_does_not_fit",
 ]
 
 GROUP = "norm placement"
@@ -30,6 +36,15 @@ _STOCK: dict[str, Any] = {
     "output_norm_epsilon": None,
 }
 
+# What has other initial weights than attention and a dense MLP, as `models.initial_scale` knows them.
+_OTHER_INITIAL_WEIGHTS = (
+    *("num_experts", "multi_latent_attention", "spec", "experimental_attention_variant"),
+    *("heterogeneous_layers_config_path", "attention_output_gate", "use_megatron_fsdp", "fp8_param_gather"),
+)
+
+# Flags that change one part each of the placement's rule.
+_SCALES = ("residual_scale", "output_scale", "input_scale")
+
 
 def add_norm_arguments(parser: ArgumentParser) -> None:
     """Add the norms' group of flags to a parser."""
@@ -38,9 +53,17 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--norm-placement",
         choices=tuple(PLACEMENTS),
         default="peri",
-        help="where norms stand around each sublayer M: pre x+M(N(x)), post N(x+M(x)), peri x+N(M(N(x))), "
-        "output x+N(M(x)); default: peri",
+        metavar="P",
+        help="pre x+M(N(x)), post N(x+M(x)), peri x+N(M(N(x))), output x+N(M(x)); "
+        f"{' '.join(list(PLACEMENTS)[4:])}; default: peri",
     )
+    for name, letter, what in (
+        ("--residual-scale", "A", "the stream"),
+        ("--output-scale", "B", "what is added"),
+        ("--input-scale", "S", "input norms"),
+    ):
+        group.add_argument(name, metavar=letter, help=f"times {what}: a number, or a formula of layer l")
+    group.add_argument("--norm-rule", metavar="FILE", help="YAML that changes the rule (docs/rules.md)")
     group.add_argument(
         "--embedding-norm",
         action=BooleanOptionalAction,
@@ -51,25 +74,30 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         "--output-norm-init",
         choices=("ones", "depth-scaled"),
         default="ones",
-        help="start at 1, or at 1/sqrt(num_layers); default: ones",
+        metavar="W",
+        help="ones, or depth-scaled (1/sqrt(layers)); default: ones",
     )
     group.add_argument(
         "--freeze-output-norm", action="store_true", help="keep output norms' weights at their start"
     )
     group.add_argument(
-        "--output-norm-epsilon", type=float, default=None, help="default: that of --norm-epsilon"
+        "--output-norm-epsilon",
+        type=float,
+        metavar="E",
+        default=None,
+        help="default: that of --norm-epsilon",
     )
     group.add_argument(
         "--norm-backend",
         choices=BACKENDS,
         default="auto",
-        help="Triton kernels, torch.compile or torch; default: auto",
+        metavar="NAME",
+        help="auto, triton, compile or torch; default: auto",
     )
     group.add_argument(
         "--fuse-pre-mlp-norm",
         action="store_true",
-        help="peri: attention's output norm and the MLP's input norm as one kernel, up to hidden size "
-        f"{MAX_NORM_ADD_NORM_HIDDEN_SIZE}",
+        help=f"peri: two norms as one kernel, up to hidden size {MAX_NORM_ADD_NORM_HIDDEN_SIZE}",
     )
 
 
@@ -83,16 +111,67 @@ def placement_of(args: Namespace) -> NormPlacement:
     """
     name, embedding, init, freeze, epsilon = (getattr(args, name, stock) for name, stock in _STOCK.items())
     try:
-        return NormPlacement.named(name).with_options(
-            embedding=embedding, output_norm_init=init, freeze_output_norm=freeze, output_norm_epsilon=epsilon
+        return (
+            NormPlacement.named(name)
+            .changed(_changes(args))
+            .with_options(
+                embedding=embedding,
+                output_norm_init=init,
+                freeze_output_norm=freeze,
+                output_norm_epsilon=epsilon,
+            )
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
+def read_norm_rule(args: Namespace) -> None:
+    """Put what the file of ``--norm-rule`` says in its place, so that checkpoints remember it.
+
+    Raises
+    ------
+    UsageError
+        If it can't be read, or holds no mapping.
+    """
+    given = getattr(args, "norm_rule", None)
+    if given is None or given.startswith("{"):
+        return
+    args.norm_rule = None
+    try:
+        rule = yaml.safe_load(Path(given).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"--norm-rule {given}: cannot be read: {reason}") from error
+    if not isinstance(rule, dict):
+        raise UsageError(f"--norm-rule {given}: has no names with values, such as residual_scale: 0.5")
+    args.norm_rule = json.dumps({str(name): value for name, value in rule.items()}, default=str)
+
+
+def _changes(args: Namespace) -> dict[str, Any]:
+    """Return what arguments change of the rule of their placement."""
+    text = getattr(args, "norm_rule", None)
+    try:
+        changes: dict[str, Any] = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--norm-rule {text}: is no JSON; give it, or a file of YAML") from error
+    for name in _SCALES:
+        if (value := getattr(args, name, None)) is None:
+            continue
+        if name in changes:
+            raise UsageError(f"--{name.replace('_', '-')} and --norm-rule both give it; give it once")
+        try:
+            changes[name] = float(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
 def set_placement(args: Namespace, placement: NormPlacement) -> None:
     """Make ``args`` ask for ``placement``."""
     args.norm_placement = placement.name
+    args.norm_rule = json.dumps(placement.changes()) if placement.changes() else None
+    for name in _SCALES:
+        setattr(args, name, None)
     args.embedding_norm = placement.embedding
     args.output_norm_init = placement.output_norm_init
     args.freeze_output_norm = placement.freeze_output_norm
@@ -100,9 +179,49 @@ def set_placement(args: Namespace, placement: NormPlacement) -> None:
 
 
 def placement_flags(placement: NormPlacement) -> list[list[str]]:
-    """Return the flags for where a placement's norms stand, each with its value; not for its options."""
+    """Return the flags for a placement's rule, each with its value; not for its options."""
     embedding = "--embedding-norm" if placement.embedding else "--no-embedding-norm"
-    return [["--norm-placement", placement.name], [embedding]]
+    changes = placement.changes()
+    rule = [["--norm-rule", json.dumps(changes)]] if changes else []
+    return [["--norm-placement", placement.name], *rule, [embedding]]
+
+
+def why_rule_does_not_fit(args: Namespace, placement: NormPlacement) -> str | None:
+    """Return why a placement's rule can't be that of the model that ``args`` describe, None if it can.
+
+    Parameters
+    ----------
+    args
+        Megatron's arguments, not yet validated.
+    placement
+        That of ``args``.
+    """
+    hybrid, depth = bool(args.hybrid_layer_pattern), placement.goes_by_depth
+    start = placement.initial_scale != 1.0
+    other_layers = [getattr(args, name, None) for name in _OTHER_INITIAL_WEIGHTS]
+    reasons = {
+        "--hybrid-layer-pattern has the same norms in all layers of a symbol, none scaled; choose another": (
+            hybrid and (not placement.same_norms or placement.input_scale != 1.0)
+        ),
+        "it goes by depth, and the layers of --mtp-num-layers are at none; choose another": (
+            args.mtp_num_layers and depth
+        ),
+        "its initial weights are those of attention and a dense MLP, and these flags build other layers; "
+        "choose another": start and (hybrid or args.mtp_num_layers or any(other_layers)),
+        "it norms queries and keys in the place of attention's input; give --qk-layernorm": (
+            placement.name == "hybrid-norm" and not args.qk_layernorm
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return f"--norm-placement {placement.label}: {reason}"
+    if not args.num_layers or hybrid:
+        return None
+    try:
+        placement.rules(args.num_layers)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def why_norms_stay_apart(
@@ -128,6 +247,8 @@ def why_norms_stay_apart(
     """
     reasons = {
         f"--norm-placement {placement.name} has not both norms": not (placement.input and placement.output),
+        f"--norm-placement {placement.label} has not the same norms in every layer": not placement.same_norms,
+        "--input-scale is not of its kernel": placement.input_scale != 1.0,
         "--hybrid-layer-pattern has no layers of attention and MLP": not whole_layers,
         "--recompute-modules layernorm recomputes that norm alone": "layernorm" in recomputed,
         "--offload-modules mlp_norm offloads that norm alone": "mlp_norm" in offloaded,

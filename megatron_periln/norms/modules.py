@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
-from megatron_periln.norms.placement import NormPlacement
+from megatron_periln.norms.placement import NormPlacement, SublayerRule
 
 __all__ = [
     "EngineInputNorm",
@@ -27,11 +27,14 @@ __all__ = [
     "NormParameters",
     "NormedBiasDropoutAdd",
     "OutputNorm",
+    "PlainAdd",
     "PostNorm",
+    "ScaledInputNorm",
 ]
 
 OutputWithBias = tuple[Tensor, Tensor | None]
 BiasDropoutAdd = Callable[[OutputWithBias, Tensor, float], Tensor]
+Scales = tuple[float, float] | tuple[()]
 
 
 class NormParameters(nn.Module):
@@ -160,14 +163,33 @@ class FusedInputNorm(InputNorm):
 
     _sum_and_normed: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, sum_of: kernels.NormAddArguments | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sum_of: kernels.NormAddArguments | None = None, scales: Scales = ()
+    ) -> Tensor:
         """Normalize ``x``; or return `kernels.norm_add` of ``sum_of``, and keep the norm of that."""
         if sum_of is None:
             kept, self._sum_and_normed = self._sum_and_normed, None
             return kept[1] if kept is not None and kept[0] is x else super().forward(x)
         next_parameters = (self.weight, self.bias, self.eps, self.weight.dtype)
-        self._sum_and_normed = kernels.norm_add_norm(*sum_of, *next_parameters)
+        self._sum_and_normed = kernels.norm_add_norm(*sum_of, *next_parameters, *scales)
         return self._sum_and_normed[0]
+
+
+class ScaledInputNorm(InputNorm):
+    """An `InputNorm` whose result is multiplied by a number, which the model's place of it decides.
+
+    Attributes
+    ----------
+    scale
+        The number; set when the model is built.
+    """
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``scale`` times the norm of ``x``, in the dtype of the parameters."""
+        norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        return kernels.norm(x, *norm, self.weight.dtype, self.scale)
 
 
 class NoNorm(IdentityOp):
@@ -189,8 +211,28 @@ class NoNorm(IdentityOp):
         return x.to(self.dtype)
 
 
-class OutputNorm(NormParameters):
-    """``residual + dropout(norm(sublayer_output + sublayer_bias))``: Peri-LN and output-only.
+class _ScaledAdd(nn.Module):
+    """What adds a sublayer's output to the residual stream: ``a`` times the stream, ``b`` times the output.
+
+    Attributes
+    ----------
+    residual_scale, output_scale
+        ``a`` and ``b``, which go by the place of it in the model; set when that is built.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual_scale = self.output_scale = 1.0
+
+    @property
+    def scales(self) -> Scales:
+        """``a`` and ``b`` as the last arguments of kernels, which default to 1."""
+        scales = (self.residual_scale, self.output_scale)
+        return () if scales == (1.0, 1.0) else scales
+
+
+class OutputNorm(NormParameters, _ScaledAdd):
+    """``a residual + b dropout(norm(sublayer_output + sublayer_bias))``: Peri-LN and output-only.
 
     Attributes
     ----------
@@ -230,12 +272,12 @@ class OutputNorm(NormParameters):
         norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
         arguments = (sublayer_output, sublayer_bias, residual, *norm, dropout, training)
         if self.next_norm is None:
-            return kernels.norm_add(*arguments)
-        return self.next_norm(sublayer_output, sum_of=arguments)
+            return kernels.norm_add(*arguments, *self.scales)
+        return self.next_norm(sublayer_output, sum_of=arguments, scales=self.scales)
 
 
-class PostNorm(NormParameters):
-    """``norm(residual + dropout(sublayer_output + sublayer_bias))``: Post-LN."""
+class PostNorm(NormParameters, _ScaledAdd):
+    """``norm(a residual + b dropout(sublayer_output + sublayer_bias))``: Post-LN."""
 
     def forward(
         self,
@@ -250,16 +292,42 @@ class PostNorm(NormParameters):
         Shapes and dtypes are those of `OutputNorm`.
         """
         norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
-        return kernels.add_norm(sublayer_output, sublayer_bias, residual, *norm, dropout, training)
+        return kernels.add_norm(
+            sublayer_output, sublayer_bias, residual, *norm, dropout, training, *self.scales
+        )
+
+
+class PlainAdd(_ScaledAdd):
+    """``a residual + b dropout(sublayer_output + sublayer_bias)``: no norm after the sublayer."""
+
+    def forward(
+        self,
+        sublayer_output: Tensor,
+        sublayer_bias: Tensor | None,
+        residual: Tensor,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """Add a sublayer's output, bias included, to the residual stream; shapes as in `OutputNorm`."""
+        return kernels.add(sublayer_output, sublayer_bias, residual, dropout, training, *self.scales)
 
 
 class NormedBiasDropoutAdd(nn.Module):
-    """Takes the place of Megatron's ``get_bias_dropout_add``, with the norm that a placement has there.
+    """Takes the place of Megatron's ``get_bias_dropout_add``, with the norm and scales of a rule.
 
     ``TransformerLayer`` (megatron/core/transformer/transformer_layer.py) builds ``submodules.self_attn_bda``
     and ``submodules.mlp_bda``, and calls them as ``bda(training, fused)((output, bias), residual, dropout)``.
     As a module it owns the norm's parameters, ``self_attn_bda.norm.weight`` and so on, which Megatron then
     shards, checkpoints, reduces and optimizes like any other.
+
+    Parameters
+    ----------
+    config
+        The model's.
+    placement
+        For the options of its output norms.
+    rule
+        Which norm stands here; `set_scales` sets the rest of it. By default that of the whole placement.
 
     Attributes
     ----------
@@ -269,9 +337,20 @@ class NormedBiasDropoutAdd(nn.Module):
 
     called = False
 
-    def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
+    def __init__(
+        self, config: TransformerConfig, placement: NormPlacement, rule: SublayerRule | None = None
+    ) -> None:
         super().__init__()
-        self.norm = OutputNorm(config, placement) if placement.output else PostNorm(config)
+        of: NormPlacement | SublayerRule = rule or placement
+        self.norm: OutputNorm | PostNorm | PlainAdd
+        if of.output:
+            self.norm = OutputNorm(config, placement)
+        else:
+            self.norm = PostNorm(config) if of.after_add else PlainAdd()
+
+    def set_scales(self, rule: SublayerRule) -> None:
+        """Take the scales of the sublayer's rule, which goes by the place in the model."""
+        self.norm.residual_scale, self.norm.output_scale = rule.residual_scale, rule.output_scale
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
         """Return the function that adds a sublayer's output to the residual stream.

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit"]
+from megatron_periln.norms.formulas import Place, Value, check, evaluate, names_a_place
+
+__all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit", "SublayerRule"]
 
 OutputNormInit = Literal["ones", "depth-scaled"]
 
 _PARAMETERS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
 
+_OF_A_SUBLAYER = ("input", "output", "after_add", "input_scale", "residual_scale", "output_scale")
+
+
+@dataclass(frozen=True)
+class SublayerRule:
+    """What one sublayer ``M`` computes: ``N_after(a x + b N_out(M(s N_in(x))))``, with the norms that it has.
+
+    Attributes
+    ----------
+    input, output, after_add
+        Whether it has ``N_in``, ``N_out`` and ``N_after``.
+    input_scale, residual_scale, output_scale
+        ``s``, ``a`` and ``b``.
+    """
+
+    input: bool
+    output: bool
+    after_add: bool
+    input_scale: float = 1.0
+    residual_scale: float = 1.0
+    output_scale: float = 1.0
+
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether all after ``M`` is Megatron's own bias-dropout-add."""
+        return not (self.output or self.after_add) and self.residual_scale == self.output_scale == 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlacement:
-    """Which norms surround the sublayers ``M`` of a transformer, and how output weights start.
+    """The one rule of a model's sublayers, `SublayerRule`, and what else decides where its norms stand.
 
-    With ``N`` a norm and ``x`` the residual stream, one sublayer computes
+    With ``N`` a norm and ``x`` the residual stream, one sublayer ``M`` computes
+    ``N_after(a x + b N_out(M(s N_in(x))))``. `PLACEMENTS` has the named rules, one line each:
 
     ========  =======================  =========================================
     name      sublayer                 also known as
@@ -32,11 +64,18 @@ class NormPlacement:
     name
         The value of ``--norm-placement``.
     input
-        A norm on the sublayer's input.
+        A norm on the sublayer's input: everywhere, nowhere, or where a formula of
+        `megatron_periln.norms.formulas` is not 0, or a list of numbers. What is no bool counts as true.
     output
-        A norm on the sublayer's output, after its bias and before dropout and the residual add.
+        A norm on the sublayer's output, after its bias and before dropout and the residual add; as ``input``.
     after_add
-        A norm on the residual stream, after the residual add.
+        A norm on the residual stream, after the residual add; as ``input``.
+    input_scale, residual_scale, output_scale
+        ``s``, ``a`` and ``b``: numbers, formulas or lists.
+    initial_scale
+        By what the initial weights of values, of output projections and of MLPs are multiplied: a formula of
+        ``L``. Unless it is 1, output projections start as all other weights do, not at Megatron's
+        ``1/sqrt(2 num_layers)`` of that.
     final
         A norm between the last layer and the output projection.
     embedding
@@ -56,17 +95,26 @@ class NormPlacement:
     """
 
     name: str
-    input: bool
-    output: bool
-    after_add: bool
+    input: Value
+    output: Value
+    after_add: Value
     final: bool
     embedding: bool
+    input_scale: Value = 1.0
+    residual_scale: Value = 1.0
+    output_scale: Value = 1.0
+    initial_scale: Value = 1.0
     output_norm_init: OutputNormInit = "ones"
     freeze_output_norm: bool = False
     output_norm_epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        if self.output and self.after_add:
+        for field in (*_OF_A_SUBLAYER, "initial_scale"):
+            try:
+                check(getattr(self, field))
+            except ValueError as error:
+                raise ValueError(f"norm placement {self.name!r}: {field} {error}") from error
+        if self.output is True and self.after_add is True:
             raise ValueError(f"norm placement {self.name!r}: a sublayer has one norm after it, not two")
         if self.output_norm_init not in ("ones", "depth-scaled"):
             raise ValueError(f"output_norm_init is 'ones' or 'depth-scaled', not {self.output_norm_init!r}")
@@ -115,6 +163,82 @@ class NormPlacement:
             output_norm_epsilon=output_norm_epsilon,
         )
 
+    def changed(self, changes: Mapping[str, Any]) -> NormPlacement:
+        """Return this placement with parts of its rule changed, as flags or a file give them.
+
+        Raises
+        ------
+        ValueError
+            If there is no such part, or it can't be that.
+        """
+        if unknown := changes.keys() - set(_CHANGEABLE):
+            raise ValueError(
+                f"a norm rule has no {', '.join(sorted(unknown))}; it has {', '.join(_CHANGEABLE)}"
+            )
+        values: dict[str, Any] = {f: tuple(v) if isinstance(v, list) else v for f, v in changes.items()}
+        for field, value in values.items():
+            if not isinstance(value, bool | int | float | str | tuple) or (
+                field == "final" and not isinstance(value, bool)
+            ):
+                raise ValueError(f"a norm rule's {field} can't be {value!r}")
+        return replace(self, **values)
+
+    def changes(self) -> dict[str, Any]:
+        """Return what `changed` makes of the placement that has this one's name to get this one."""
+        named = PLACEMENTS[self.name]
+        mine = {field: getattr(self, field) for field in _CHANGEABLE}
+        return {field: value for field, value in mine.items() if value != getattr(named, field)}
+
+    def at(self, place: Place) -> SublayerRule:
+        """Return the rule of one sublayer.
+
+        Raises
+        ------
+        ValueError
+            If it has none there.
+        """
+        try:
+            numbers: dict[str, Any] = {
+                field: evaluate(getattr(self, field), place) for field in _OF_A_SUBLAYER
+            }
+        except ValueError as error:
+            raise ValueError(f"norm placement {self.label}: {error}") from error
+        norms = {field: bool(numbers.pop(field)) for field in ("input", "output", "after_add")}
+        if norms["output"] and norms["after_add"]:
+            raise ValueError(
+                f"norm placement {self.label}: sublayer {place.sublayer} has two norms after it, not one"
+            )
+        return SublayerRule(**norms, **numbers)
+
+    def rules(self, num_layers: int, hybrid: bool = False) -> list[SublayerRule]:
+        """Return the rules of all sublayers, in order; in a ``hybrid`` model each layer is one."""
+        layers, kinds = range(1, num_layers + 1), (True,) if hybrid else (True, False)
+        return [
+            self.at(Place.of_layer(layer, num_layers, kind, hybrid)) for layer in layers for kind in kinds
+        ]
+
+    @property
+    def same_norms(self) -> bool:
+        """Whether every sublayer has the same norms, whatever its scales."""
+        return all(isinstance(norm, bool) for norm in (self.input, self.output, self.after_add))
+
+    @property
+    def goes_by_depth(self) -> bool:
+        """Whether sublayers may differ by their place."""
+        values = [getattr(self, field) for field in _OF_A_SUBLAYER]
+        return any(isinstance(v, tuple) or (isinstance(v, str) and names_a_place(v)) for v in values)
+
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether every sublayer's output is added by Megatron's own bias-dropout-add."""
+        return not (self.output or self.after_add) and self.residual_scale == self.output_scale == 1.0
+
+    @property
+    def label(self) -> str:
+        """Its name, and what of its rule is another than that name's."""
+        changes = (f"{field.replace('_', ' ')} {_text(value)}" for field, value in self.changes().items())
+        return ", ".join([self.name, *changes])
+
     def initial_output_weight(self, num_layers: int, hybrid: bool = False) -> float:
         """Return the output norms' initial weight in a model of ``num_layers`` layers.
 
@@ -130,13 +254,20 @@ class NormPlacement:
         ``2 * num_layers * hidden_size`` more than ``pre`` with RMSNorm, and ``hidden_size`` more
         with an embedding norm.
         """
-        per_sublayer = self.input + self.output + self.after_add
-        norms = 2 * num_layers * per_sublayer + self.final + self.embedding
+        of_sublayers = sum(rule.input + rule.output + rule.after_add for rule in self.rules(num_layers))
+        norms = of_sublayers + self.final + self.embedding
         return norms * hidden_size * _PARAMETERS_PER_NORM[normalization]
 
     def structure(self) -> str:
-        """Return a short text of what decides which parameters a checkpoint holds."""
-        return f"{self.name} ({'with' if self.embedding else 'without'} embedding norm)"
+        """Return a short text of what decides which model a checkpoint holds."""
+        return f"{self.label} ({'with' if self.embedding else 'without'} embedding norm)"
+
+
+_CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "final")
+
+
+def _text(value: Value) -> str:
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 PRE = NormPlacement(name="pre", input=True, output=False, after_add=False, final=True, embedding=False)
@@ -144,4 +275,21 @@ POST = NormPlacement(name="post", input=False, output=False, after_add=True, fin
 PERI = NormPlacement(name="peri", input=True, output=True, after_add=False, final=True, embedding=True)
 OUTPUT = NormPlacement(name="output", input=False, output=True, after_add=False, final=True, embedding=True)
 
-PLACEMENTS: dict[str, NormPlacement] = {placement.name: placement for placement in (PRE, POST, PERI, OUTPUT)}
+
+def _named_rules() -> Iterator[NormPlacement]:
+    """Yield what others have made of these four; docs/rules.md has their sources, and what differs."""
+
+    def rule(name: str, of: NormPlacement, **changes: Any) -> NormPlacement:
+        return replace(of, name=name, **changes)
+
+    yield rule("deepnorm", POST, residual_scale="(2 * L) ** 0.25", initial_scale="(8 * L) ** -0.25")
+    yield rule("keel", POST, input=True, residual_scale="K")
+    yield rule("ln-scaling", PRE, input_scale="1 / sqrt(l)")
+    yield rule("mix-ln", PRE, input="l > L / 4", after_add="l <= L / 4")
+    yield rule("hybrid-norm", PRE, input=False, after_add="attention")
+    yield rule("scaled-peri", PERI, residual_scale="sqrt(k / (k + 1))", output_scale="1 / sqrt(k + 1)")
+
+
+PLACEMENTS: dict[str, NormPlacement] = {
+    placement.name: placement for placement in (PRE, POST, PERI, OUTPUT, *_named_rules())
+}

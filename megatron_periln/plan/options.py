@@ -12,7 +12,10 @@ from megatron_periln.errors import UsageError
 
 __all__ = ["PLACEMENTS", "labelled_layouts", "parse"]
 
-PLACEMENTS = ("pre", "post", "peri", "output")
+PLACEMENTS = (
+    *("pre", "post", "peri", "output"),
+    *("deepnorm", "keel", "ln-scaling", "mix-ln", "hybrid-norm", "scaled-peri"),
+)
 """Their names; the placements themselves import Megatron."""
 
 

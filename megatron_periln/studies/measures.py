@@ -69,6 +69,22 @@ def _later_gradients(run: Run) -> Floats:
     return np.asarray(norms / np.nanmedian(norms))
 
 
+def _effective_depth(run: Run) -> float:
+    """Return how many equal parts the last layer's stream would have, in sublayers: 1 over Σ share².
+
+    A sublayer's share is that of its square at the end, as if parts were at right angles to each other:
+    what it adds is ``r² / (1 + r²)`` of the new stream, with r its ratio to the stream that it is added to,
+    and what was there before keeps the rest. Norms and scales of the stream change no share.
+    """
+    last = [run.layers.values[of.ratio.name][-1][_inner(run)] for of in SUBLAYERS.values()]
+    ratios = np.stack(last, axis=1)
+    shares = [1.0]  # of the embedding
+    for ratio in ratios[np.isfinite(ratios)]:
+        new = ratio**2 / (1 + ratio**2)
+        shares = [*(share * (1 - new) for share in shares), new]
+    return float(1 / np.square(shares).sum()) if len(shares) > 1 else math.nan
+
+
 def _training_loss(run: Run) -> float:
     return float(run.steps.loss[-max(1, len(run.steps.loss) // 10) :].mean())
 
@@ -98,6 +114,7 @@ MEASURES: dict[str, Measure] = {
         of=lambda run: float(run.layers.values[ANGULAR_DISTANCE.name][-1][_inner(run)].mean()),
         form=".3f",
     ),
+    "effective_depth": Measure(title="effective depth, sublayers", of=_effective_depth, form=".1f"),
     "seconds": Measure(title="seconds", of=lambda run: float(run.steps.seconds.sum())),
 }
 

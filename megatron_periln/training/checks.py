@@ -16,7 +16,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron_periln import cpu
 from megatron_periln.cpu.flags import LOW_PRECISION
 from megatron_periln.errors import UsageError, with_kind
-from megatron_periln.norms.arguments import placement_of, why_norms_stay_apart
+from megatron_periln.norms.arguments import placement_of, why_norms_stay_apart, why_rule_does_not_fit
 from megatron_periln.rules import Check, Rule
 
 __all__ = ["AS_PARSED", "MODEL", "SIZES", "make_save_folder"]
@@ -206,6 +206,8 @@ AS_PARSED: tuple[Check, ...] = (
 def _layers(args: Namespace) -> Iterator[str]:
     """Yield what is wrong with layers in which a norm is to stand, or to be fused with another."""
     placement = placement_of(args)
+    if reason := why_rule_does_not_fit(args, placement):
+        yield reason
     pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern  # its former name
     if args.fuse_pre_mlp_norm:
         reason = why_norms_stay_apart(

@@ -26,7 +26,12 @@ from megatron_periln.monitor.settings import GROUP as MONITOR
 from megatron_periln.monitor.settings import add_monitor_arguments, check_monitor
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import GROUP as NORMS
-from megatron_periln.norms.arguments import add_norm_arguments, placement_of, set_placement
+from megatron_periln.norms.arguments import (
+    add_norm_arguments,
+    placement_of,
+    read_norm_rule,
+    set_placement,
+)
 from megatron_periln.rules import Problems
 from megatron_periln.training.batch_sizes import accept_the_last_size, check_batch_sizes, translate_rampup
 from megatron_periln.training.checks import AS_PARSED, MODEL, SIZES
@@ -212,6 +217,8 @@ def check(
         args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"  # as Megatron's pretrain_gpt.py
     with problems.caught():
         check_tokenizer_files(args)
+    with problems.caught():
+        read_norm_rule(args)
     placement = _placement(args, problems)
     if not problems.texts:
         refuse_other_placement(args, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _refuse_other_structure(
     if theirs.structure() == placement.structure():
         return
     warm = "; tools/warm_start.py makes a start of Peri-LN from it" if theirs.name == "pre" else ""
-    flags = " ".join(word for flag in placement_flags(theirs) for word in flag)
+    flags = shlex.join(word for flag in placement_flags(theirs) for word in flag)
     raise UsageError(
         f"the checkpoint in {path.parent}{origin} has norm placement {theirs.structure()}, "
         f"and this run asks for {placement.structure()}; give {flags} to continue it, or another "

@@ -12,6 +12,15 @@ from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.norms import NormPlacement
 
 PLACEMENTS = ["pre", "post", "peri", "output"]
+# Other named rules, and one that is like each but for what makes it another.
+RULES = {
+    "deepnorm": "post",
+    "keel": "deepnorm",
+    "ln-scaling": "pre",
+    "mix-ln": "pre",
+    "hybrid-norm": "post",
+    "scaled-peri": "peri",
+}
 LAYERS, HIDDEN, VOCABULARY, SEQUENCE = 2, 32, 64, 12
 
 DEFAULTS = {
@@ -92,9 +101,9 @@ def gradients(model):
 
 
 def relative_error(actual, expected):
-    """Return the largest difference over the largest absolute value of ``expected``."""
+    """Return the largest difference over the largest absolute value of ``expected``, if that is not 0."""
     scale = expected.abs().max().item()
-    return (actual.to(expected.dtype) - expected).abs().max().item() / (scale or 1.0)
+    return (actual.to(expected.dtype) - expected).abs().max().item() / (scale if scale > 1e-12 else 1.0)
 
 
 @contextlib.contextmanager

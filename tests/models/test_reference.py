@@ -37,6 +37,8 @@ FAMILIES = {
         "output_eps": OUTPUT_EPS,
     },
 }
+EVERY = [*small.PLACEMENTS, *small.RULES]
+LAYERS = {"mix-ln": 4}  # of which it has norms after the first one's sublayers
 cases = pytest.mark.parametrize(
     ("family", "placement"), [(f, p) for f in FAMILIES for p in small.PLACEMENTS], ids=str
 )
@@ -52,11 +54,13 @@ def megatron_and_shape(family, placement_name):
     placement = placement.with_options(embedding=embedding, output_norm_epsilon=output_eps)
     gated, bias, rope, tied = (options.get(key, key == "rope") for key in ("gated", "bias", "rope", "tied"))
     transformer = small.transformer_config(
+        num_layers=LAYERS.get(placement_name, small.LAYERS),
         normalization=options["normalization"],
         layernorm_epsilon=EPS,
         layernorm_zero_centered_gamma=options.get("zero_centered_gamma", False),
         num_query_groups=options.get("groups", 4),
         add_bias_linear=bias,
+        qk_layernorm=placement_name == "hybrid-norm",
         gated_linear_unit=gated,
         activation_func=F.silu if gated else F.gelu,
     )
@@ -85,6 +89,7 @@ def megatron_and_shape(family, placement_name):
         bias=bias,
         rope=rope,
         tied=tied,
+        qk_norm=transformer.qk_layernorm,
     )
     results = {"logits": small.run(model, labels=False).detach(), "loss": small.run(model).mean().detach()}
     return {**results, **small.gradients(model)}, model.state_dict(), shape
@@ -110,7 +115,7 @@ def errors(family, placement_name, mistake=None, **wrong):
     }
 
 
-@cases
+@pytest.mark.parametrize(("family", "placement"), [(f, p) for f in FAMILIES for p in EVERY], ids=str)
 def test_logits_loss_and_every_gradient_equal_the_reference(family, placement):
     found = errors(family, placement)
     too_far = {name: error for name, error in found.items() if error > TOLERANCE}
@@ -122,6 +127,12 @@ def test_the_comparison_rejects_every_other_placement(family, placement):
     for other in set(small.PLACEMENTS) - {placement}:
         found = errors(family, placement, placement=other)
         assert found["logits"] > MISTAKE and found["loss"] > MISTAKE, other
+
+
+@pytest.mark.parametrize("rule", small.RULES)
+def test_the_comparison_rejects_the_rule_that_is_most_like_one(rule):
+    found = errors(next(iter(FAMILIES)), rule, placement=small.RULES[rule])
+    assert found["logits"] > MISTAKE and found["loss"] > MISTAKE
 
 
 @cases

@@ -24,8 +24,11 @@ def unroll(model, ids):
         for name in sublayers:
             parts = [getattr(layer, f"{name}{part}") for part in ("", "_input_norm", "_output_norm")]
             sublayer, input_norm, output_norm = parts
-            output = sublayer(input_norm(x) if placement in ("pre", "peri") else x)
-            added = output_norm(output) if placement in ("peri", "output") else output
+            output = sublayer(input_norm(x) if placement in ("pre", "peri", "scaled-peri") else x)
+            added = output_norm(output) if placement in ("peri", "output", "scaled-peri") else output
+            if placement == "scaled-peri":
+                terms = 2 * layer.number + (name == "mlp")
+                x, added = ((terms - 1) / terms) ** 0.5 * x, added / terms**0.5
             sublayers[name].append((x, output, added))
             x = output_norm(x + added) if placement == "post" else x + added
         streams.append(x)
@@ -75,6 +78,10 @@ def statistics(model, microbatches):
         table[f"{name}_ratio"] = [None, *ratios]
         norms = [getattr(layer, f"{name}_output_norm") for layer in model.layers if placed(model)]
         weights = [norm.weight.detach() + norm.zero_centered_gamma for norm in norms]
+        terms = [2 * layer.number + (name == "mlp") for layer in model.layers]
+        terms = terms if model.shape.placement == "scaled-peri" else []
+        table[f"{name}_residual_scale"] = [None, *(((n - 1) / n) ** 0.5 for n in terms)]
+        table[f"{name}_output_scale"] = [None, *(n**-0.5 for n in terms)]
         for end in ("mean", "min", "max"):
             table[f"{name}_gain_{end}"] = [None, *(getattr(weight, end)().item() for weight in weights)]
     table.update(parameter_gradients(megatron_gradients(model), depth, model.shape))

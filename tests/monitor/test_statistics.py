@@ -120,7 +120,7 @@ def errors(mine, theirs):
     return apart
 
 
-each_placement = pytest.mark.parametrize("placement", small.PLACEMENTS)
+each_placement = pytest.mark.parametrize("placement", [*small.PLACEMENTS, "scaled-peri"])
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 

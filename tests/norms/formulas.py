@@ -20,14 +20,16 @@ def biased(sublayer_output, sublayer_bias):
     return x if sublayer_bias is None else x + sublayer_bias.double()
 
 
-def norm_add(sublayer_output, sublayer_bias, residual, *parameters, mask=1.0):
-    """``residual + mask * norm(x)``, ``x`` with its bias; ``mask`` is 0 or 1/(1-p) where there is dropout."""
-    return residual.double() + mask * norm(biased(sublayer_output, sublayer_bias), *parameters)
+def norm_add(sublayer_output, sublayer_bias, residual, *parameters, mask=1.0, scales=(1, 1)):
+    """``a residual + b mask * norm(x)``, ``x`` with its bias; ``mask`` is 0 or 1/(1-p) where dropout is."""
+    a, b = scales
+    return a * residual.double() + b * mask * norm(biased(sublayer_output, sublayer_bias), *parameters)
 
 
-def add_norm(sublayer_output, sublayer_bias, residual, *parameters, mask=1.0):
-    """``norm(residual + mask * (sublayer_output + sublayer_bias))``."""
-    return norm(residual.double() + mask * biased(sublayer_output, sublayer_bias), *parameters)
+def add_norm(sublayer_output, sublayer_bias, residual, *parameters, mask=1.0, scales=(1, 1)):
+    """``norm(a residual + b mask * (sublayer_output + sublayer_bias))``."""
+    a, b = scales
+    return norm(a * residual.double() + b * mask * biased(sublayer_output, sublayer_bias), *parameters)
 
 
 def inputs(*, sublayer_bias=True, layer_norm=True, dtype=torch.float32, hidden=48, rows=(6, 4), seed=3):

@@ -37,11 +37,13 @@ class Case:
     zero_centered_gamma: bool = False
     magnitude: float = 1.0
     eps: float = 1e-5
+    scales: tuple = ()
 
     def __str__(self):
         dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.residual_dtype))
         options = ["layernorm" if self.layer_norm else "rmsnorm"]
         options += ["bias"] * self.sublayer_bias + ["zero-centered"] * self.zero_centered_gamma
+        options += [f"{scale:g}" for scale in self.scales]
         return (
             f"{'x'.join(map(str, self.rows))}x{self.hidden}-{dtypes}-{'-'.join(options)}-{self.magnitude:g}"
         )
@@ -88,6 +90,15 @@ GRID += [
         [torch.float32, torch.bfloat16], [OPTIONS[0], OPTIONS[6]], [1e-15, 1e15]
     )
 ]
+SCALES = (0.7, -1.6)
+GRID += [
+    Case(*shape, *dtypes, *OPTIONS[j], scales=scales)
+    for (shape, dtypes), j, scales in itertools.product(
+        [(((7, 3), 96), DTYPES[1]), (((5,), 160), DTYPES[3]), (((2,), 12288), DTYPES[0])],
+        (0, 6),
+        (SCALES, (SCALES[0], 1.0), (1.0, SCALES[1])),
+    )
+]
 GRID += [Case((5,), 160, torch.float16, torch.float16, *OPTIONS[j], magnitude=5e3) for j in (0, 6)]
 
 
@@ -95,7 +106,8 @@ def evaluate(function, inputs, grad, case, dropout=0.0, **options):
     """Return the result of ``function`` and its gradients, ``{name: tensor}``."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     settings = {"eps": case.eps, "zero_centered_gamma": case.zero_centered_gamma} | options
-    out = function(*leaves, settings["eps"], settings["zero_centered_gamma"], dropout, True)
+    scales = settings.get("scales", case.scales)
+    out = function(*leaves, settings["eps"], settings["zero_centered_gamma"], dropout, True, *scales)
     out.backward(grad)
     named = {f"d {name}": leaf.grad for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None}
     return {"out": out.detach(), **named}
@@ -104,7 +116,9 @@ def evaluate(function, inputs, grad, case, dropout=0.0, **options):
 def exact(inputs, grad, case, mask=1.0):
     """Return the same by the fp64 formulas; ``mask`` is 0 or 1/(1-p) where there is dropout."""
     in_fp64 = [None if t is None else t.detach().cpu().double().requires_grad_() for t in inputs]
-    out = formulas.norm_add(*in_fp64, case.eps, case.zero_centered_gamma, mask=mask)
+    out = formulas.norm_add(
+        *in_fp64, case.eps, case.zero_centered_gamma, mask=mask, scales=case.scales or (1, 1)
+    )
     out.backward(grad.cpu().double())
     named = {f"d {name}": leaf.grad for name, leaf in zip(NAMES, in_fp64, strict=True) if leaf is not None}
     return {"out": out.detach(), **named}

@@ -39,12 +39,14 @@ def test_values_and_gradients_are_those_of_the_formula(case):
 MISTAKES = {
     "another eps": {"eps": 1e-2},
     "a weight off by one": {"zero_centered_gamma": True},
+    "no scales": {"scales": ()},
+    "scales the wrong way round": {"scales": cases.SCALES[::-1]},
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_argument_would_show(mistake):
-    case = Case(layer_norm=True, sublayer_bias=True)
+    case = Case(layer_norm=True, sublayer_bias=True, scales=cases.SCALES)
     inputs, grad = case.tensors()
     assert (
         worst_in_roundings(
@@ -106,7 +108,8 @@ def test_a_lost_partial_sum_would_show(many_tiles, monkeypatch):
     [(4, (False, False, False)), (4, (False, True, True)), (4, (True, True, False)), (2, (True, True, True))],
     ids=str,
 )
-def test_gradients_are_those_of_finite_differences(block, options, monkeypatch):
+@pytest.mark.parametrize("scales", [(), cases.SCALES])
+def test_gradients_are_those_of_finite_differences(block, options, scales, monkeypatch):
     monkeypatch.setattr(fused, "choose_launch_config", lambda *_: LaunchConfig(block, block // 2, 1, 1))
     monkeypatch.setattr(fused, "multiprocessors", lambda _: 1)
     case = Case((2, 1), 3, torch.float64, torch.float64, *options, eps=0.1)
@@ -116,7 +119,7 @@ def test_gradients_are_those_of_finite_differences(block, options, monkeypatch):
     def function(*values):
         values = iter(values)
         tensors = [None if tensor is None else next(values) for tensor in inputs]
-        return fused.norm_add(*tensors, case.eps, case.zero_centered_gamma, 0.0, True)
+        return fused.norm_add(*tensors, case.eps, case.zero_centered_gamma, 0.0, True, *scales)
 
     assert torch.autograd.gradcheck(function, given)
 
@@ -187,12 +190,33 @@ def test_what_needs_no_gradient_gets_none_and_changes_no_other(frozen):
         assert leaf.grad is None if name == frozen else torch.equal(leaf.grad, expected[f"d {name}"]), name
 
 
-def test_a_residual_alone_gets_its_gradient():
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_residual_alone_gets_its_gradient(scale):
     case = Case()
     inputs, grad = case.tensors()
     residual = inputs[2].requires_grad_()
-    fused.norm_add(*inputs, case.eps, False, 0.0, True).backward(grad)
-    assert torch.equal(residual.grad, grad)
+    fused.norm_add(*inputs, case.eps, False, 0.0, True, scale, 3.0).backward(grad)
+    assert torch.equal(residual.grad, scale * grad)
+
+
+@pytest.mark.parametrize("name", ["norm_add", "norm_add_norm", "add_norm", "add", "norm"])
+def test_scales_of_one_are_no_operation(name):
+    """What has no scales keeps its bits."""
+    case = Case((7, 3), 96, torch.bfloat16, torch.bfloat16, layer_norm=True, sublayer_bias=True)
+    (x, of, residual, weight, bias), _ = case.tensors()
+    settings = (1e-5, False)
+    arguments = {
+        "norm": (x, weight, bias, *settings, torch.bfloat16),
+        "add": (x, of, residual, 0.0, True),
+        "norm_add_norm": (
+            *(x, of, residual, weight, bias, *settings, 0.0, True),
+            *(weight, bias, 1e-5, torch.bfloat16),
+        ),
+    }.get(name, (x, of, residual, weight, bias, *settings, 0.0, True))
+    ones = (1.0,) if name == "norm" else (1.0, 1.0)
+    function = getattr(fused, name, None) or getattr(reference, name)
+    mine, theirs = function(*arguments), function(*arguments, *ones)
+    assert all(map(torch.equal, *([t] if isinstance(t, torch.Tensor) else t for t in (mine, theirs))))
 
 
 def test_the_gradient_of_the_gradient_is_refused_rather_than_wrong():

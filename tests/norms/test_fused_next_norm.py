@@ -37,17 +37,23 @@ def tensors(case):
     return [*inputs, *next_norm], (grad, random(*case.rows, case.hidden))
 
 
+GRID += [
+    Case((7, 3), 96, *cases.DTYPES[i], *cases.OPTIONS[j], scales=cases.SCALES) for i, j in ((0, 0), (1, 6))
+]
+
+
 def evaluate(function, inputs, grads, case, dropout=0.0):
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     options = (case.eps, case.zero_centered_gamma, dropout, True)
-    results = function(*leaves[:5], *options, *leaves[5:], NEXT_EPS, case.dtype)
+    results = function(*leaves[:5], *options, *leaves[5:], NEXT_EPS, case.dtype, *case.scales)
     return collect(leaves, results, grads)
 
 
 def exact(inputs, grads, case):
     """The formulas in fp64; the next norm is that of the sum as it is rounded."""
     leaves = [None if t is None else t.detach().cpu().double().requires_grad_() for t in inputs]
-    out = formulas.norm_add(*leaves[:5], case.eps, case.zero_centered_gamma)
+    scales = case.scales or (1, 1)
+    out = formulas.norm_add(*leaves[:5], case.eps, case.zero_centered_gamma, scales=scales)
     rounded = out + (out.to(case.residual_dtype).double() - out).detach()
     normed = formulas.norm(rounded, *leaves[5:], NEXT_EPS, case.zero_centered_gamma)
     return collect(leaves, (out, normed), [grad.cpu().double() for grad in grads])

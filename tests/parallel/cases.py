@@ -63,6 +63,16 @@ OPTIONS = {
     "selective recompute": "--recompute-granularity selective --recompute-modules layernorm core_attn",
 }
 
+# Named rules beside the four placements, with the flags that they need.
+RULES = {
+    "deepnorm": "",
+    "keel": "",
+    "ln-scaling": "",
+    "mix-ln": "",
+    "hybrid-norm": "--qk-layernorm",
+    "scaled-peri": "",
+}
+
 # What the one-process run must share with the run that is compared with it.
 VARIANTS = {
     "": "",
@@ -95,9 +105,8 @@ class Case:
     @property
     def model(self):
         """The flags that decide the numbers."""
-        return (
-            f"{ARCHITECTURES[self.architecture]} {VARIANTS[self.variant]} --norm-placement {self.placement}"
-        )
+        placement = f"--norm-placement {self.placement} {RULES.get(self.placement, '')}"
+        return f"{ARCHITECTURES[self.architecture]} {VARIANTS[self.variant]} {placement}"
 
     @property
     def execution(self):
@@ -149,6 +158,9 @@ def _cases():
         yield Case("peri", "states", layout)
     yield Case("peri", "states", "DP2", variant=distributed)
     yield Case("peri", "states", "TP2xPP2+SP", "full recompute")
+    for rule in RULES:
+        for layout in ("TP2+SP", "PP2", "DP2"):
+            yield Case(rule, layout=layout, variant=distributed)
     yield Case("peri", layout="TP2xPP2+SP", variant="muon")
     yield Case("peri", layout="DP2", variant="muon, distributed, bf16")
     for layout in ("CP2", "PP2xVPP2"):  # the middle stages need the mask of documents too

@@ -1,6 +1,6 @@
 """Renders what the layout tests reached as docs/parallelism.md."""
 
-from tests.parallel.cases import ARCHITECTURES, CASES, LAYOUTS, OPTIONS, VARIANTS
+from tests.parallel.cases import ARCHITECTURES, CASES, LAYOUTS, OPTIONS, RULES, VARIANTS
 from tests.parallel.compare import BF16, FP32
 
 ARCHITECTURE_NOTES = {
@@ -78,7 +78,7 @@ def page(reached, steps):
             " | ".join(["", case.placement, model, layout, *(f"{x:.1e}" for x in numbers), ""]).strip()
         )
     models = "\n".join(f"- **{name}**: {ARCHITECTURE_NOTES[name]}" for name in ARCHITECTURES)
-    named = {name: flags for name, (_, flags) in LAYOUTS.items()} | OPTIONS | VARIANTS
+    named = {name: flags for name, (_, flags) in LAYOUTS.items()} | OPTIONS | VARIANTS | RULES
     flags = "\n".join(f"- **{name}**: `{text}`" for name, text in named.items() if text)
     return (
         HEAD.format(steps=steps, bf16=BF16, **FP32)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +110,22 @@ def test_measures_are_those_of_the_record(tmp_path):
     norms = np.hypot(layers["attention_gradient_norm"], layers["mlp_gradient_norm"])[-1, 1:5]
     assert measures["gradient_spread"] == pytest.approx(norms.max() / norms.min(), rel=1e-5)
     assert measures["angular_distance"] == pytest.approx(layers["angular_distance"][-1, 1:5].mean(), rel=1e-5)
+    assert 1 < measures["effective_depth"] <= 9  # of 4 layers and the embedding
     assert set(measures) == {"validation_loss", *MEASURES}
+
+
+def test_the_effective_depth_of_equal_parts_is_their_number():
+    """As of scaled-peri: the k-th sublayer adds 1/k of the square of what is there."""
+    values = {f"{name}_ratio": [[0, *(1 / (2 * n + i) ** 0.5 for n in range(4)), 0]] for i, name in parts()}
+    run = SimpleNamespace(
+        header={"num_layers": 4},
+        layers=SimpleNamespace(layers=np.arange(6), values={n: np.array(v) for n, v in values.items()}),
+    )
+    assert MEASURES["effective_depth"].of(run) == pytest.approx(9)
+
+
+def parts():
+    return enumerate(("attention", "mlp"), 1)
 
 
 def test_a_skipped_step_has_no_gradient_norm_and_leaves_the_others_theirs(tmp_path):

@@ -9,7 +9,8 @@ from megatron_periln.norms import PLACEMENTS
 from tests.parallel.jobs import load_tensors
 from tests.training.model import MODEL
 
-each_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+FOUR = ("pre", "post", "peri", "output")
+each_placement = pytest.mark.parametrize("placement", FOUR)
 
 
 def last_checkpoint(job):
@@ -76,7 +77,7 @@ def test_pre_is_bit_identical_to_stock_megatron(trained, stock):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("placement", sorted(set(PLACEMENTS) - {"pre"}))
+@pytest.mark.parametrize("placement", sorted(set(FOUR) - {"pre"}))
 def test_other_placements_differ_from_stock_megatron(trained, stock, placement):
     assert trained(placement).curve != stock.curve
     assert (

@@ -31,6 +31,7 @@ __all__ = [
     "Backend",
     "BackendChoice",
     "NormAddArguments",
+    "add",
     "add_norm",
     "backend_for",
     "choose_backend",
@@ -47,12 +48,13 @@ _OLDEST_GPU = (8, 0)  # compute capability with bfloat16
 
 logger = logging.getLogger(__name__)
 
-# The functions of `reference` as types, with arguments by position, which is how autograd takes them. Those
-# of `norm_add`, from sublayer_output to training, come first in `norm_add_norm` too.
+# The functions of `reference` as types, with arguments by position, which is how autograd takes them, but for
+# the scales that come last and need not be given. Those of `norm_add`, from sublayer_output to training, come
+# first in `norm_add_norm` too.
 NormAddArguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, bool, float, bool]
-Norm = Callable[[Tensor, Tensor, Tensor | None, float, bool, torch.dtype | None], Tensor]
-NormAdd = Callable[[*NormAddArguments], Tensor]
-NormAddNorm = Callable[[*NormAddArguments, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor]]
+Norm = Callable[..., Tensor]
+NormAdd = Callable[..., Tensor]
+NormAddNorm = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Backend:
     norm_add: NormAdd
     add_norm: NormAdd
     norm_add_norm: NormAddNorm
+    add: NormAdd = reference.add
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ norm = _by_backend(reference.norm)
 norm_add = _by_backend(reference.norm_add)
 norm_add_norm = _by_backend(reference.norm_add_norm)
 add_norm = _by_backend(reference.add_norm)
+add = _by_backend(reference.add)
 
 
 def use_backend(name: str) -> None:
@@ -178,6 +182,7 @@ def _compiled() -> Backend:
         compile_for_both_passes(reference.norm_add),
         compile_for_both_passes(reference.add_norm),
         compile_for_both_passes(reference.norm_add_norm),
+        compile_for_both_passes(reference.add),
     )
 
 

@@ -119,8 +119,9 @@ class _NormAdd(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_out: Tensor, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
     needed, saved = ctx.needs_input_grad, Saved(*ctx.saved_tensors)
-    if grad_normed is None and not needed[1] and not any(needed[3:]):
-        return None, None, grad_out, *(None for _ in needed[3:])  # the residual's alone
+    if grad_normed is None and not needed[1] and not any(needed[3:]):  # the residual's alone
+        scale = ctx.plan.options.residual_scale
+        return None, None, grad_out if scale is None else scale * grad_out, *(None for _ in needed[3:])
     return tuple(ctx.plan.backward(needed).gradients(saved, grad_out, grad_normed))
 
 
@@ -128,6 +129,11 @@ _backward_once = once_differentiable(_backward)
 
 
 # --- The functions.
+
+
+def _scales(*scales: float) -> tuple[float | None, ...]:
+    """Return scales as the kernels take them: without those that are 1 they have no operation for them."""
+    return tuple(None if scale == 1.0 else float(scale) for scale in scales)
 
 
 def norm_add(
@@ -140,6 +146,8 @@ def norm_add(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> Tensor:
     """`megatron_periln.norms.kernels.reference.norm_add`, fused.
 
@@ -157,7 +165,9 @@ def norm_add(
         raise ValueError(
             f"the Triton kernels take a hidden size of {MAX_NORM_ADD_HIDDEN_SIZE} at most, not {hidden_size}"
         )
-    options = (eps, float(zero_centered_gamma), dropout if training else 0.0)
+    options: tuple[Any, ...] = (eps, float(zero_centered_gamma), dropout if training else 0.0)
+    if residual_scale != 1.0 or output_scale != 1.0:
+        options = (*options, None, None, *_scales(residual_scale, output_scale))
     others = (sublayer_bias, bias, None, None)
     plan = _plan_for(sublayer_output, residual, weight, others, options)
     if sublayer_bias is None and bias is None:
@@ -179,6 +189,8 @@ def norm_add_norm(
     next_bias: Tensor | None,
     next_eps: float,
     next_dtype: torch.dtype,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`megatron_periln.norms.kernels.reference.norm_add_norm`, fused; dropout as in `norm_add`.
 
@@ -194,7 +206,8 @@ def norm_add_norm(
             f"{MAX_NORM_ADD_NORM_HIDDEN_SIZE} at most, not {hidden_size}"
         )
     dropout = dropout if training else 0.0
-    options = (eps, float(zero_centered_gamma), dropout, next_eps, next_dtype)
+    scales = _scales(residual_scale, output_scale)
+    options = (eps, float(zero_centered_gamma), dropout, next_eps, next_dtype, *scales)
     others = (sublayer_bias, bias, next_weight, next_bias)
     plan = _plan_for(sublayer_output, residual, weight, others, options)
     return _NormAdd.apply(plan, sublayer_output, residual, weight, *others)

@@ -38,6 +38,8 @@ def long_norm_add_forward(
     next_eps: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
+    residual_scale: tl.tensor,
+    output_scale: tl.tensor,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -68,7 +70,7 @@ def long_norm_add_forward(
         squares += tl.where((columns < hidden)[None, :], x * x, 0.0)  # beyond `hidden`, x is -mean
     r = tl.rsqrt(tl.sum(squares, 1) / hidden + eps)
     tl.store(rstd + row, r)
-    # The third: out = residual + dropout(x̂ weight + bias).
+    # The third: out = a residual + b dropout(x̂ weight + bias).
     for start in tl.range(0, hidden, block):
         columns = start + tl.arange(0, block)
         mask = (columns < hidden)[None, :]
@@ -81,7 +83,11 @@ def long_norm_add_forward(
             y += load_vector(bias, columns, hidden, compute_dtype)
         if seed is not None:
             y = tl.where(is_kept(seed, row, columns, dropout), y * dropout_scale, 0.0)
+        if output_scale is not None:
+            y *= output_scale
         stream = load_rows(residual, row, columns, residual_stride, mask, compute_dtype)
+        if residual_scale is not None:
+            stream *= residual_scale
         store_rows(out, row, columns, hidden, mask, stream + y)
 
 
@@ -112,6 +118,8 @@ def long_norm_add_backward(
     grad_normed_stride: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
+    residual_scale: tl.tensor,
+    output_scale: tl.tensor,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -123,7 +131,7 @@ def long_norm_add_backward(
     # In strides of the grid, for the order of the sums: see `norm_add_backward`.
     for index in tl.range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = index + tl.arange(0, 1)
-        # The first pass, with g the gradient of out, dropped, and h = g weight: mean(h x̂) and mean(h).
+        # The first pass, with g the gradient of out, dropped, times b; h = g weight; mean(h x̂) and mean(h).
         products = tl.zeros((1, block), compute_dtype)
         weights = tl.zeros((1, block), compute_dtype)
         for start in tl.range(0, hidden, block):
@@ -139,9 +147,10 @@ def long_norm_add_backward(
                 hidden,
                 compute_dtype,
             )
-            grad = _load_gradient(
-                grad_out, seed, row, columns, grad_out_stride, dropout, dropout_scale, hidden, compute_dtype
+            grad = load_rows(
+                grad_out, row, columns, grad_out_stride, (columns < hidden)[None, :], compute_dtype
             )
+            grad = _of_output(grad, seed, row, columns, dropout, dropout_scale, output_scale)
             weighted = grad * (load_vector(weight, columns, hidden, compute_dtype) + weight_offset)
             products += weighted * normalized
             weights += weighted
@@ -161,9 +170,14 @@ def long_norm_add_backward(
                 hidden,
                 compute_dtype,
             )
-            grad = _load_gradient(
-                grad_out, seed, row, columns, grad_out_stride, dropout, dropout_scale, hidden, compute_dtype
+            grad = load_rows(
+                grad_out, row, columns, grad_out_stride, (columns < hidden)[None, :], compute_dtype
             )
+            if residual_scale is not None:
+                store_rows(
+                    grad_residual, row, columns, hidden, (columns < hidden)[None, :], grad * residual_scale
+                )
+            grad = _of_output(grad, seed, row, columns, dropout, dropout_scale, output_scale)
             weighted = grad * (load_vector(weight, columns, hidden, compute_dtype) + weight_offset)
             grad_x = weighted - normalized * mean_product
             if mean is not None:
@@ -217,21 +231,20 @@ def _load_normalized(
 
 
 @triton.jit
-def _load_gradient(
-    grad_out: tl.tensor,
+def _of_output(
+    grad: tl.tensor,
     seed: tl.tensor,
     row: tl.tensor,
     columns: tl.tensor,
-    stride: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
-    hidden: tl.constexpr,
-    compute_dtype: tl.constexpr,
+    output_scale: tl.tensor,
 ) -> tl.tensor:
-    """Read ``g``: the gradient of ``out``, dropped where the forward pass dropped; 0 beyond ``hidden``."""
-    grad = load_rows(grad_out, row, columns, stride, (columns < hidden)[None, :], compute_dtype)
+    """Return ``g`` of the gradient of ``out``: dropped where the forward pass dropped, and times ``b``."""
     if seed is not None:
         grad = tl.where(is_kept(seed, row, columns, dropout), grad * dropout_scale, 0.0)
+    if output_scale is not None:
+        grad *= output_scale
     return grad
 
 

@@ -6,21 +6,21 @@ With ``x = sublayer_output + sublayer_bias`` and, for each row,
     rstd = 1 / sqrt(Σ (x - mean)² / hidden + eps)
     x̂ = (x - mean) rstd
 
-the forward pass is ``out = residual + dropout(x̂ weight + bias)``. With ``g`` the gradient of ``out``, dropped
-likewise, and ``h = g weight``, the backward pass is
+the forward pass is ``out = a residual + b dropout(x̂ weight + bias)``. With ``g`` the gradient of ``out``,
+times ``b`` and dropped likewise, and ``h = g weight``, the backward pass is
 
     d sublayer_output = rstd (h - x̂ mean(h x̂) - mean(h))      the last term for LayerNorm only
     d weight = Σ g x̂,   d bias = Σ g,   d sublayer_bias = Σ d sublayer_output      over all rows
-    d residual = the gradient of out
+    d residual = a times the gradient of out, which is not written where a is 1
 
 The next norm, which only the residual add divides from this one, reads ``out`` while it is at hand. Backward,
 what passes through it is the same formula, and adds to the gradient of ``out``.
 
 `fused_long_rows` has the kernels for rows that don't fit. In both an argument that is None
-(``sublayer_bias``, ``bias``, ``seed`` without dropout, ``mean`` for RMSNorm, what belongs to the next norm,
-the sums of parameters that need no gradient) is a constant to the compiler, which leaves out what is done
-with it: one source makes a kernel for each combination, and none asks at run time. Tensors come first, in the
-order in which `plans` gives their addresses.
+(``sublayer_bias``, ``bias``, ``seed`` without dropout, ``mean`` for RMSNorm, ``a`` and ``b`` that are 1, what
+belongs to the next norm, the sums of parameters that need no gradient) is a constant to the compiler, which
+leaves out what is done with it: one source makes a kernel for each combination, and none asks at run time.
+Tensors come first, in the order in which `plans` gives their addresses.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def norm_add_forward(
     next_eps: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
+    residual_scale: tl.tensor,
+    output_scale: tl.tensor,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -86,7 +88,11 @@ def norm_add_forward(
         y += load_vector(bias, columns, hidden, compute_dtype)
     if seed is not None:
         y = tl.where(is_kept(seed, rows, columns, dropout), y * dropout_scale, 0.0)
-    total = (stream + y).to(out.dtype.element_ty)  # out = residual + dropout(y), rounded once
+    if output_scale is not None:
+        y *= output_scale
+    if residual_scale is not None:
+        stream *= residual_scale
+    total = (stream + y).to(out.dtype.element_ty)  # out = a residual + b dropout(y), rounded once
     store_rows(out, rows, columns, hidden, mask, total)
     if normed is not None:
         z = total.to(compute_dtype)  # the rounded sum: what a norm by itself would read
@@ -129,6 +135,8 @@ def norm_add_backward(
     grad_normed_stride: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
+    residual_scale: tl.tensor,
+    output_scale: tl.tensor,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -138,7 +146,7 @@ def norm_add_backward(
 ) -> None:
     """Write ``grad_sublayer_output``, and from program ``i`` row ``i`` of the sums ``[programs, hidden]``.
 
-    With ``grad_normed``, ``grad_residual`` is written too; without, it is ``grad_out``.
+    With ``grad_normed`` or ``residual_scale``, ``grad_residual`` is written too; without, it is ``grad_out``.
     """
     columns = tl.arange(0, block)
     factor = load_vector(weight, columns, hidden, compute_dtype) + weight_offset
@@ -177,11 +185,14 @@ def norm_add_backward(
                 grad_z -= (tl.sum(weighted, 1) / hidden)[:, None]
             # Masked columns aren't 0 by now, and would count in the means below.
             grad = tl.where(mask, grad + grad_z * next_r, 0.0)
-            store_rows(grad_residual, rows, columns, hidden, mask, grad)
+            if residual_scale is None:
+                store_rows(grad_residual, rows, columns, hidden, mask, grad)
             if next_weight_partials is not None:
                 next_weight_sum += above * z  # d next_weight = Σ grad_normed ẑ
             if next_bias_partials is not None:
                 next_bias_sum += above  # d next_bias = Σ grad_normed
+        if residual_scale is not None:
+            store_rows(grad_residual, rows, columns, hidden, mask, grad * residual_scale)
         if mean is not None:
             x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
         if sublayer_bias is not None:
@@ -190,6 +201,8 @@ def norm_add_backward(
             x -= tl.load(mean + rows, mask=rows < n_rows, other=0.0)[:, None]
         if seed is not None:  # the forward pass's mask, drawn again
             grad = tl.where(is_kept(seed, rows, columns, dropout), grad * dropout_scale, 0.0)
+        if output_scale is not None:
+            grad *= output_scale
         normalized = x * r  # x̂ = (x - mean) rstd; not 0 in masked columns, but g is
         weighted = grad * factor  # h = g weight
         # d x = rstd (h - x̂ mean(h x̂) - mean(h))

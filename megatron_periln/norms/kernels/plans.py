@@ -41,13 +41,15 @@ Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Options(NamedTuple):
-    """What a call is given beside tensors."""
+    """What a call is given beside tensors; scales that are 1 are None."""
 
     eps: float
     weight_offset: float
     dropout: float
     next_eps: float | None = None
     next_dtype: torch.dtype | None = None
+    residual_scale: float | None = None
+    output_scale: float | None = None
 
 
 class Saved(NamedTuple):
@@ -190,6 +192,8 @@ class Plan:
             "sublayer_output_stride": x.stride(0),
             "dropout": self.options.dropout,
             "dropout_scale": 1 / (1 - self.options.dropout) if self.options.dropout < 1 else 0.0,
+            "residual_scale": self.options.residual_scale,
+            "output_scale": self.options.output_scale,
             "weight_offset": self.options.weight_offset,
             "hidden": self.hidden,
             "block": self.config.block,
@@ -280,17 +284,16 @@ class BackwardPlan:
     def gradients(self, saved: Saved, grad_out: Tensor, grad_normed: Tensor | None) -> list[Tensor | None]:
         """Return the gradients of `INPUTS`: None for parameters that need none."""
         grad_x = torch.empty_like(saved.sublayer_output, memory_format=torch.contiguous_format)
-        grad_residual = grad_out
-        if grad_normed is not None:
-            assert saved.out is not None
-            grad_residual = torch.empty_like(saved.out, memory_format=torch.contiguous_format)
+        grad_residual = None
+        if grad_normed is not None or self.plan.options.residual_scale is not None:
+            grad_residual = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
         kinds = len(self.parameters)
         partials = saved.statistics.new_empty(kinds * self._partials_size)
         if self._adds:
             partials.zero_()
         self._write(saved, grad_out, grad_normed, grad_x, grad_residual, partials)
         gradients: list[Tensor | None] = [None] * self.n_inputs
-        gradients[1], gradients[2] = grad_x, grad_residual
+        gradients[1], gradients[2] = grad_x, grad_out if grad_residual is None else grad_residual
         if kinds:
             sums = saved.statistics.new_empty(kinds * self.plan.hidden, dtype=self._sums_dtype)
             self._reduce(partials, sums)
@@ -304,10 +307,10 @@ class BackwardPlan:
         grad_out: Tensor,
         grad_normed: Tensor | None,
         grad_x: Tensor,
-        grad_residual: Tensor,
+        grad_residual: Tensor | None,
         partials: Tensor,
     ) -> None:
-        """Write ``grad_x``, ``grad_residual`` where there is a next norm, and ``partials``."""
+        """Write ``grad_x``, ``grad_residual`` if given, and ``partials``."""
         plan, relaunch = self.plan, self._backward.relaunch
         repeatable = (
             saved.sublayer_output.is_contiguous()
@@ -330,7 +333,7 @@ class BackwardPlan:
                 _address(saved.next_weight),
                 None if plan.next_mean_at is None else rstd + plan.next_mean_at,
                 None if plan.next_rstd_at is None else rstd + plan.next_rstd_at,
-                None if grad_normed is None else grad_residual.data_ptr(),
+                _address(grad_residual),
                 *[None if before is None else first + before for before in self._partials_at],
             ):
                 return
@@ -342,7 +345,7 @@ class BackwardPlan:
             "grad_sublayer_output": grad_x,
             "grad_normed": above,
             "grad_normed_stride": None if above is None else above.stride(0),
-            "grad_residual": None if above is None else grad_residual,
+            "grad_residual": grad_residual,
             "out": saved.out,
             "stages": plan.config.stages,
             **dict.fromkeys(f"{name}_partials" for name in _PARAMETERS),

@@ -10,11 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_norm", "norm", "norm_add", "norm_add_norm"]
+__all__ = ["add", "add_norm", "norm", "norm_add", "norm_add_norm"]
 
 
 def _to_compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _weighted_sum(residual: Tensor, y: Tensor, residual_scale: float, output_scale: float) -> Tensor:
+    """``residual_scale * residual + output_scale * y`` in the compute dtype; at 1 and 1 the plain sum."""
+    stream = _to_compute_dtype(residual)
+    if residual_scale != 1.0:
+        stream = residual_scale * stream
+    return stream + (y if output_scale == 1.0 else output_scale * y)
 
 
 def norm(
@@ -24,6 +32,7 @@ def norm(
     eps: float,
     zero_centered_gamma: bool,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """RMSNorm, or LayerNorm where there is a ``bias``, over the last dimension.
 
@@ -39,6 +48,8 @@ def norm(
         Added to the mean square (RMSNorm) or to the variance (LayerNorm).
     dtype
         Of the result; None keeps the compute dtype.
+    scale
+        What the result is multiplied by, before it is rounded.
 
     Returns
     -------
@@ -50,6 +61,8 @@ def norm(
         normed = F.rms_norm(_to_compute_dtype(x), weight.shape, weight, eps)
     else:
         normed = F.layer_norm(_to_compute_dtype(x), weight.shape, weight, _to_compute_dtype(bias), eps)
+    if scale != 1.0:
+        normed = scale * normed
     return normed if dtype is None else normed.to(dtype)
 
 
@@ -63,8 +76,10 @@ def norm_add(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> Tensor:
-    """``residual + dropout(norm(sublayer_output + sublayer_bias))``, in the dtype of ``residual``.
+    """Return ``a * residual + b * dropout(norm(sublayer_output + sublayer_bias))`` in ``residual``'s dtype.
 
     Parameters
     ----------
@@ -76,12 +91,15 @@ def norm_add(
         The norm, as in `norm`.
     dropout, training
         The probability that an element of the normed sublayer output is dropped, while training.
+    residual_scale, output_scale
+        ``a`` and ``b``.
     """
     x = _to_compute_dtype(sublayer_output)
     if sublayer_bias is not None:
         x = x + _to_compute_dtype(sublayer_bias)
     normed = norm(x, weight, bias, eps, zero_centered_gamma)
-    return (_to_compute_dtype(residual) + F.dropout(normed, dropout, training)).to(residual.dtype)
+    y = F.dropout(normed, dropout, training)
+    return _weighted_sum(residual, y, residual_scale, output_scale).to(residual.dtype)
 
 
 def norm_add_norm(
@@ -98,14 +116,16 @@ def norm_add_norm(
     next_bias: Tensor | None,
     next_eps: float,
     next_dtype: torch.dtype,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`norm_add`, and the next norm of its result: in ``next_dtype``, with parameters of its own.
 
     ``next_bias`` is given where ``bias`` is; ``zero_centered_gamma`` holds for both norms.
     """
-    out = norm_add(
-        sublayer_output, sublayer_bias, residual, weight, bias, eps, zero_centered_gamma, dropout, training
-    )
+    scales = (residual_scale, output_scale)
+    settings = (eps, zero_centered_gamma, dropout, training, *scales)
+    out = norm_add(sublayer_output, sublayer_bias, residual, weight, bias, *settings)
     return out, norm(out, next_weight, next_bias, next_eps, zero_centered_gamma, next_dtype)
 
 
@@ -119,13 +139,35 @@ def add_norm(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> Tensor:
-    """``norm(residual + dropout(sublayer_output + sublayer_bias))``, in the dtype of ``residual``.
+    """Return ``norm(a * residual + b * dropout(sublayer_output + sublayer_bias))`` in ``residual``'s dtype.
 
     Parameters are those of `norm_add`; dropout acts before the norm.
     """
     x = _to_compute_dtype(sublayer_output)
     if sublayer_bias is not None:
         x = x + _to_compute_dtype(sublayer_bias)
-    total = _to_compute_dtype(residual) + F.dropout(x, dropout, training)
+    total = _weighted_sum(residual, F.dropout(x, dropout, training), residual_scale, output_scale)
     return norm(total, weight, bias, eps, zero_centered_gamma).to(residual.dtype)
+
+
+def add(
+    sublayer_output: Tensor,
+    sublayer_bias: Tensor | None,
+    residual: Tensor,
+    dropout: float,
+    training: bool,
+    residual_scale: float = 1.0,
+    output_scale: float = 1.0,
+) -> Tensor:
+    """Return ``a * residual + b * dropout(sublayer_output + sublayer_bias)`` in ``residual``'s dtype.
+
+    Parameters are those of `norm_add`.
+    """
+    x = _to_compute_dtype(sublayer_output)
+    if sublayer_bias is not None:
+        x = x + _to_compute_dtype(sublayer_bias)
+    y = F.dropout(x, dropout, training)
+    return _weighted_sum(residual, y, residual_scale, output_scale).to(residual.dtype)

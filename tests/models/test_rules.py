@@ -1,0 +1,165 @@
+"""What the named rules' papers say of a model at initialization, measured on built models."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_periln.errors import UsageError
+from megatron_periln.models import GPTModelBuilder
+from megatron_periln.models.gpt import placed_layer_spec
+from megatron_periln.models.place_norms import place_norms
+from megatron_periln.models.residual_adds import check_slots
+from megatron_periln.norms import PLACEMENTS, NoNorm, NormedBiasDropoutAdd, ScaledInputNorm
+from tests.models import small
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+LAYERS, HIDDEN = 8, 64
+STD = HIDDEN**-0.5  # weights that keep the size of what they multiply
+
+
+@functools.cache
+def squares(placement):
+    """Return the stream's mean square after each layer, the mean of two seeds."""
+    config = small.transformer_config(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=2 * HIDDEN,
+        layernorm_epsilon=1e-12,
+        init_method_std=STD,
+        activation_func=F.relu,  # linear in the size of its input
+    )
+    measured = []
+    for seed in range(2):
+        small.seed(seed)
+        model = GPTModelBuilder(small.model_config(config, placement)).build_model(small.groups())
+        with torch.no_grad(), small.layer_outputs(model) as outputs:
+            small.run(model)
+        measured.append([output.square().mean().item() for output in outputs])
+    return np.mean(measured, axis=0)
+
+
+def test_the_stream_of_scaled_peri_keeps_its_size():
+    """Of k + 1 terms of size 1, each weighted by 1/sqrt(k + 1); without scales it grows by 2 a layer."""
+    np.testing.assert_allclose(squares("scaled-peri"), 1, rtol=0.2)
+    np.testing.assert_allclose(squares("peri"), 1 + 2 * np.arange(1, LAYERS + 1), rtol=0.2)
+
+
+def test_layernorm_scaling_divides_what_a_layer_adds_by_its_number():
+    """Sun et al., section 4: with sublayers that are linear in the size of their input."""
+    added = {name: np.diff(squares(name)) for name in ("pre", "ln-scaling")}
+    layers = np.arange(2, LAYERS + 1)
+    np.testing.assert_allclose(added["ln-scaling"] * layers / added["pre"], 1, rtol=0.25)
+
+
+def test_the_stream_of_mix_ln_grows_from_where_its_norms_stand_before_the_sublayers():
+    mixed = squares("mix-ln")
+    np.testing.assert_allclose(mixed[: LAYERS // 4], 1, rtol=1e-4)
+    grown = mixed[LAYERS // 4 :]
+    assert all(np.diff(grown) > 0) and grown[0] > 1.05
+
+
+def test_the_stream_of_hybrid_norm_starts_anew_in_each_layer():
+    mine, pre = squares("hybrid-norm"), squares("pre")
+    assert mine.max() / mine.min() < 1.1
+    assert pre[-1] > pre[0] + 5 * (mine[-1] - mine[0])
+
+
+@pytest.mark.parametrize("name", ["deepnorm", "keel"])
+def test_norms_after_the_add_keep_the_stream_at_1(name):
+    np.testing.assert_allclose(squares(name), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("post", 1), ("deepnorm", (2 * LAYERS) ** 0.25), ("keel", 2 * LAYERS)]
+)
+def test_what_a_stack_of_norms_after_the_add_passes_on_of_a_gradient(name, alpha):
+    """A sublayer whose output has size 1 passes on alpha / sqrt(alpha^2 + 1): Post-LN's vanishes."""
+    config = small.transformer_config(num_layers=LAYERS, hidden_size=512, layernorm_epsilon=1e-12)
+    placement = PLACEMENTS[name]
+    generator = torch.Generator().manual_seed(1)
+    start, direction, *outputs = torch.randn(2 + 2 * LAYERS, 4, 1, 512, generator=generator)
+    x = start.requires_grad_()
+    for output, rule in zip(outputs, placement.rules(LAYERS), strict=True):
+        add = NormedBiasDropoutAdd(config, placement, rule)
+        add.set_scales(rule)
+        x = add(True, False)((output, None), x, 0.0)
+    x.backward(direction)
+    passed_on = (start.grad.norm() / direction.norm()).item()
+    assert passed_on == pytest.approx((1 + alpha**-2) ** -LAYERS, rel=0.1)
+
+
+def test_deepnorm_starts_from_the_initial_weights_of_its_paper():
+    """Values, output projections and MLPs at beta times the std of all others, whatever the depth."""
+    beta = (8 * LAYERS) ** -0.25
+    built = {}
+    for name in ("deepnorm", "post"):
+        config = small.transformer_config(num_layers=LAYERS, hidden_size=HIDDEN, num_query_groups=2)
+        built[name] = small.build(name, config).decoder.layers[2]
+
+    def weights(layer):
+        qkv = layer.self_attention.linear_qkv.weight.view(2, 4, HIDDEN // 4, HIDDEN)
+        others = (layer.self_attention.linear_proj, layer.mlp.linear_fc1, layer.mlp.linear_fc2)
+        return [qkv[:, :2], qkv[:, 2], qkv[:, 3], *(other.weight for other in others)]
+
+    deep = 1 / math.sqrt(2 * LAYERS)  # by which Megatron makes output projections smaller
+    factors = (1, 1, beta, beta / deep, beta, beta / deep)
+    for mine, stock, factor in zip(*map(weights, built.values()), factors, strict=True):
+        torch.testing.assert_close(mine, stock * factor)
+
+
+def test_deepnorm_refuses_layers_whose_initial_weights_it_does_not_know():
+    config = small.transformer_config(num_moe_experts=2, moe_router_topk=2, **small.SWIGLU)
+    config.moe_layer_freq = [1, 1]
+    with pytest.raises(
+        UsageError, match=r"'deepnorm': its initial weights are .* decoder\.layers\.0 has other"
+    ):
+        small.build("deepnorm", config)
+
+
+def test_the_guard_sees_other_scales_and_another_layer_s_norms():
+    model = small.build("scaled-peri")
+    model.decoder.layers[1].mlp_bda.norm.residual_scale = 1.0
+    with pytest.raises(UsageError, match=r"decoder\.layers\.1 .* of its mlp with other scales"):
+        check_slots(model, PLACEMENTS["scaled-peri"])
+    model = small.build("mix-ln", small.transformer_config(num_layers=4))
+    check_slots(model, PLACEMENTS["mix-ln"])
+    model.decoder.layers[1].layer_number = 1
+    with pytest.raises(UsageError, match=r"decoder\.layers\.1 .* of its self_attention without the norm"):
+        check_slots(model, PLACEMENTS["mix-ln"])
+
+
+def test_a_layer_takes_the_rule_of_the_number_that_megatron_gives_it():
+    """As on the second of two pipeline stages."""
+    config = small.model_config(small.transformer_config(num_layers=8), "mix-ln")
+    (layer, *_), transformer = placed_layer_spec(config).layer_specs, config.transformer
+    assert layer.submodules.input_layernorm is NoNorm
+    spec = placed_layer_spec(small.model_config(transformer, "pre"))
+    second = place_norms(spec, PLACEMENTS["mix-ln"], transformer, first_layer=3).layer_specs[0]
+    assert second.submodules.input_layernorm is spec.layer_specs[0].submodules.input_layernorm
+
+
+def test_scaled_norms_stand_before_the_linears_of_transformer_engine(te_specs):
+    placed = place_norms(te_specs(), PLACEMENTS["ln-scaling"], small.transformer_config()).submodules
+    assert placed.input_layernorm is placed.pre_mlp_layernorm is ScaledInputNorm
+    keys = placed.sharded_state_dict_keys_map
+    assert keys["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
+    assert keys["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
+    model = small.build("ln-scaling")
+    assert [layer.mlp_bda.__class__.__name__ for layer in model.decoder.layers] == ["function"] * 2
+    assert model.decoder.layers[1].pre_mlp_layernorm.scale == pytest.approx(2**-0.5)
+
+
+def test_a_scaled_stream_without_norms_after_the_sublayers():
+    """What no named rule has: Pre-LN with other scales, as in a rule of one's own."""
+    placement = PLACEMENTS["pre"].changed({"residual_scale": 0.5, "output_scale": 2.0})
+    model, stock = small.build(placement), small.build("pre")
+    x, residual = torch.randn(2, 3, 1, small.HIDDEN)
+    layer = model.decoder.layers[0]
+    out = layer.mlp_bda(True, False)((x, None), residual, 0.0)
+    torch.testing.assert_close(out, 0.5 * residual + 2 * x)
+    assert model.state_dict().keys() == stock.state_dict().keys()
