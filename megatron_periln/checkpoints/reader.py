@@ -25,7 +25,11 @@ from megatron_periln.checkpoints.sources import NON_PERSISTENT, iteration_of, tr
 from megatron_periln.errors import UsageError
 from megatron_periln.megatron_arguments import megatron_arguments
 
-__all__ = ["Checkpoint"]
+__all__ = ["NORM_BEFORE_EXPERTS", "Checkpoint"]
+
+NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+"""The norm before a layer's experts in a checkpoint, as Megatron's local layers and Transformer Engine's name
+it."""
 
 _LAYERS = "decoder.layers."
 _EMBEDDING = "embedding.word_embeddings.weight"  # every GPT's; in the dtype of all its weights
@@ -76,7 +80,7 @@ class Checkpoint:
         self._tensors: Mapping[str, Any] = metadata.state_dict_metadata
         self.dtype: torch.dtype = self._entry(_EMBEDDING).properties.dtype
 
-    def read(self, name: str, layer: int | None = None) -> Tensor:
+    def read(self, name: str, layer: int | None = None, expert: int | None = None) -> Tensor:
         """Return a tensor of the model at its full shape, in the dtype that it was saved in.
 
         Parameters
@@ -85,24 +89,36 @@ class Checkpoint:
             Megatron's name; within a layer, where ``layer`` is given.
         layer
             The layer's index from 0.
+        expert
+            The index of one expert, where ``name`` is of those of a layer.
 
         Raises
         ------
         UsageError
             If the checkpoint has no such tensor.
         """
-        key = name if layer is None else f"{_LAYERS}{name}"
-        if layer is not None and key not in self._tensors:  # --hetereogenous-dist-checkpoint
-            key, layer = f"{_LAYERS}{layer}.{name}", None
+        key, indices = self._find(name, layer)
+        if expert is not None:
+            indices.append(expert)
         entry = self._entry(key)
         offsets, sizes = [0] * len(entry.size), list(entry.size)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
+        for dimension, index in enumerate(indices):
+            offsets[dimension], sizes[dimension] = index, 1
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         target = torch.empty(sizes, dtype=entry.properties.dtype, device="cpu")
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [region]))
         self._reader.read_data(plan, _Into(target))
-        return target if layer is None else target.squeeze(0)
+        return target.reshape(sizes[len(indices) :])
+
+    def _find(self, name: str, layer: int | None) -> tuple[str, list[int]]:
+        """Return the key of a tensor, and the indices in its first dimensions."""
+        if layer is None:
+            return name, []
+        names = dict.fromkeys((name, name.replace(*NORM_BEFORE_EXPERTS)))
+        keys = [key for each in names for key in (f"{_LAYERS}{each}", f"{_LAYERS}{layer}.{each}")]
+        # The layer is in the key with --hetereogenous-dist-checkpoint, or a list as --moe-layer-freq.
+        key = next((key for key in keys if key in self._tensors), keys[1])
+        return key, [] if key.startswith(f"{_LAYERS}{layer}.") else [layer]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._tensors.get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_periln.convert.experts.architecture import Experts
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.models import GPTModelConfig
 from megatron_periln.norms import NormPlacement
@@ -36,10 +37,12 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense GPT with RMSNorm, RoPE and SwiGLU; what differs between such models.
+    """A GPT with RMSNorm, RoPE and SwiGLU; what differs between such models.
 
     Parameters
     ----------
+    experts
+        Its mixtures of experts; None for a dense model.
     biases
         The linears that have one: ``"qkv"``, ``"proj"`` (of attention), ``"mlp"`` (both).
     tied
@@ -64,6 +67,7 @@ class Architecture:
     vocab_size: int
     max_positions: int
     rope: Rope
+    experts: Experts | None = None
     qk_norm: bool = False
     biases: frozenset[str] = frozenset()
     tied: bool = False
@@ -106,6 +110,7 @@ class Architecture:
                 interleaved=core.rotary_interleaved,
                 scaling=RopeScaling.of_config(config),
             ),
+            experts=Experts.of(core),
             qk_norm=core.qk_layernorm,
             biases=_biases(core),
             tied=config.share_embeddings_and_output_weights,

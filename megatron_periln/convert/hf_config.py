@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_periln.convert.architecture import Architecture, Rope
+from megatron_periln.convert.experts.config import expert_settings, experts_of
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
@@ -55,6 +56,8 @@ def model_config(
         "use_cache": True,
         **_rotary_settings(architecture.rope, target),
         **{switch: bool(group & architecture.biases) for switch, group in target.bias_switches.items()},
+        **_qk_norm_setting(architecture, target),
+        **expert_settings(architecture.experts, target.mixture),
         **target.settings,
         **_unit_multipliers(architecture, target),
         **dict.fromkeys(target.num_layers_settings, architecture.num_layers),
@@ -68,6 +71,10 @@ def model_config(
 def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
     """Return what generation_config.json holds: what is null there, generation does without."""
     return tokens.as_settings()
+
+
+def _qk_norm_setting(architecture: Architecture, target: Target) -> dict[str, bool]:
+    return {target.qk_norm: architecture.qk_norm} if isinstance(target.qk_norm, str) else {}
 
 
 def _unit_multipliers(architecture: Architecture, target: Target) -> dict[str, float]:
@@ -155,7 +162,8 @@ def architecture_of(config: Any, target: Target) -> Architecture:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         rope=_rope(config, target),
-        qk_norm=target.qk_norm,
+        experts=experts_of(config, target.mixture),
+        qk_norm=getattr(config, target.qk_norm) if isinstance(target.qk_norm, str) else target.qk_norm,
         biases=biases,
         tied=config.tie_word_embeddings,
     )

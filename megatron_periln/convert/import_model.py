@@ -35,6 +35,7 @@ __all__ = ["FLAG_FILE", "ImportOptions", "import_model"]
 
 FLAG_FILE = "model.flags"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 Say = Callable[[str], None]
 
@@ -115,20 +116,19 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
 
 @torch.no_grad()
 def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Target) -> None:
-    """Copy the source's tensors into the model; each of its parameters has a place in a checkpoint."""
+    """Copy the source's tensors into the model; all that it has has a place in a checkpoint."""
     filled = 0
     for key, sharded in model.sharded_state_dict().items():
         if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
             continue
-        layer = _LAYER.match(key)
-        tensor = imported_tensor(
-            tensors.__getitem__, source, target, sharded.key, int(layer[1]) if layer else 0
-        )
+        layer, expert = (int(found[1]) if found else 0 for found in (_LAYER.match(key), _EXPERT.search(key)))
+        tensor = imported_tensor(tensors.__getitem__, source, target, sharded.key, layer, expert)
         if sharded.key in VOCABULARY_TABLES:
             tensor = F.pad(tensor, (0, 0, 0, len(sharded.data) - len(tensor)))
         sharded.data.copy_(tensor)
         filled += tensor.numel()
-    total = sum(parameter.numel() for parameter in model.parameters())
+    saved = [*model.parameters(), *(bias for name, bias in model.named_buffers() if "expert_bias" in name)]
+    total = sum(tensor.numel() for tensor in saved)
     assert filled == total, f"{filled} of {total} parameters were imported"
 
 

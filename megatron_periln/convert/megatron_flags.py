@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.experts.flags import expert_flags
 from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms.arguments import placement_flags, set_placement
 
@@ -50,6 +51,7 @@ def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str
         ["--normalization", "RMSNorm"],
         ["--position-embedding-type", "yarn" if rope.scaling and rope.scaling.kind == "yarn" else "rope"],
         *(rope.scaling.as_flags() if rope.scaling else []),
+        *expert_flags(architecture.experts),
         ["--attention-dropout", "0"],
         ["--hidden-dropout", "0"],
         *([flag] for flag, wanted in switches.items() if wanted),

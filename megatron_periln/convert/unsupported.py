@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.experts.unsupported import unsupported_by_all_mixtures, unsupported_experts
 from megatron_periln.convert.targets import TARGETS, Target
 from megatron_periln.errors import UsageError
 
@@ -41,7 +42,6 @@ class UnsupportedFeature:
 _REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
     ("hybrid_layer_pattern", None, "it is a hybrid model", "a GPT, without --hybrid-layer-pattern"),
     ("multi_latent_attention", False, "it has multi-latent attention", "--group-query-attention"),
-    ("num_experts", None, "it has experts", "a dense model, without --num-experts"),
     ("spec", None, "its layers come from --spec", "Megatron's own layers, without --spec"),
     (
         "heterogeneous_layers_config_path",
@@ -66,11 +66,13 @@ def unsupported_by_all(args: Namespace) -> list[UnsupportedFeature]:
     """Return what no target supports of the model that Megatron's saved ``args`` describe."""
     # Megatron's fused kernel of SwiGLU does not clamp, whatever the flag says.
     unread = {"activation_func_clamp_value"} if getattr(args, "bias_swiglu_fusion", False) else set()
-    return [
+    found = [
         UnsupportedFeature(reason, change)
         for name, value, reason, change in _REQUIRED
         if name not in unread and getattr(args, name, value) != value
-    ] + _unsupported_positions(args)
+    ]
+    experts = [UnsupportedFeature(*each) for each in unsupported_by_all_mixtures(args)]
+    return found + experts + _unsupported_positions(args)
 
 
 def _unsupported_positions(args: Namespace) -> list[UnsupportedFeature]:
@@ -115,7 +117,7 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
                 f"--norm-placement {target.placement}",
             )
         )
-    if target.qk_norm and not architecture.qk_norm:
+    if target.qk_norm is True and not architecture.qk_norm:
         found.append(
             UnsupportedFeature(f"it has no norm of queries and keys, and {name} has", "--qk-layernorm")
         )
@@ -123,6 +125,7 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
         found.append(
             UnsupportedFeature(f"it norms queries and keys, and {name} does not", "no --qk-layernorm")
         )
+    found += [UnsupportedFeature(*each) for each in unsupported_experts(target, architecture.experts)]
     if target.embedding_norm and not placement.embedding:
         found.append(UnsupportedFeature(f"it has no embedding norm, and {name} has", "--embedding-norm"))
     if lacking := architecture.biases - target.biases:
@@ -145,6 +148,12 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
             UnsupportedFeature(
                 f"its hidden size is not divisible by its number of heads, and {name}'s is",
                 "another --num-attention-heads, with the same --kv-channels",
+            )
+        )
+    if target.whole_heads and architecture.num_heads * architecture.head_dim != architecture.hidden_size:
+        found.append(
+            UnsupportedFeature(
+                f"its heads are not of the hidden size together, and {name}'s are", "no --kv-channels"
             )
         )
     return found
@@ -176,6 +185,7 @@ def choose_target(architecture: Architecture, name: str = "auto") -> tuple[Targe
     if fitting:
         target = TARGETS[fitting[0]]
         norms = ", with norms of queries and keys" if architecture.qk_norm else ""
+        norms += ", with experts" if architecture.experts else ""
         others = f"; others that do: {', '.join(fitting[1:])}" if fitting[1:] else ""
         return target, (
             f"it computes {architecture.placement.name}{norms}, and runs in {target.runs_in}{others}"

@@ -9,6 +9,7 @@ Megatron's name, `Target.tensor_name` to that in an architecture of transformers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -17,6 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_periln.convert.architecture import Architecture
+from megatron_periln.convert.experts.weights import (
+    EXPERT_LAYER_NAMES,
+    EXPERT_NAMES,
+    absent_modules,
+    exported_experts,
+    fill_shared,
+    fold_shared_switch,
+)
 from megatron_periln.convert.targets import Target
 
 __all__ = [
@@ -59,32 +68,38 @@ _LAYER_NAMES = {
     "mlp.down.weight": "mlp.linear_fc2.weight",
     "mlp.down.bias": "mlp.linear_fc2.bias",
     "mlp.output_norm.weight": "mlp_bda.norm.weight",
+    **EXPERT_LAYER_NAMES,
 }
 """The same within a layer. A norm in bias-dropout-add is an ``output_norm``, also Post-LN's."""
 
 _NEUTRAL_NAMES = {name: parameter for parameter, name in _GLOBAL_NAMES.items()} | {
-    f"decoder.layers.{name}": parameter for parameter, name in _LAYER_NAMES.items()
+    f"decoder.layers.{name}": parameter for parameter, name in (_LAYER_NAMES | EXPERT_NAMES).items()
 }
-"""From the key of a tensor in Megatron's sharded state to the parameter's neutral name."""
+"""From the key of a tensor in Megatron's sharded state, without a layer's index, to the neutral name."""
+
+_LAYER_INDEX = re.compile(r"(?<=^decoder\.layers\.)\d+\.")  # where layers differ
+
+_KEPT_IN_FP32 = "mlp.expert_bias"
+"""What is fp32 in every model: rounded, it would choose other experts."""
 
 _BIAS_GROUPS = {"attention.qkv": "qkv", "attention.proj": "proj", "mlp.gate_up": "mlp", "mlp.down": "mlp"}
 
 
-def _layer_parameters(architecture: Architecture) -> list[str]:
-    """Return the neutral names of the parameters that each layer has in Megatron."""
+def _layer_parameters(architecture: Architecture, layer: int) -> list[str]:
+    """Return the neutral names of what a layer has in Megatron, but for each expert's own."""
     placement = architecture.placement
-    absent = set()
+    absent = absent_modules(architecture.experts, layer)
     if not placement.input:
-        absent.add("input_norm")
+        absent |= {"attention.input_norm", "mlp.input_norm"}
     if not (placement.output or placement.after_add):
-        absent.add("output_norm")
+        absent |= {"attention.output_norm", "mlp.output_norm"}
     if not architecture.qk_norm:
-        absent |= {"q_norm", "k_norm"}
+        absent |= {"attention.q_norm", "attention.k_norm"}
     return [
         name
         for name in _LAYER_NAMES
-        if name.split(".")[1] not in absent
-        and (name.endswith(".weight") or _BIAS_GROUPS[name.removesuffix(".bias")] in architecture.biases)
+        if not any(f"{name}.".startswith(f"{module}.") for module in absent)
+        and (not name.endswith(".bias") or _BIAS_GROUPS[name.removesuffix(".bias")] in architecture.biases)
     ]
 
 
@@ -197,16 +212,21 @@ def _fold_attention_scale(tensors: dict[str, Tensor], architecture: Architecture
             tensors[name] = tensors[name] * architecture.attention_scale
 
 
-def _fold_output_eps(tensors: dict[str, Tensor], architecture: Architecture) -> None:
-    """Give the output norms the model's epsilon, by scaling what they norm.
+def _output_eps_factor(architecture: Architecture) -> float:
+    """Return what gives the output norms the model's epsilon, as a factor of what they norm.
 
     ``c * y / sqrt(mean((c * y)**2) + eps)`` is ``y / sqrt(mean(y**2) + eps / c**2)``.
     """
     if not architecture.placement.output or architecture.output_eps == architecture.eps:
+        return 1.0
+    return (architecture.eps / architecture.output_eps) ** 0.5
+
+
+def _fold_output_eps(tensors: dict[str, Tensor], architecture: Architecture) -> None:
+    if (factor := _output_eps_factor(architecture)) == 1:
         return
-    factor = (architecture.eps / architecture.output_eps) ** 0.5
-    for name in ("attention.proj.weight", "attention.proj.bias", "mlp.down.weight", "mlp.down.bias"):
-        if name in tensors:
+    for name in tensors:
+        if name.startswith(("attention.proj.", "mlp.down.", "mlp.shared.down.")):
             tensors[name] = tensors[name] * factor
 
 
@@ -235,7 +255,7 @@ def exported_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of every tensor of the exported model.
 
-    Holds one layer, or one table, at a time.
+    Holds one layer but for its experts, one expert, or one table, at a time.
 
     Parameters
     ----------
@@ -250,7 +270,12 @@ def exported_tensors(
     yield from _exported_embedding(read, architecture, target, dtype)
     for layer in range(count):
         for name, tensor in _exported_layer(read, architecture, target, layer).items():
-            yield target.tensor_name(name, layer, count), tensor.to(dtype).contiguous()
+            kept = torch.float32 if name == _KEPT_IN_FP32 else dtype
+            yield target.tensor_name(name, layer, count), tensor.to(kept).contiguous()
+        if architecture.experts is not None and architecture.experts.layers[layer]:
+            factor = _output_eps_factor(architecture)
+            for expert, name, tensor in exported_experts(read, architecture.experts, target, layer, factor):
+                yield target.tensor_name(name, layer, count, expert), tensor.to(dtype).contiguous()
         for zeros, rows in target.zeros.items():
             yield zeros.format(layer=layer), torch.zeros(rows, architecture.hidden_size, dtype=dtype)
     yield from _exported_output(read, architecture, target, dtype)
@@ -274,7 +299,8 @@ def _exported_embedding(
 
 def _exported_layer(read: Read, architecture: Architecture, target: Target, layer: int) -> dict[str, Tensor]:
     """Return the tensors of one layer by neutral name, in fp32."""
-    tensors = {name: read(_LAYER_NAMES[name], layer).float() for name in _layer_parameters(architecture)}
+    names = _layer_parameters(architecture, layer)
+    tensors = {name: read(_LAYER_NAMES[name], layer).float() for name in names}
     for name in tensors:
         if "norm" in name:
             tensors[name] = _norm_weight(tensors[name], architecture)
@@ -282,13 +308,18 @@ def _exported_layer(read: Read, architecture: Architecture, target: Target, laye
         if (fused := tensors.pop(f"attention.qkv.{kind}", None)) is not None:
             parts = zip("qkv", split_qkv(fused, architecture), strict=True)
             tensors |= {f"attention.{name}.{kind}": part for name, part in parts}
-        if "mlp.gate_up" not in target.names and f"mlp.gate_up.{kind}" in tensors:
-            gate, up = tensors.pop(f"mlp.gate_up.{kind}").chunk(2)
-            tensors |= {f"mlp.gate.{kind}": gate, f"mlp.up.{kind}": up}
+        for mlp in ("mlp", "mlp.shared"):
+            if f"{mlp}.gate_up" not in target.names and f"{mlp}.gate_up.{kind}" in tensors:
+                gate, up = tensors.pop(f"{mlp}.gate_up.{kind}").chunk(2)
+                tensors |= {f"{mlp}.gate.{kind}": gate, f"{mlp}.up.{kind}": up}
     _order_rotary_pairs(tensors, architecture, target)
     _fold_attention_scale(tensors, architecture)
     _fold_output_eps(tensors, architecture)
     _fill_biases(tensors, architecture, target)
+    if (experts := architecture.experts) is not None and experts.layers[layer]:
+        assert target.mixture is not None
+        fold_shared_switch(tensors, experts, target.mixture)
+        fill_shared(tensors, architecture, experts, target.mixture)
     if layer == architecture.num_layers - 1 and not architecture.placement.final:
         factor = _tied_logit_factor(architecture, target)
         tensors["mlp.output_norm.weight"] = tensors["mlp.output_norm.weight"] * factor
@@ -332,7 +363,9 @@ def without_scales(architecture: Architecture) -> Architecture:
     )
 
 
-def imported_tensor(get: Get, architecture: Architecture, target: Target, key: str, layer: int) -> Tensor:
+def imported_tensor(
+    get: Get, architecture: Architecture, target: Target, key: str, layer: int, expert: int = 0
+) -> Tensor:
     """Return one tensor in Megatron's layout.
 
     Parameters
@@ -342,22 +375,25 @@ def imported_tensor(get: Get, architecture: Architecture, target: Target, key: s
     architecture, target
         Those of the source.
     key
-        Of the tensor in Megatron's sharded state, which has no layer's index.
+        Of the tensor in Megatron's sharded state, which has no layer's index unless layers differ.
     layer
         The layer's index; 0 for what stands outside the layers.
+    expert
+        The expert's index; 0 for what is no expert's.
     """
 
     def part(name: str) -> Tensor:
-        return get(target.tensor_name(name, layer, architecture.num_layers))
+        return get(target.tensor_name(name, layer, architecture.num_layers, expert))
 
-    name = _NEUTRAL_NAMES[key]
+    name = _NEUTRAL_NAMES[_LAYER_INDEX.sub("", key)]
     module, _, kind = name.rpartition(".")
     if module == "attention.qkv":
         q, k, v = (part(f"attention.{projection}.{kind}") for projection in "qkv")
         scale = 1.0 if architecture.qk_norm else architecture.attention_scale
         return join_qkv(_times(q, scale), k, v, architecture)
-    if module == "mlp.gate_up" and module not in target.names:
-        return torch.cat([part(f"mlp.gate.{kind}"), part(f"mlp.up.{kind}")])
+    if module.endswith(".gate_up") and module not in target.names:
+        mlp = module.removesuffix(".gate_up")
+        return torch.cat([part(f"{mlp}.gate.{kind}"), part(f"{mlp}.up.{kind}")])
     return _times(part(name), _import_factor(architecture, module))
 
 

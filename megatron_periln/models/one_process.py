@@ -5,15 +5,20 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_periln.checkpoints.manifest import Manifest
+from megatron_periln.checkpoints.reader import NORM_BEFORE_EXPERTS
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelBuilder, GPTModelConfig
 from megatron_periln.models.execution import arguments_of_one_process, refuse_other_computation
@@ -79,7 +84,11 @@ def build_model(config: GPTModelConfig) -> GPTModel:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    return model.to(config.transformer.params_dtype).eval()  # upstream's local norms are built in fp32
+    model = model.to(config.transformer.params_dtype)  # upstream's local norms are built in fp32
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._maintain_float32_expert_bias()
+    return model.eval()
 
 
 def load_model(path: Path, config: GPTModelConfig, absent: tuple[str, ...] = ()) -> GPTModel:
@@ -101,11 +110,36 @@ def load_model(path: Path, config: GPTModelConfig, absent: tuple[str, ...] = ())
         for name, sharded in model.sharded_state_dict().items()
         if not any(part in name for part in absent)
     }
+    if config.transformer.num_moe_experts is not None:
+        _find_norms_before_experts(state, path)
     loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
     left = model.load_state_dict(loaded, strict=False)
     assert not left.unexpected_keys, left
     assert all(any(part in name for part in absent) for name in left.missing_keys), left
     return model
+
+
+def _find_norms_before_experts(state: dict[str, Any], path: Path) -> None:
+    """Ask for the norm before a layer's experts by the name that it has in a checkpoint."""
+    there = dist_checkpointing.load_tensors_metadata(str(path))
+    for sharded in state.values():
+        if isinstance(sharded, ShardedTensor) and sharded.key not in there:
+            sharded.key = sharded.key.replace(*NORM_BEFORE_EXPERTS)
+
+
+def _under_both_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Add the norm before a layer's experts as Transformer Engine's layers name it.
+
+    Megatron's local layers save it as the norm of a dense MLP, for which Transformer Engine's don't ask.
+    """
+    layers = {name.split(".mlp.")[0] for name in state if ".mlp.experts." in name}
+    added = {}
+    for layer in layers:
+        for name in (f"{layer}.pre_mlp_layernorm.weight", f"{layer}.pre_mlp_layernorm.bias"):
+            if name in state:
+                key = state[name].key.replace(*NORM_BEFORE_EXPERTS)
+                added[f"{name} of Transformer Engine"] = replace(state[name], key=key)
+    return state | added
 
 
 def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
@@ -127,7 +161,7 @@ def save_model(folder: Path, args: Namespace, model: GPTModel) -> Path:
     path = folder / "release"
     path.mkdir()
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    state["model"] = model.sharded_state_dict()
+    state["model"] = _under_both_names(model.sharded_state_dict())
     dist_checkpointing.save(state, str(path), async_strategy="mcore")
     Manifest.of(path, sums=True).write(path)
     return path

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.convert.checkpoints import BIASES, COMMON, MUP, UNTIED
+from tests.convert.checkpoints import BIASES, COMMON, EXPERTS, MUP, UNTIED
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,47 @@ CASES = {
     "post": Case(COMMON + UNTIED + "--norm-placement post --embedding-norm", "minimax"),
     "post, tied, scales, interleaved": Case(
         COMMON + MUP + "--norm-placement post --embedding-norm --rotary-interleaved", "minimax", tied=True
+    ),
+    "pre, experts, scales, interleaved": Case(
+        COMMON + MUP + "--norm-placement pre --embedding-norm --rotary-interleaved --apply-layernorm-1p"
+        " --moe-router-topk-scaling-factor 1.7" + EXPERTS,
+        "mixtral",
+    ),
+    "pre, norms of queries and keys, experts": Case(
+        COMMON + "--norm-placement pre --qk-layernorm --add-qkv-bias --moe-layer-freq [1,0,1]" + EXPERTS,
+        "qwen3_moe",
+        tied=True,
+    ),
+    "pre, norms of queries and keys, experts before softmax": Case(
+        COMMON + UNTIED + "--norm-placement pre --qk-layernorm --moe-router-pre-softmax"
+        " --moe-router-topk-scaling-factor 2.5" + EXPERTS,
+        "qwen3_moe",
+    ),
+    "pre, experts, shared, dense layers": Case(
+        COMMON.replace("--kv-channels 24", "")
+        + UNTIED
+        + "--norm-placement pre --moe-layer-freq [0,1,1] --add-qkv-bias"
+        " --moe-shared-expert-intermediate-size 72 --moe-shared-expert-gate" + EXPERTS,
+        "qwen2_moe",
+    ),
+    "pre, experts, shared without a gate": Case(
+        COMMON.replace("--kv-channels 24", "")
+        + UNTIED
+        + "--norm-placement pre --moe-shared-expert-intermediate-size 72"
+        + EXPERTS,
+        "qwen2_moe",
+    ),
+    "pre, experts by sigmoid": Case(
+        COMMON + UNTIED + "--norm-placement pre --moe-layer-freq [0,1,1] --rotary-percent 0.5 --add-qkv-bias"
+        " --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+        " --moe-router-topk-scaling-factor 2.5 --moe-shared-expert-intermediate-size 96" + EXPERTS,
+        "glm4_moe",
+    ),
+    "pre, norms of queries and keys, groups of experts": Case(
+        COMMON + UNTIED + "--norm-placement pre --qk-layernorm --moe-router-score-function sigmoid"
+        " --moe-router-num-groups 4 --moe-router-group-topk 2"
+        + EXPERTS.replace("experts 6", "experts 8").replace("topk 2", "topk 4"),
+        "glm4_moe",
     ),
 }
 

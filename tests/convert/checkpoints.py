@@ -22,6 +22,7 @@ COMMON = f"""--num-layers {LAYERS} --hidden-size 64 --ffn-hidden-size 112 --num-
     --norm-epsilon 1e-3 --position-embedding-type rope --rotary-base 500 --disable-bias-linear """
 UNTIED = "--untie-embeddings-and-output-weights "
 BIASES = COMMON.replace("--disable-bias-linear", "")
+EXPERTS = " --num-experts 6 --moe-router-topk 2 --moe-ffn-hidden-size 48"
 MUP = "--use-mup --mup-base-hidden-size 32 --mup-embedding-mult 3 --mup-output-mult 0.7 "
 
 
@@ -56,6 +57,9 @@ def randomize(model):
                 zero_centered = model.config.layernorm_zero_centered_gamma
                 noise = noise * 0.3 + (0 if zero_centered else 1)
             parameter.copy_(noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 

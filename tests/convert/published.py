@@ -31,6 +31,7 @@ YARN = {
     "beta_slow": 1.0,
     "truncate": True,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 FULL = {"layer_types": ["full_attention"] * 3}
 
 # As the published models have them: GLM-4-0414 with query biases and half of each head rotating.
@@ -54,6 +55,36 @@ MODELS = {
     "qwen3, YaRN": {"max_window_layers": 3, "rope_parameters": YARN},
     "qwen3": {"max_window_layers": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "exaone4": {"sliding_window": None, **FULL},
+    "mixtral": {"num_local_experts": 6},
+    "qwen3_moe": {**EXPERTS, "num_experts": 6, "norm_topk_prob": True},
+    # As Qwen1.5-MoE has it.
+    "qwen2_moe": {
+        **EXPERTS,
+        "head_dim": 16,
+        "num_experts": 6,
+        "shared_expert_intermediate_size": 80,
+        "mlp_only_layers": [1],
+        "max_window_layers": 3,
+    },
+    # As GLM-4.5 has it.
+    "glm4_moe": {
+        **EXPERTS,
+        "n_routed_experts": 6,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+    },
+    "glm4_moe, groups": {
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+    },
 }
 
 
@@ -70,6 +101,10 @@ def make(folder, name, dtype=torch.float32, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape)
-            parameter.copy_(noise / parameter.size(1) ** 0.5 if parameter.dim() == 2 else 1 + 0.3 * noise)
+            # Of experts, all in one tensor, each is a matrix.
+            parameter.copy_(noise / parameter.size(-1) ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape))
     model.to(dtype).save_pretrained(folder)
     return folder

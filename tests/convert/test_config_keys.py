@@ -22,9 +22,11 @@ SIZES = {
     "torch_dtype",
 }
 LLAMA = SIZES | {"head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias"}
+EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
 WINDOWS = {"sliding_window", "layer_types"}
 # Those of each architecture's published models: GLM-4-9B-0414, HyperCLOVAX-SEED-Think-14B, Llama-3.2-1B,
-# Qwen3-4B, EXAONE-4.0-1.2B and MiniMax-Text-01-hf; lfm3 is transformers' own configuration.
+# Qwen3-4B, EXAONE-4.0-1.2B, MiniMax-Text-01-hf, Mixtral-8x7B-v0.1, Qwen3-30B-A3B, Qwen1.5-MoE-A2.7B and
+# GLM-4.5-Air; lfm3 is transformers' own configuration.
 PUBLISHED = {
     "glm4": LLAMA - {"rope_scaling"} | {"partial_rotary_factor", "eos_token_id", "pad_token_id"},
     "hyperclovax": LLAMA
@@ -49,6 +51,21 @@ PUBLISHED = {
     "minimax": SIZES
     | {"head_dim", "rms_norm_eps", "rope_theta", "num_local_experts", "num_experts_per_tok", "layer_types"}
     | {"postnorm", "full_attn_alpha_factor", "full_attn_beta_factor", "mlp_alpha_factor", "mlp_beta_factor"},
+    "mixtral": SIZES
+    | {"rms_norm_eps", "rope_theta", "sliding_window", "num_local_experts", "num_experts_per_tok"}
+    | {"bos_token_id", "eos_token_id"},
+    "qwen3_moe": LLAMA
+    | {"use_sliding_window", "sliding_window", "max_window_layers", "mlp_only_layers", "norm_topk_prob"}
+    | EXPERTS
+    | {"bos_token_id", "eos_token_id"},
+    "qwen2_moe": LLAMA - {"head_dim", "rope_scaling", "attention_bias"}
+    | {"use_sliding_window", "sliding_window", "max_window_layers", "norm_topk_prob"}
+    | EXPERTS
+    | {"shared_expert_intermediate_size", "bos_token_id", "eos_token_id"},
+    "glm4_moe": LLAMA - {"rope_scaling"}
+    | {"partial_rotary_factor", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts"}
+    | {"n_shared_experts", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"}
+    | {"norm_topk_prob", "use_qk_norm", "num_nextn_predict_layers", "eos_token_id", "pad_token_id"},
 }
 # Settings of transformers' classes that an export is silent about.
 SILENT = {
@@ -59,9 +76,9 @@ SILENT = {
     "block_size": "of linear attention, and there is none",
     "linear_attn_alpha_factor": "of linear attention, and there is none",
     "linear_attn_beta_factor": "of linear attention, and there is none",
-    "output_router_logits": "off, and one expert has nothing to choose",
-    "router_aux_loss_coef": "one expert has nothing to choose",
-    "router_jitter_noise": "off, and one expert has nothing to choose",
+    "output_router_logits": "off",
+    "router_aux_loss_coef": "of a loss that is added where the router's logits are returned",
+    "router_jitter_noise": "off",
 }
 # Fields that have no default in the runtime's own reading of config.json, from the sources of mistral.rs
 # (after 0.8), candle (after 0.9) and mlx-lm 0.32.2.

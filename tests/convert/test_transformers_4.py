@@ -14,7 +14,7 @@ from tests.convert.cases import CASES
 
 VARIABLE = "MEGATRON_PERILN_TRANSFORMERS_4"
 # Those that transformers 4.57 has.
-CLASSES = {"glm4", "llama", "qwen3", "exaone4", "minimax"}
+CLASSES = {"glm4", "llama", "qwen3", "exaone4", "minimax", "mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe"}
 NAMES = [name for name, case in CASES.items() if case.target in CLASSES]
 
 pytestmark = pytest.mark.skipif(

@@ -83,7 +83,6 @@ def test_every_parameter_of_a_layer_has_a_name(name):
     "args, reason",
     [
         ({"hybrid_layer_pattern": "*-*-"}, "it is a hybrid model"),
-        ({"num_experts": 8}, "it has experts"),
         ({"multi_latent_attention": True}, "it has multi-latent attention"),
         ({"window_size": (128, 0)}, "its attention has a window"),
         ({"no_rope_freq": 4}, "some of its layers have no positions"),

@@ -105,30 +105,61 @@ def _check_layers(tensors: Tensors, architecture: Architecture, said: Statements
 def _expected(architecture: Architecture, target: Target) -> Iterator[_Expected]:
     """Yield the tensors that must be there."""
     groups = {"attention.q": "qkv", "attention.k": "qkv", "attention.v": "qkv", "attention.proj": "proj"}
-    shapes = _shapes(architecture)
+    shapes = _shapes(architecture, target)
     for module in target.names:
         if module.startswith("last.") or (module == "head" and architecture.tied):
             continue
-        inside = module.startswith(("attention.", "mlp."))
         group = groups.get(module, "mlp" if module.startswith("mlp.") and "norm" not in module else "")
         switch = next((key for key, biases in target.bias_switches.items() if group in biases), None)
-        for layer in range(architecture.num_layers if inside else 1):
+        for layer in _layers_with(module, architecture):
+            for expert in range(_count(module, architecture)):
 
-            def name(kind: str, module: str = module, layer: int = layer) -> str:
-                return target.tensor_name(f"{module}.{kind}", layer, architecture.num_layers)
+                def name(kind: str, module: str = module, layer: int = layer, expert: int = expert) -> str:
+                    parameter = module if module in _WHOLE else f"{module}.{kind}"
+                    return target.tensor_name(parameter, layer, architecture.num_layers, expert)
 
-            yield _Expected(
-                name("weight"), shapes[module], "tie_word_embeddings" if module == "head" else None
-            )
-            if group in architecture.biases:
-                yield _Expected(name("bias"), shapes[module][:1], switch)
+                yield _Expected(name("weight"), shapes[module], _switch_of(module, target))
+                if group in architecture.biases:
+                    yield _Expected(name("bias"), shapes[module][:1], switch)
     hidden = _Size("hidden_size", architecture.hidden_size)
     for zeros, rows in target.zeros.items():
         for layer in range(architecture.num_layers):
             yield _Expected(zeros.format(layer=layer), (_Size("num_local_experts", rows), hidden))
 
 
-def _shapes(architecture: Architecture) -> dict[str, tuple[_Size, ...]]:
+_WHOLE = frozenset({"mlp.expert_bias"})
+"""Neutral names that are no module's weight or bias."""
+
+_EVERY_MLP = frozenset({"mlp.input_norm", "mlp.output_norm"})
+_OF_EXPERTS = ("mlp.router", "mlp.expert_bias", "mlp.experts.", "mlp.shared.")
+
+
+def _layers_with(module: str, architecture: Architecture) -> list[int]:
+    """Return the layers that have a module; that of layer 0 stands for what is outside the layers."""
+    if not module.startswith(("attention.", "mlp.")):
+        return [0]
+    if module in ("attention.q_norm", "attention.k_norm") and not architecture.qk_norm:
+        return []
+    layers = list(range(architecture.num_layers))
+    experts = architecture.experts
+    if experts is None or module.startswith("attention.") or module in _EVERY_MLP:
+        return layers
+    return [layer for layer in layers if experts.layers[layer] == module.startswith(_OF_EXPERTS)]
+
+
+def _count(module: str, architecture: Architecture) -> int:
+    experts = architecture.experts
+    return experts.count if experts is not None and module.startswith("mlp.experts.") else 1
+
+
+def _switch_of(module: str, target: Target) -> str | None:
+    """Return the key by which a module is there at all, if one decides it."""
+    if module in ("attention.q_norm", "attention.k_norm") and isinstance(target.qk_norm, str):
+        return target.qk_norm
+    return "tie_word_embeddings" if module == "head" else None
+
+
+def _shapes(architecture: Architecture, target: Target) -> dict[str, tuple[_Size, ...]]:
     """Return the shape of each module's weight; the first dimension is that of its bias."""
     each = architecture.head_dim
     sizes = f"num_attention_heads {architecture.num_heads}, hidden_size {architecture.hidden_size}"
@@ -159,6 +190,30 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[_Size, ...]]:
         "mlp.gate": (width, hidden),
         "mlp.up": (width, hidden),
         "mlp.down": (hidden, width),
+        **_expert_shapes(architecture, target, hidden),
+    }
+
+
+def _expert_shapes(architecture: Architecture, target: Target, hidden: _Size) -> dict[str, tuple[_Size, ...]]:
+    experts, mixture = architecture.experts, target.mixture
+    if experts is None or mixture is None:
+        return {}
+    count = _Size(mixture.count, experts.count)
+    width = _Size(mixture.width, experts.width)
+    shared = _Size(mixture.shared_width or "", experts.shared_width)
+    if mixture.shared_count is not None:
+        number, beside = experts.shared_width // experts.width, f"{mixture.width} {experts.width}"
+        shared = _Size(mixture.shared_count, number, experts.width, beside)
+    return {
+        "mlp.router": (count, hidden),
+        "mlp.expert_bias": (count,),
+        "mlp.experts.gate": (width, hidden),
+        "mlp.experts.up": (width, hidden),
+        "mlp.experts.down": (hidden, width),
+        "mlp.shared.gate": (shared, hidden),
+        "mlp.shared.up": (shared, hidden),
+        "mlp.shared.down": (hidden, shared),
+        "mlp.shared.switch": (_Size("", 1), hidden),
     }
 
 

@@ -1,0 +1,151 @@
+"""What a target is: an architecture of transformers, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Mixture", "Target"]
+
+_NONE: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The mixtures of experts of an architecture: what routes to them, and the names of their settings.
+
+    Parameters
+    ----------
+    score
+        What the router's scores are: ``"softmax"`` over all experts, or each expert's ``"sigmoid"``.
+    count, width
+        The settings that hold the number of experts and the hidden size of each.
+    normalized
+        The setting by which the chosen experts' scores add up to 1; or True where they always do.
+    bias
+        A bias that takes part in the choice of experts, and not in their scores.
+    groups
+        The settings for the number of groups of experts, and how many of them a token chooses from.
+    scale
+        The setting for a factor of the scores.
+    shared_width
+        The setting for the hidden size of the shared expert.
+    shared_count
+        The setting for their number, each as wide as an expert.
+    shared_switch
+        A gate switches the shared expert.
+    first_dense
+        The setting for the number of layers at the start that have none.
+    dense_layers
+        The setting for the list of layers that have none.
+    """
+
+    score: str
+    count: str
+    width: str = "moe_intermediate_size"
+    normalized: str | bool = True
+    bias: bool = False
+    groups: tuple[str, str] | None = None
+    scale: str | None = None
+    shared_width: str | None = None
+    shared_count: str | None = None
+    shared_switch: bool = False
+    first_dense: str | None = None
+    dense_layers: str | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Tell whether each layer has a shared expert."""
+        return self.shared_width is not None or self.shared_count is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An architecture of transformers: what it can express, its configuration, its tensors' names.
+
+    Parameters
+    ----------
+    name
+        The value of ``--target``; also ``model_type`` in the configuration.
+    architecture
+        The class in transformers.
+    runs_in
+        Where it runs without code of its own.
+    placement
+        The norm placement that it computes.
+    qk_norm
+        It norms each head's queries and keys: yes, no, or as a setting of this name says.
+    bias_switches
+        Settings of the configuration, and the biases that each switches on.
+    interleaved
+        Its rotary pairs are neighbours.
+    partial_rotary
+        A share of each head's channels may rotate.
+    divided_heads
+        The hidden size must be divisible by the number of heads.
+    whole_heads
+        Its heads are of the hidden size together.
+    embedding_norm
+        It has an embedding norm, and needs one. Without it, the norm is folded into the table.
+    mixture
+        Its mixtures of experts, if it has them.
+    names
+        From the neutral name of a module (see ``weights``) to the architecture's; ``{layer}`` stands for
+        the layer's index, ``{next}`` for that of the layer after it, ``{expert}`` for the expert's. A neutral
+        name that starts with ``last.`` is that of the last layer. What is no module's weight or bias has its
+        whole name.
+    zeros
+        Tensors of zeros beside: names, and their rows of ``hidden_size``.
+    settings
+        Further settings of the configuration.
+    num_layers_settings
+        Those whose value is the number of layers.
+    layer_settings
+        Settings that are a list with one value a layer.
+    rope_label
+        The key under which the configuration nests its rotary parameters, if it does.
+    eps_name
+        The setting that holds the norms' epsilon.
+    multipliers
+        Settings that scale what the model computes, and the attribute of `Architecture` that each is.
+    no_eos
+        The value of ``eos_token_id`` for none: null, but where the configuration takes null for ids of its
+        own.
+    """
+
+    name: str
+    architecture: str
+    runs_in: str
+    placement: str
+    qk_norm: bool | str = False
+    bias_switches: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    interleaved: bool = False
+    partial_rotary: bool = False
+    divided_heads: bool = False
+    whole_heads: bool = False
+    embedding_norm: bool = False
+    mixture: Mixture | None = None
+    names: Mapping[str, str]
+    zeros: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_layers_settings: tuple[str, ...] = ()
+    layer_settings: Mapping[str, Any] = field(default_factory=dict)
+    rope_label: str | None = None
+    eps_name: str = "rms_norm_eps"
+    multipliers: Mapping[str, str] = field(default_factory=dict)
+    no_eos: list[int] | None = None
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The biases that it can have."""
+        return _NONE.union(*self.bias_switches.values())
+
+    def tensor_name(self, parameter: str, layer: int = 0, num_layers: int = 0, expert: int = 0) -> str:
+        """Return the name of a parameter's tensor, such as that of ``attention.q.weight`` in layer 3."""
+        if parameter in self.names:
+            return self.names[parameter].format(layer=layer)
+        module, _, kind = parameter.rpartition(".")
+        if layer == num_layers - 1:
+            module = f"last.{module}" if f"last.{module}" in self.names else module
+        return f"{self.names[module].format(layer=layer, next=layer + 1, expert=expert)}.{kind}"
