@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_periln.convert.experts.architecture import Experts
+from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.models import GPTModelConfig
 from megatron_periln.norms import NormPlacement
@@ -43,6 +44,10 @@ class Architecture:
     ----------
     experts
         Its mixtures of experts; None for a dense model.
+    kinds
+        What differs from layer to layer in attention; None for nothing.
+    attention_gate
+        A gate of each channel, by the sigmoid of a projection, multiplies what attention gives.
     biases
         The linears that have one: ``"qkv"``, ``"proj"`` (of attention), ``"mlp"`` (both).
     tied
@@ -68,6 +73,8 @@ class Architecture:
     max_positions: int
     rope: Rope
     experts: Experts | None = None
+    kinds: LayerKinds | None = None
+    attention_gate: bool = False
     qk_norm: bool = False
     biases: frozenset[str] = frozenset()
     tied: bool = False
@@ -111,6 +118,8 @@ class Architecture:
                 scaling=RopeScaling.of_config(config),
             ),
             experts=Experts.of(core),
+            kinds=LayerKinds.of(core).or_none(),
+            attention_gate=core.attention_output_gate,
             qk_norm=core.qk_layernorm,
             biases=_biases(core),
             tied=config.share_embeddings_and_output_weights,

@@ -10,6 +10,7 @@ import torch
 
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.experts.config import expert_settings, experts_of
+from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
@@ -38,6 +39,7 @@ def model_config(
     ``partial_rotary_factor`` and ``rope_scaling``, and some want the last even if it is null.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    kinds = architecture.kinds or LayerKinds.all_plain(architecture.num_layers)
     return {
         "architectures": [target.architecture],
         "model_type": target.name,
@@ -57,11 +59,13 @@ def model_config(
         **_rotary_settings(architecture.rope, target),
         **{switch: bool(group & architecture.biases) for switch, group in target.bias_switches.items()},
         **_qk_norm_setting(architecture, target),
+        **kinds.settings(target, architecture.max_positions),
         **expert_settings(architecture.experts, target.mixture),
         **target.settings,
         **_unit_multipliers(architecture, target),
         **dict.fromkeys(target.num_layers_settings, architecture.num_layers),
         **{name: [value] * architecture.num_layers for name, value in target.layer_settings.items()},
+        **({} if target.root_scale is None else {target.root_scale: False}),
         **tokens.as_settings(target.no_eos),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
@@ -155,7 +159,7 @@ def architecture_of(config: Any, target: Target) -> Architecture:
         eps=getattr(config, target.eps_name),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=getattr(config, "intermediate_size", None) or getattr(config, _expert_width(target)),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -163,14 +167,24 @@ def architecture_of(config: Any, target: Target) -> Architecture:
         max_positions=config.max_position_embeddings,
         rope=_rope(config, target),
         experts=experts_of(config, target.mixture),
+        kinds=LayerKinds.of_settings(config, target).or_none(),
+        attention_gate=target.gate,
         qk_norm=getattr(config, target.qk_norm) if isinstance(target.qk_norm, str) else target.qk_norm,
         biases=biases,
         tied=config.tie_word_embeddings,
     )
+    if target.root_scale is not None and getattr(config, target.root_scale):
+        architecture = replace(architecture, embedding_scale=config.hidden_size**0.5)
     scales = {attribute: getattr(config, name) for name, attribute in target.multipliers.items()}
     if "attention_scale" in scales:
         scales["attention_scale"] /= architecture.head_dim**-0.5
     return replace(architecture, **scales)
+
+
+def _expert_width(target: Target) -> str:
+    """Return the setting of the experts' width, which is all that a model without dense layers has."""
+    assert target.mixture is not None
+    return target.mixture.width
 
 
 def _check_settings(config: Any, target: Target) -> None:

@@ -54,10 +54,7 @@ _REQUIRED: tuple[tuple[str, Any, str, str], ...] = (
     ("swiglu", True, "its MLP is not SwiGLU", "--swiglu"),
     ("glu_linear_offset", 0.0, "its MLP adds --glu-linear-offset", "--glu-linear-offset 0"),
     ("activation_func_clamp_value", None, "its MLP is clamped", "no --activation-func-clamp-value"),
-    ("no_rope_freq", None, "some of its layers have no positions", "no --no-rope-freq"),
-    ("window_size", None, "its attention has a window", "no --window-size"),
     ("softmax_type", "vanilla", "its softmax has a sink", "--softmax-type vanilla"),
-    ("attention_output_gate", False, "its attention is gated", "no --attention-output-gate"),
     ("qk_l2_norm", False, "its queries and keys have L2 norms", "--qk-layernorm"),
 )
 
@@ -126,6 +123,18 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
             UnsupportedFeature(f"it norms queries and keys, and {name} does not", "no --qk-layernorm")
         )
     found += [UnsupportedFeature(*each) for each in unsupported_experts(target, architecture.experts)]
+    if architecture.kinds is not None:
+        found += [UnsupportedFeature(*each) for each in architecture.kinds.unsupported_by(target)]
+    if architecture.attention_gate and not target.gate:
+        found.append(
+            UnsupportedFeature(f"its attention is gated, and {name}'s is not", "no --attention-output-gate")
+        )
+    elif architecture.attention_gate and "qkv" in architecture.biases:
+        found.append(
+            UnsupportedFeature(
+                f"the gate of its attention has a bias, and {name}'s has none", "no --add-qkv-bias"
+            )
+        )
     if target.embedding_norm and not placement.embedding:
         found.append(UnsupportedFeature(f"it has no embedding norm, and {name} has", "--embedding-norm"))
     if lacking := architecture.biases - target.biases:

@@ -106,28 +106,34 @@ def _layer_parameters(architecture: Architecture, layer: int) -> list[str]:
 # The order of rows in attention's weights
 
 
-def split_qkv(fused: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Split Megatron's ``linear_qkv`` into queries, keys and values.
+def qkv_parts(architecture: Architecture) -> tuple[str, ...]:
+    """Return the neutral names of what Megatron's ``linear_qkv`` has, in its order."""
+    return ("q", "gate", "k", "v") if architecture.attention_gate else ("q", "k", "v")
+
+
+def split_qkv(fused: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+    """Split Megatron's ``linear_qkv`` into queries, keys and values, with a gate behind the queries.
 
     Parameters
     ----------
     fused
         The weight ``[(heads + 2 * kv_heads) * head_dim, hidden]``, or the bias without its last
-        dimension: for each key-value head the queries it serves, its key, its value
+        dimension: for each key-value head the queries it serves, their gates, its key, its value
         (megatron/core/transformer/attention.py).
     architecture
         Gives the numbers of heads.
     """
     kv_heads, head_dim = architecture.num_kv_heads, architecture.head_dim
     groups = fused.unflatten(0, (kv_heads, -1, head_dim))
-    q, k, v = groups.split([architecture.num_heads // kv_heads, 1, 1], dim=1)
-    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+    served = architecture.num_heads // kv_heads
+    sizes = [1 if part in "kv" else served for part in qkv_parts(architecture)]
+    return tuple(part.flatten(0, 2) for part in groups.split(sizes, dim=1))
 
 
-def join_qkv(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture) -> Tensor:
+def join_qkv(*parts: Tensor, architecture: Architecture) -> Tensor:
     """Undo `split_qkv`."""
     kv_heads, head_dim = architecture.num_kv_heads, architecture.head_dim
-    groups = [part.unflatten(0, (kv_heads, -1, head_dim)) for part in (q, k, v)]
+    groups = [part.unflatten(0, (kv_heads, -1, head_dim)) for part in parts]
     return torch.cat(groups, dim=1).flatten(0, 2)
 
 
@@ -230,6 +236,14 @@ def _fold_output_eps(tensors: dict[str, Tensor], architecture: Architecture) -> 
             tensors[name] = tensors[name] * factor
 
 
+def _fold_gate(tensors: dict[str, Tensor], architecture: Architecture, target: Target) -> None:
+    """Give attention that has no gate one of zeros, whose sigmoid is a half."""
+    if target.gate and not architecture.attention_gate:
+        proj = tensors["attention.proj.weight"]
+        tensors["attention.proj.weight"] = proj * 2
+        tensors["attention.gate.weight"] = torch.zeros(proj.size(1), proj.size(0))
+
+
 def _fill_biases(tensors: dict[str, Tensor], architecture: Architecture, target: Target) -> None:
     """Add a bias of zeros after attention, where the target has it together with the queries'."""
     for switched in target.bias_switches.values():
@@ -306,7 +320,7 @@ def _exported_layer(read: Read, architecture: Architecture, target: Target, laye
             tensors[name] = _norm_weight(tensors[name], architecture)
     for kind in ("weight", "bias"):
         if (fused := tensors.pop(f"attention.qkv.{kind}", None)) is not None:
-            parts = zip("qkv", split_qkv(fused, architecture), strict=True)
+            parts = zip(qkv_parts(architecture), split_qkv(fused, architecture), strict=True)
             tensors |= {f"attention.{name}.{kind}": part for name, part in parts}
         for mlp in ("mlp", "mlp.shared"):
             if f"{mlp}.gate_up" not in target.names and f"{mlp}.gate_up.{kind}" in tensors:
@@ -315,6 +329,7 @@ def _exported_layer(read: Read, architecture: Architecture, target: Target, laye
     _order_rotary_pairs(tensors, architecture, target)
     _fold_attention_scale(tensors, architecture)
     _fold_output_eps(tensors, architecture)
+    _fold_gate(tensors, architecture, target)
     _fill_biases(tensors, architecture, target)
     if (experts := architecture.experts) is not None and experts.layers[layer]:
         assert target.mixture is not None
@@ -388,9 +403,9 @@ def imported_tensor(
     name = _NEUTRAL_NAMES[_LAYER_INDEX.sub("", key)]
     module, _, kind = name.rpartition(".")
     if module == "attention.qkv":
-        q, k, v = (part(f"attention.{projection}.{kind}") for projection in "qkv")
+        q, *others = (part(f"attention.{each}.{kind}") for each in qkv_parts(architecture))
         scale = 1.0 if architecture.qk_norm else architecture.attention_scale
-        return join_qkv(_times(q, scale), k, v, architecture)
+        return join_qkv(_times(q, scale), *others, architecture=architecture)
     if module.endswith(".gate_up") and module not in target.names:
         mlp = module.removesuffix(".gate_up")
         return torch.cat([part(f"{mlp}.gate.{kind}"), part(f"{mlp}.up.{kind}")])

@@ -77,33 +77,66 @@ CASES = {
     "post, tied, scales, interleaved": Case(
         COMMON + MUP + "--norm-placement post --embedding-norm --rotary-interleaved", "minimax", tied=True
     ),
+    "peri, gate, windows, experts": Case(
+        COMMON + UNTIED + "--norm-placement peri --qk-layernorm --attention-output-gate --window-size 8,0"
+        " --window-attn-skip-freq [1,1,0] --no-rope-freq [0,0,1] --moe-layer-freq [0,1,1]"
+        " --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+        " --moe-router-topk-scaling-factor 1.7 --moe-shared-expert-intermediate-size 96" + EXPERTS,
+        "afmoe",
+    ),
+    "peri, experts, scales, output epsilon": Case(
+        COMMON + MUP + "--norm-placement peri --qk-layernorm --output-norm-epsilon 0.05"
+        " --moe-router-score-function sigmoid" + EXPERTS,
+        "afmoe",
+    ),
+    "peri as kolibri1, windows, experts": Case(
+        COMMON + UNTIED + "--norm-placement peri --qk-layernorm --output-norm-epsilon 0.05"
+        " --window-size 8,0 --window-attn-skip-freq 3 --no-rope-freq [0,0,1]"
+        " --moe-router-score-function sigmoid --moe-router-topk-scaling-factor 1.7"
+        " --moe-shared-expert-intermediate-size 72" + EXPERTS,
+        "kolibri1",
+        asked="kolibri1",
+    ),
+    "peri as kolibri1, experts": Case(
+        COMMON
+        + UNTIED
+        + "--norm-placement peri --qk-layernorm --moe-router-score-function sigmoid"
+        + EXPERTS,
+        "kolibri1",
+        asked="kolibri1",
+    ),
+    "output, windows": Case(
+        COMMON + UNTIED + "--norm-placement output --qk-layernorm --window-size 8,0 --window-attn-skip-freq 3"
+        " --no-rope-freq [0,0,1]",
+        "exaone4",
+    ),
     "pre, experts, scales, interleaved": Case(
         COMMON + MUP + "--norm-placement pre --embedding-norm --rotary-interleaved --apply-layernorm-1p"
         " --moe-router-topk-scaling-factor 1.7" + EXPERTS,
         "mixtral",
-    ),
-    "pre, norms of queries and keys, experts": Case(
-        COMMON + "--norm-placement pre --qk-layernorm --add-qkv-bias --moe-layer-freq [1,0,1]" + EXPERTS,
-        "qwen3_moe",
-        tied=True,
     ),
     "pre, norms of queries and keys, experts before softmax": Case(
         COMMON + UNTIED + "--norm-placement pre --qk-layernorm --moe-router-pre-softmax"
         " --moe-router-topk-scaling-factor 2.5" + EXPERTS,
         "qwen3_moe",
     ),
-    "pre, experts, shared, dense layers": Case(
-        COMMON.replace("--kv-channels 24", "")
-        + UNTIED
-        + "--norm-placement pre --moe-layer-freq [0,1,1] --add-qkv-bias"
-        " --moe-shared-expert-intermediate-size 72 --moe-shared-expert-gate" + EXPERTS,
-        "qwen2_moe",
+    "pre, norms of queries and keys, experts": Case(
+        COMMON + "--norm-placement pre --qk-layernorm --add-qkv-bias --moe-layer-freq [1,0,1]" + EXPERTS,
+        "qwen3_moe",
+        tied=True,
     ),
     "pre, experts, shared without a gate": Case(
         COMMON.replace("--kv-channels 24", "")
         + UNTIED
         + "--norm-placement pre --moe-shared-expert-intermediate-size 72"
         + EXPERTS,
+        "qwen2_moe",
+    ),
+    "pre, experts, shared, dense layers": Case(
+        COMMON.replace("--kv-channels 24", "")
+        + UNTIED
+        + "--norm-placement pre --moe-layer-freq [0,1,1] --add-qkv-bias"
+        " --moe-shared-expert-intermediate-size 72 --moe-shared-expert-gate" + EXPERTS,
         "qwen2_moe",
     ),
     "pre, experts by sigmoid": Case(

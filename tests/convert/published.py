@@ -55,6 +55,25 @@ MODELS = {
     "qwen3, YaRN": {"max_window_layers": 3, "rope_parameters": YARN},
     "qwen3": {"max_window_layers": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "exaone4": {"sliding_window": None, **FULL},
+    # As EXAONE-4.0-32B has it.
+    "exaone4, windows": {"sliding_window": 8, "sliding_window_pattern": 3},
+    # As Trinity has it.
+    "afmoe": {
+        **EXPERTS,
+        "num_experts": 6,
+        "num_shared_experts": 1,
+        "route_scale": 2.5,
+        "sliding_window": 8,
+        "global_attn_every_n_layers": 3,
+    },
+    "kolibri1": {
+        **EXPERTS,
+        "num_experts": 6,
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 80,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "mixtral": {"num_local_experts": 6},
     "qwen3_moe": {**EXPERTS, "num_experts": 6, "norm_topk_prob": True},
     # As Qwen1.5-MoE has it.
@@ -104,7 +123,7 @@ def make(folder, name, dtype=torch.float32, **changes):
             # Of experts, all in one tensor, each is a matrix.
             parameter.copy_(noise / parameter.size(-1) ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * noise)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith("e_score_correction_bias") and "kolibri1" not in config.model_type:
                 buffer.copy_(0.1 * torch.randn(buffer.shape))
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -184,7 +184,12 @@ def test_without_padding_nothing_is_cut(single_process, tmp_path, config_of):
     "name, changes, message",
     [
         ("llama", {"hidden_act": "gelu"}, "the model has hidden_act gelu, and Megatron has nothing for"),
-        ("exaone4", {"sliding_window": 32}, "the model has sliding_window 32"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 32},
+            "the model has use_sliding_window True",
+        ),
+        ("afmoe", {"layer_types": ["chunked_attention"] * 3}, "has layer_types chunked_attention"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},

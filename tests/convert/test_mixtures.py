@@ -225,14 +225,14 @@ SETTINGS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
         (
             "qwen3_moe",
             {"num_experts_per_tok": 1, "norm_topk_prob": True},
-            "norm_topk_prob True for one expert",
+            "norm_topk_prob True, and num_experts_per_tok 1",
         ),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "none of the model's layers has experts"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "has decoder_sparse_step 2"),
         (
             "glm4_moe",
             {"norm_topk_prob": False},
-            "norm_topk_prob False for 2 experts a token; Megatron divides",
+            "norm_topk_prob False, and num_experts_per_tok 2",
         ),
         ("glm4_moe", {"n_group": 4, "topk_group": 2}, "the model has topk_group 2 for 2 experts a token"),
     ],

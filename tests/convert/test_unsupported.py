@@ -8,7 +8,9 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_periln.convert.architecture import Architecture, Rope
+from megatron_periln.convert.experts.architecture import Experts
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.convert.unsupported import (
     choose_target,
@@ -45,6 +47,8 @@ PERI = Architecture(
     rope=Rope(theta=10000),
 )
 
+WINDOWS = LayerKinds(windowed=(True, False), rotated=(True, False), window=8)
+
 
 @pytest.mark.parametrize(
     "changes, target",
@@ -56,6 +60,7 @@ PERI = Architecture(
         ({"placement": NormPlacement.named("pre"), "qk_norm": True, "num_heads": 6}, "qwen3"),
         ({"placement": NormPlacement.named("output"), "qk_norm": True}, "exaone4"),
         ({"placement": NormPlacement.named("post").with_options(embedding=True)}, "minimax"),
+        ({"placement": NormPlacement.named("output"), "qk_norm": True, "kinds": WINDOWS}, "exaone4"),
     ],
 )
 def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
@@ -64,6 +69,40 @@ def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
     assert chosen.name == target
     assert why.startswith(f"it computes {architecture.placement.name}")
     assert unsupported_by(chosen, architecture) == []
+
+
+@pytest.mark.parametrize(
+    "target, changes, reason",
+    [
+        ("glm4", {"kinds": WINDOWS}, ["its attention has a window", "some of its layers have no positions"]),
+        (
+            "exaone4",
+            {"kinds": replace(WINDOWS, rotated=(True, True))},
+            ["exaone4 has positions in the layers with a window and in no others"],
+        ),
+        (
+            "exaone4",
+            {"kinds": replace(WINDOWS, windowed=(False, False), window=None)},
+            ["exaone4 has positions in the layers with a window and in no others"],
+        ),
+        ("glm4", {"attention_gate": True}, ["its attention is gated, and glm4's is not"]),
+        (
+            "afmoe",
+            {"attention_gate": True, "biases": frozenset({"qkv"})},
+            ["the gate", "it has biases (qkv)"],
+        ),
+    ],
+)
+def test_kinds_of_layers_that_a_target_lacks(target, changes, reason):
+    placement = NormPlacement.named(TARGETS[target].placement)
+    qk_norm = TARGETS[target].qk_norm
+    experts = Experts(layers=(True, True), count=4, chosen=2, width=32, score="sigmoid", normalized=True)
+    mixture = {"experts": experts} if TARGETS[target].mixture else {}
+    architecture = replace(PERI, placement=placement, qk_norm=qk_norm, **mixture)
+    assert unsupported_by(TARGETS[target], architecture) == []
+    found = [each.reason for each in unsupported_by(TARGETS[target], replace(architecture, **changes))]
+    assert len(found) == len(reason)
+    assert all(part in each for part, each in zip(reason, found, strict=True))
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_unsupported():
@@ -84,9 +123,7 @@ def test_every_parameter_of_a_layer_has_a_name(name):
     [
         ({"hybrid_layer_pattern": "*-*-"}, "it is a hybrid model"),
         ({"multi_latent_attention": True}, "it has multi-latent attention"),
-        ({"window_size": (128, 0)}, "its attention has a window"),
-        ({"no_rope_freq": 4}, "some of its layers have no positions"),
-        ({"attention_output_gate": True}, "its attention is gated"),
+        ({"qk_l2_norm": True}, "its queries and keys have L2 norms"),
         ({"position_embedding_type": "mrope"}, "its positions are not rotary"),
         (
             {"position_embedding_type": "yarn", "mscale": 0.7, "mscale_all_dim": 0.0},

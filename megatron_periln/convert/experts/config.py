@@ -56,15 +56,16 @@ def experts_of(config: Any, mixture: Mixture | None) -> Experts | None:
     dense = {*range(value(mixture.first_dense, 0)), *value(mixture.dense_layers, ())}
     chosen, width = config.num_experts_per_tok, getattr(config, mixture.width)
     normalized = mixture.normalized is True or bool(value(str(mixture.normalized), True))
-    if mixture.score == "sigmoid" and normalized != (chosen > 1):
+    said = "" if mixture.normalized is True else f"{mixture.normalized} {normalized}, and "
+    if normalized and chosen == 1:
         raise UsageError(
-            f"the model has {mixture.normalized} {normalized} for {chosen} experts a token; Megatron divides "
-            "the sigmoids of several by their sum, and not that of one"
+            f"the model has {said}num_experts_per_tok 1: the score of the chosen expert is always 1, and "
+            "Megatron has no such router"
         )
-    if mixture.score == "softmax" and normalized and chosen == 1:
+    if mixture.score == "sigmoid" and not normalized and chosen > 1:
         raise UsageError(
-            f"the model has {mixture.normalized} {normalized} for one expert a token, whose score is then "
-            "always 1; Megatron has no such router"
+            f"the model has {said}num_experts_per_tok {chosen}; Megatron always divides the sigmoids of "
+            "several experts by their sum"
         )
     if dense >= set(range(layers)):
         raise UsageError("none of the model's layers has experts; it is dense")

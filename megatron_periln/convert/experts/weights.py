@@ -67,7 +67,7 @@ def fill_shared(
 ) -> None:
     """Add zeros where the target has a shared expert or a bias of experts, and the model has none."""
     hidden, width = architecture.hidden_size, experts.width
-    if mixture.bias and not experts.bias:
+    if mixture.logit_bias or (mixture.bias and not experts.bias):
         tensors["mlp.expert_bias"] = torch.zeros(experts.count)
     if mixture.shares and not experts.shared_width:
         tensors["mlp.shared.gate.weight"] = torch.zeros(width, hidden)

@@ -82,6 +82,7 @@ def check_tensors(tensors: Tensors, architecture: Architecture, target: Target, 
     expected = list(_expected(architecture, target))
     _check_shapes(tensors, expected, said)
     _check_names(tensors, expected, architecture, target, said)
+    _check_logit_biases(tensors, architecture, target)
     head, table = target.tensor_name("head.weight"), target.tensor_name("embedding.weight")
     if architecture.tied and head in tensors and not tensors.equal(head, table):
         raise UsageError(
@@ -184,6 +185,7 @@ def _shapes(architecture: Architecture, target: Target) -> dict[str, tuple[_Size
         "attention.k": (groups, hidden),
         "attention.v": (groups, hidden),
         "attention.proj": (hidden, heads),
+        "attention.gate": (heads, hidden),
         "mlp.input_norm": (hidden,),
         "mlp.output_norm": (hidden,),
         "mlp.gate_up": (both, hidden),
@@ -264,6 +266,18 @@ def _check_names(
             f"{tensors.path(more[0])} has {several}, for which {target.architecture} has no place"
             f"{_switch(more, target, said)}"
         )
+
+
+def _check_logit_biases(tensors: Tensors, architecture: Architecture, target: Target) -> None:
+    if target.mixture is None or not target.mixture.logit_bias:
+        return
+    for layer in _layers_with("mlp.expert_bias", architecture):
+        name = target.tensor_name("mlp.expert_bias", layer)
+        if tensors[name].any():
+            raise UsageError(
+                f"{tensors.path(name)} has {name}, which is added to the logits of experts; Megatron adds a "
+                "bias to their sigmoids, so that it would choose others"
+            )
 
 
 def _switch(more: list[str], target: Target, said: Statements) -> str:

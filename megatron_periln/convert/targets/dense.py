@@ -123,8 +123,8 @@ DENSE: tuple[Target, ...] = (
             **MLP_NAMES,
             "mlp.output_norm": LAYER + "post_feedforward_layernorm",
         },
-        settings={"sliding_window": None, "sliding_window_pattern": None},
-        layer_settings={"layer_types": "full_attention"},
+        layer_kinds="rotates in windows, if there are",
+        window_period="sliding_window_pattern",
     ),
     Target(
         name="minimax",

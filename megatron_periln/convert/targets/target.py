@@ -24,7 +24,9 @@ class Mixture:
     normalized
         The setting by which the chosen experts' scores add up to 1; or True where they always do.
     bias
-        A bias that takes part in the choice of experts, and not in their scores.
+        A bias is added to the scores for the choice of experts.
+    logit_bias
+        A bias is added to what scores are made of, for the choice of experts; Megatron has none such.
     groups
         The settings for the number of groups of experts, and how many of them a token chooses from.
     scale
@@ -46,6 +48,7 @@ class Mixture:
     width: str = "moe_intermediate_size"
     normalized: str | bool = True
     bias: bool = False
+    logit_bias: bool = False
     groups: tuple[str, str] | None = None
     scale: str | None = None
     shared_width: str | None = None
@@ -86,6 +89,13 @@ class Target:
         The hidden size must be divisible by the number of heads.
     whole_heads
         Its heads are of the hidden size together.
+    gate
+        A gate of each channel, by the sigmoid of a projection, multiplies what attention gives.
+    layer_kinds
+        Where positions rotate, if layers may have a window: ``"rotates everywhere"``, ``"rotates in
+        windows"`` only, or ``"rotates in windows, if there are"`` any. None if no layer has a window.
+    window_period
+        The setting for which one of so many layers has no window.
     embedding_norm
         It has an embedding norm, and needs one. Without it, the norm is folded into the table.
     mixture
@@ -109,6 +119,8 @@ class Target:
         The setting that holds the norms' epsilon.
     multipliers
         Settings that scale what the model computes, and the attribute of `Architecture` that each is.
+    root_scale
+        The setting that multiplies embeddings with the square root of the hidden size.
     no_eos
         The value of ``eos_token_id`` for none: null, but where the configuration takes null for ids of its
         own.
@@ -124,6 +136,9 @@ class Target:
     partial_rotary: bool = False
     divided_heads: bool = False
     whole_heads: bool = False
+    gate: bool = False
+    layer_kinds: str | None = None
+    window_period: str | None = None
     embedding_norm: bool = False
     mixture: Mixture | None = None
     names: Mapping[str, str]
@@ -134,6 +149,7 @@ class Target:
     rope_label: str | None = None
     eps_name: str = "rms_norm_eps"
     multipliers: Mapping[str, str] = field(default_factory=dict)
+    root_scale: str | None = None
     no_eos: list[int] | None = None
 
     @property
