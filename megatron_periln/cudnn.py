@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import mmap
+import os
 import struct
 from pathlib import Path
 
 from megatron_periln.package_versions import VersionMismatch
 
 __all__ = [
+    "choose_attention",
     "dotted",
     "find_cudnn_mismatch",
     "least_cudnn",
@@ -33,6 +35,16 @@ _WITHOUT = "2.17"
 """The first Transformer Engine whose wheels set it; those of 2.14.1 and 2.16.1 do not, 2.20.2's do."""
 
 _HEADER, _SECTION = struct.Struct("<40xQ10xHHH"), struct.Struct("<IIQQQQ24x")  # of ELF, 64 bits
+
+
+def choose_attention(backend: str) -> None:
+    """Have Transformer Engine take what ``--attention-backend`` names, where the environment doesn't say.
+
+    Megatron does the same when it builds a model, and refuses an environment that says something else
+    (language_module.py).
+    """
+    for name in ("flash", "fused", "unfused"):
+        os.environ.setdefault(f"NVTE_{name.upper()}_ATTN", str(int(backend in ("auto", name))))
 
 
 def transformer_engine_library() -> Path | None:

@@ -1,10 +1,14 @@
 """A cuDNN that is too old for what Transformer Engine's library asks of it."""
 
 import importlib.metadata
+import os
 import tomllib
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import AttnBackend
 from packaging.requirements import Requirement
 
 from megatron_periln import cudnn
@@ -55,6 +59,25 @@ def test_both_versions_and_what_to_install_are_named(beside, running):
 )
 def test_what_fits(beside, running, engine):
     assert beside(running, **engine) is None
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in AttnBackend])
+def test_upstream_still_sets_the_same_environment(monkeypatch, backend):
+    names = [f"NVTE_{name}_ATTN" for name in ("FLASH", "FUSED", "UNFUSED")]
+    for name in names:
+        monkeypatch.setenv(name, "")  # and back to what it was
+        monkeypatch.delenv(name)
+    cudnn.choose_attention(backend)
+    mine = {name: os.environ.pop(name) for name in names}
+    config = Namespace(attention_backend=AttnBackend[backend], flash_attention_version=None)
+    LanguageModule._set_attention_backend(Namespace(config=config))
+    assert {name: os.environ[name] for name in names} == mine
+
+
+def test_what_the_environment_says_stays(monkeypatch):
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    cudnn.choose_attention("auto")
+    assert os.environ["NVTE_FUSED_ATTN"] == "0"
 
 
 def test_without_transformer_engine(monkeypatch):

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_periln.cudnn import choose_attention
 from megatron_periln.errors import with_kind
 
 __all__ = ["Wanted", "find_failure"]
@@ -44,12 +45,15 @@ class Wanted:
         Whether the norms are LayerNorms.
     local
         Whether Megatron's own layers are taken in its place.
+    attention
+        Megatron's ``--attention-backend``.
     """
 
     dtype: str = "bfloat16"
     recipe: str | None = None
     layer_norm: bool = False
     local: bool = False
+    attention: str = "auto"
 
     @classmethod
     def by(cls, flags: Sequence[str]) -> Wanted:
@@ -61,13 +65,15 @@ class Wanted:
         parser.add_argument("--fp8-recipe", default="delayed")
         parser.add_argument("--normalization", default="LayerNorm")
         parser.add_argument("--transformer-impl", default="transformer_engine")
+        parser.add_argument("--attention-backend", default="auto")
         parser.add_argument("--num-layers")
         args = parser.parse_known_args(flags)[0]
+        local, attention = args.transformer_impl == "local", args.attention_backend
         if args.num_layers is None and not (args.bf16 or args.fp16):  # they describe no model
-            return cls(local=args.transformer_impl == "local")
+            return cls(local=local, attention=attention)
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         recipe = args.fp8_recipe if args.fp8_format else None
-        return cls(dtype, recipe, args.normalization == "LayerNorm", args.transformer_impl == "local")
+        return cls(dtype, recipe, args.normalization == "LayerNorm", local, attention)
 
     def __str__(self) -> str:
         return self.dtype if self.recipe is None else f"{self.dtype}, FP8 {self.recipe}"
@@ -79,6 +85,7 @@ def find_failure(wanted: Wanted, device: str) -> str | None:
     import torch
     import transformer_engine.pytorch as te
 
+    choose_attention(wanted.attention)
     dtype = getattr(torch, wanted.dtype)
     kind = "LayerNorm" if wanted.layer_norm else "RMSNorm"
     options = {"params_dtype": dtype, "device": device}
@@ -97,6 +104,8 @@ def find_failure(wanted: Wanted, device: str) -> str | None:
         ("linear", linear, lambda x: x @ linear.weight.double().t(), 1),
         (f"{kind} and linear", fused, lambda x: plain_norm(x) @ fused.weight.double().t(), 1),
     ]
+    if wanted.attention == "local":  # Megatron's own
+        del tries[0]
     for name, function, plain, inputs in tries:
         low = wanted.recipe if "linear" in name and wanted.recipe in _RECIPES else None
         try:

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_periln import cpu
 from megatron_periln.checkpoints.rendezvous import Rendezvous
 from megatron_periln.cudnn import (
+    choose_attention,
     dotted,
     find_cudnn_mismatch,
     running_cudnn,
@@ -46,6 +47,7 @@ def refuse_old_cudnn(args: Namespace) -> None:
     if args.params_dtype == torch.float32 or (mismatch := find_cudnn_mismatch()) is None:
         return
     # Versions are not all: flash-attn may be there, and be taken.
+    choose_attention(args.attention_backend.name)
     device = torch.device("cuda", args.local_rank % torch.cuda.device_count())
     if failure := attention_failure(device, args.params_dtype):
         _refuse(args, f"{mismatch.what} ({failure}); {mismatch.remedy}")

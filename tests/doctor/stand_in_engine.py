@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from typing import Any
@@ -40,7 +41,8 @@ class DotProductAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
         out = F.scaled_dot_product_attention(*heads, is_causal=True).permute(2, 0, 1, 3).flatten(2)
-        return _FailsBackward.apply(out) if self.fails else out
+        by_cudnn = os.environ["NVTE_FUSED_ATTN"] == "1"
+        return _FailsBackward.apply(out) if self.fails and by_cudnn else out
 
 
 class Linear(nn.Module):
@@ -81,6 +83,9 @@ class LayerNormLinear(Linear):
 
 def install(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False, off: float = 0.0) -> list[str]:
     """Make it what ``import transformer_engine`` finds; return the FP8 recipes that are asked for."""
+    for name in ("FLASH", "FUSED", "UNFUSED"):
+        monkeypatch.setenv(f"NVTE_{name}_ATTN", "")  # and back to what it was
+        monkeypatch.delenv(f"NVTE_{name}_ATTN")
     monkeypatch.setattr(DotProductAttention, "fails", fails)
     monkeypatch.setattr(Linear, "off", off)
     asked: list[str] = []

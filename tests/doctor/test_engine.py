@@ -23,6 +23,8 @@ from tests.doctor import stand_in_engine
         ("--bf16 --fp8-format hybrid", Wanted("bfloat16", "delayed", layer_norm=True)),
         ("--bf16 --fp8-format e4m3 --fp8-recipe blockwise", Wanted("bfloat16", "blockwise", layer_norm=True)),
         ("--bf16 --transformer-impl local", Wanted("bfloat16", layer_norm=True, local=True)),
+        ("--attention-backend unfused", Wanted(attention="unfused")),
+        ("--bf16 --attention-backend local", Wanted("bfloat16", layer_norm=True, attention="local")),
     ],
 )
 def test_the_flags_say_what_is_wanted(flags, wanted):
@@ -50,6 +52,19 @@ def test_attention_that_goes_forward_only(monkeypatch):
     failure = find_failure(Wanted(), "cpu")
     assert failure.startswith("attention, bfloat16: RuntimeError: ")
     assert "CUDNN_ATTR_OPERATION_RESHAPE_MODE" in failure
+
+
+@pytest.mark.parametrize(("backend", "fails"), [("auto", True), ("fused", True), ("unfused", False)])
+def test_attention_is_that_of_the_flags(monkeypatch, backend, fails):
+    """What does without cuDNN is one of the remedies that are told of."""
+    stand_in_engine.install(monkeypatch, fails=True)
+    assert (find_failure(Wanted(attention=backend), "cpu") is not None) == fails
+
+
+def test_megatrons_own_attention_needs_none(monkeypatch):
+    stand_in_engine.install(monkeypatch)
+    monkeypatch.delattr(stand_in_engine.DotProductAttention, "forward")
+    assert find_failure(Wanted(attention="local"), "cpu") is None
 
 
 def test_a_linear_that_is_off(monkeypatch):
