@@ -98,18 +98,28 @@ def measure(
     return times
 
 
-def other_launch_configs(hidden_size: int) -> dict[str, Any]:
+def other_launch_configs(hidden_size: int, with_next: bool) -> dict[str, Any]:
     """Return our kernel by launch config: block, rows, warps, programs on a multiprocessor, stages."""
     from kernel_contestants import EPS
 
     from megatron_periln.norms.kernels import fused
-    from megatron_periln.norms.kernels.launch_config import LaunchConfig, choose_launch_config
+    from megatron_periln.norms.kernels.launch_config import (
+        MAX_NORM_ADD_NORM_HIDDEN_SIZE,
+        LaunchConfig,
+        choose_launch_config,
+    )
 
-    def norm_add(config: Any, sublayer_output: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    if with_next and hidden_size > MAX_NORM_ADD_NORM_HIDDEN_SIZE:
+        return {}
+
+    def norm_add(config: Any, sublayer_output: Tensor, residual: Tensor, weight: Tensor) -> Any:
         fused.choose_launch_config = lambda *_: config  # holds for the backward pass, which is timed next
-        return fused.norm_add(sublayer_output, None, residual, weight, None, EPS, False, 0.0, True)
+        given = (sublayer_output, None, residual, weight, None, EPS, False, 0.0, True)
+        if with_next:
+            return fused.norm_add_norm(*given, weight, None, EPS, sublayer_output.dtype)
+        return fused.norm_add(*given)
 
-    shipped = choose_launch_config(hidden_size)
+    shipped = choose_launch_config(hidden_size, with_next=with_next)
     warps = sorted({max(1, shipped.num_warps // 2), shipped.num_warps, min(32, 2 * shipped.num_warps)})
     configs = [
         shipped._replace(num_warps=count, programs_per_sm=programs, stages=stages)
@@ -124,7 +134,8 @@ def rows(
     kind: str, times: dict[str, list[tuple[float, float]]], hidden_size: int, tokens: int, copy: float
 ) -> list[dict[str, Any]]:
     """Return a row a contestant; ``copy`` is the copy's bandwidth in GB/s."""
-    passes = {"forward": 4, "backward": 6} if kind == "norm_add_norm" else {"forward": 3, "backward": 3}
+    with_next = kind.startswith("norm_add_norm")
+    passes = {"forward": 4, "backward": 6} if with_next else {"forward": 3, "backward": 3}
     table = []
     for contestant, taken in times.items():
         row: dict[str, Any] = {
@@ -188,9 +199,12 @@ def main() -> None:
             "add_norm": add_norm_contestants,
         }
         groups = {kind: contestants(device, hidden_size) for kind, contestants in kinds.items()}
-        for kind, contestants in (
-            {"launches": other_launch_configs(hidden_size)} if options.sweep else groups
-        ).items():
+        if options.sweep:
+            groups = {
+                f"{kind} launches": other_launch_configs(hidden_size, kind == "norm_add_norm")
+                for kind in ("norm_add", "norm_add_norm")
+            }
+        for kind, contestants in groups.items():
             times = measure(contestants, leaves, grad, options.rounds, device)
             results += rows(kind, times, hidden_size, tokens, copies[hidden_size])
         fused.choose_launch_config = shipped

@@ -62,6 +62,11 @@ def norm_add_contestants(device_type: str, hidden_size: int) -> dict[str, NormAd
     contestants = {"Pre-LN's residual add": _residual_add()}
     for name in ("triton", "compile", "torch"):
         contestants[f"norm_add, {name}"] = _ours(name, "norm_add", device_type, hidden_size)
+    # Without a sum of partial gradients, and its kernel: what these take is the difference.
+    triton = contestants["norm_add, triton"]
+    contestants["norm_add, triton, weight frozen"] = lambda x, residual, weight: triton(
+        x, residual, weight.detach()
+    )
     if device_type != "cuda":
         return contestants
     if _has("transformer_engine"):

@@ -1,7 +1,9 @@
-"""Compile the Triton kernels for Hopper (sm_90), which needs no GPU: registers, spills, atomics.
+"""Compile the Triton kernels for Hopper (sm_90), which needs no GPU: registers, spills, atomics, waits.
 
-Prints a line a kernel. Ends with status 1 if one of them spills registers to memory or uses an atomic
-operation, on which the gradients' bits would depend.
+Prints a line a kernel. "waits" is how often a row, or tile of rows, has its program wait for memory: once if
+all that is read is asked for before any of it is waited for; 0 for kernels without a loop over rows. Ends
+with status 1 if one of them spills registers to memory or uses an atomic operation, on which the gradients'
+bits would depend.
 
     python benchmarks/kernel_resources.py
     python benchmarks/kernel_resources.py --hidden-sizes 4096 --output resources.json
@@ -79,7 +81,15 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses; ``programs_on_sm`` is how many fit a multiprocessor."""
+    """What a compiled kernel uses.
+
+    Attributes
+    ----------
+    memory_waits
+        See `count_memory_waits`.
+    programs_on_sm
+        How many fit a multiprocessor.
+    """
 
     kernel: str
     variant: str
@@ -89,6 +99,7 @@ class Resources:
     spills: int
     atomics: int
     widest_load_bits: int
+    memory_waits: int
     programs_on_sm: int
 
 
@@ -160,6 +171,39 @@ def registers(cubin: bytes) -> int:
     return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
 
 
+def count_memory_waits(code: str) -> int:
+    """Return how often an iteration of a kernel's longest loop asks for memory after it waited for some.
+
+    The compiler may put a load behind what waits for another, wherever it stands in the source, to use
+    fewer registers: then the two are not in flight together.
+
+    Parameters
+    ----------
+    code
+        Machine code, each instruction behind its control word, ``waits:read:write:yield:stall``: the
+        barriers, as bits, on which it waits, and that which it holds until its result is there.
+    """
+    lines = code.splitlines()
+    labels = {line.strip(): index for index, line in enumerate(lines) if line.strip().endswith(":")}
+    ends = {end: re.search(r"\bBRA (LBB\d+)", line) for end, line in enumerate(lines)}
+    starts = {end: labels.get(f"{branch[1]}:", end) for end, branch in ends.items() if branch}
+    end = max(starts, key=lambda end: end - starts[end], default=0)
+    pending: set[int] = set()
+    waits, waited = 0, True
+    for line in lines[starts.get(end, end) : end]:
+        control = re.match(r"\s*(--|\d\d):[-\d]:([-\d]):", line)
+        if control is None:
+            continue
+        met = {number for number in pending if control[1] != "--" and int(control[1]) >> number & 1}
+        pending -= met
+        waited = waited or bool(met)
+        if re.search(r"\bLDG\b", line):
+            waits += waited
+            waited = False
+            pending.add(int(control[2]))
+    return waits
+
+
 def measure(kernel: Any, variant: Variant, hidden_size: int) -> Resources:
     """Compile one kernel and read its machine code."""
     num_warps = variant.launch_config(hidden_size).num_warps
@@ -177,6 +221,7 @@ def measure(kernel: Any, variant: Variant, hidden_size: int) -> Resources:
         len(re.findall(r"\b(?:STL|LDL)\b", code)),
         len(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG|ATOMS)\b", code)),
         max(loads, default=32),
+        count_memory_waits(code),
         min(WARPS_PER_SM // num_warps, fitting, 32),
     )
 
@@ -193,7 +238,7 @@ def main() -> None:
         sys.exit("unset TRITON_INTERPRET to compile the kernels")
     results = []
     print(
-        f"{'kernel':<24}{'variant':<28}{'hidden':>7}{'warps':>6}{'regs':>6}{'spills':>7}{'atomics':>8}{'load':>6}{'/SM':>5}"
+        f"{'kernel':<24}{'variant':<28}{'hidden':>7}{'warps':>6}{'regs':>6}{'spills':>7}{'atomics':>8}{'load':>6}{'waits':>6}{'/SM':>5}"
     )
     for variant in VARIANTS:
         for hidden_size in filter(variant.takes, options.hidden_sizes):
@@ -202,7 +247,7 @@ def main() -> None:
                 results.append(row)
                 print(
                     f"{row.kernel:<24}{row.variant:<28}{row.hidden_size:>7}{row.warps:>6}{row.registers:>6}"
-                    f"{row.spills:>7}{row.atomics:>8}{row.widest_load_bits:>6}{row.programs_on_sm:>5}",
+                    f"{row.spills:>7}{row.atomics:>8}{row.widest_load_bits:>6}{row.memory_waits:>6}{row.programs_on_sm:>5}",
                     flush=True,
                 )
     if options.output:

@@ -176,6 +176,8 @@ def norm_add_backward(
             above = load_rows(grad_normed, rows, columns, grad_normed_stride, mask, compute_dtype)
             z = load_rows(out, rows, columns, hidden, mask, compute_dtype)
             next_r = tl.load(next_rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
+            if mean is None:  # to spare registers, ptxas has loads wait for others that they can't pass now
+                tl.debug_barrier()
             if next_mean is not None:
                 z -= tl.load(next_mean + rows, mask=rows < n_rows, other=0.0)[:, None]
             z *= next_r
