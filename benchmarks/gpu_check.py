@@ -1,5 +1,6 @@
-"""Every test and benchmark that needs a GPU, in two halves of at most six minutes each on one GPU.
+"""Every test and benchmark that needs a GPU: both halves in ten minutes of one GPU, or one in six.
 
+    python benchmarks/gpu_check.py --output results                    # tests, then benchmarks
     python benchmarks/gpu_check.py --half tests --output results
     python benchmarks/gpu_check.py --half benchmarks --output results
     ... --wheels FOLDER            # a bare machine: torch, no network
@@ -10,8 +11,8 @@ FOLDER holds wheels (benchmarks/gpu_wheels.txt lists them) and, if Transformer E
 an archive ``*.tar.xz`` of its installed packages. They go to a folder of their own, which comes first on
 the path; nothing is installed into the machine's Python. The most telling comes first. Each check has a time
 limit and a log in the output folder, a line on the screen and in ``results.txt`` as it ends; what there is of
-results at the end, or as this is stopped, is one archive, ``gpu-check-HALF.tar.gz``. Status 1 if a check
-failed.
+results after each half, or as this is stopped, is one archive: ``gpu-check.tar.gz``, of one half
+``gpu-check-HALF.tar.gz``. Status 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,8 +35,12 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
+HALVES = ("tests", "benchmarks")
 HALF_SECONDS = 345.0  # with what it takes to start and to pack, six minutes
+BOTH_SECONDS = 580.0  # ten minutes
+TESTS_SHARE = 0.55  # of both; what they leave is the benchmarks'
 LEAST_SECONDS = 15.0  # in which a check may tell something
+PRETRAINING_SECONDS = 150.0  # of one run of pretraining among the tests
 PROCESSES = 8
 WAYS = ("pre", "peri", "fused-next")
 
@@ -241,7 +246,7 @@ class Run:
         self.results: list[dict[str, object]] = []
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def all(self, checks: Sequence[Check]) -> None:
+    def all(self, checks: Iterable[Check]) -> None:
         """Run the checks, one after the other but for those that run beside the next."""
         with ThreadPoolExecutor() as pool:
             beside = []
@@ -321,14 +326,15 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def pack(output: Path, half: str) -> Path:
+def pack(output: Path, half: str | None) -> Path:
     """Return an archive of the output folder, but for other archives in it."""
-    archive = output / f"gpu-check-{half}.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
+    archive = output / (f"gpu-check-{half}.tar.gz" if half else "gpu-check.tar.gz")
+    unfinished = archive.with_suffix(".unfinished")  # the one of the first half stays until there is another
+    with tarfile.open(unfinished, "w:gz") as tar:
         for path in sorted(output.rglob("*")):
-            if path.is_file() and not path.name.endswith(".tar.gz"):
+            if path.is_file() and path != unfinished and not path.name.endswith(".tar.gz"):
                 tar.add(path, path.relative_to(output))
-    return archive
+    return unfinished.replace(archive)
 
 
 def environment_of(options: argparse.Namespace, site: Path) -> dict[str, str]:
@@ -350,32 +356,51 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run a half and tell what came of it."""
+    """Run a half, or both, and tell what came of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--half", choices=("tests", "benchmarks"), required=True)
+    parser.add_argument("--half", choices=HALVES, default=None, help="default: both, one after the other")
     parser.add_argument("--wheels", type=Path, default=None, help="a folder; default: use what is installed")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--preload", type=Path, default=None, help="a library, for LD_PRELOAD")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU")
-    parser.add_argument("--seconds", type=float, default=HALF_SECONDS, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=None,
+        help=f"in all; default: {HALF_SECONDS:g} of a half, {BOTH_SECONDS:g} of both; each check's limit "
+        "grows with it, for a machine that does other things too",
+    )
     parser.add_argument("--only", nargs="+", default=None, help="names of checks")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    default = HALF_SECONDS if options.half else BOTH_SECONDS
+    seconds = options.seconds or default
+    slower = max(1.0, seconds / default)
+    started = time.monotonic()
     options.output = output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)
-    run = Run(output, {}, 0.0, deadline)
+    run = Run(output, {}, 0.0, started + seconds)
     with tempfile.TemporaryDirectory() as folder:
         try:
             if options.wheels:
                 unpack(options.wheels, Path(folder))
             run.environment = environment_of(options, Path(folder))
+            run.environment["MEGATRON_PERILN_PRETRAINING_SECONDS"] = f"{PRETRAINING_SECONDS * slower:g}"
             if not options.rehearse:
                 run.memory = gpu_memory(run.environment)
-            checks = (checks_on_cpu if options.rehearse else checks_on_gpu)(options.half)
-            run.all([check for check in checks if not options.only or check.name in options.only])
+            for half in [options.half] if options.half else HALVES:
+                is_first = half == HALVES[0] and options.half is None
+                run.deadline = started + seconds * (TESTS_SHARE if is_first else 1)
+                checks = (checks_on_cpu if options.rehearse else checks_on_gpu)(half)
+                run.all(
+                    replace(check, limit=check.limit * slower)
+                    for check in checks
+                    if not options.only or check.name in options.only
+                )
+                if is_first:  # all of it may be ended without a warning
+                    pack(output, None)
         except KeyboardInterrupt as error:
             run.stop()
             run.tell("gpu-check", f"stopped by {error or 'hand'}", 0.0)

@@ -40,10 +40,14 @@ _MODERN = """--normalization RMSNorm --swiglu --disable-bias-linear --position-e
     --untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2"""
 _BIASED = "--normalization LayerNorm --position-embedding-type learned_absolute"
 _MOE = f"{_MODERN} --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 128"
+# Megatron fuses the rotation of latent attention with YaRN alone.
 _MLA = f"""{_MODERN.partition(" --group-query")[0]} --multi-latent-attention --q-lora-rank 64
     --kv-lora-rank 64 --qk-head-dim 32 --qk-pos-emb-head-dim 32 --v-head-dim 32 --rope-type rope
-    --qk-layernorm"""
+    --qk-layernorm --no-rope-fusion"""
 _PERI = f"{_MODERN} --norm-placement peri"
+_HYBRID = f"""{_MODERN} --norm-placement peri --mamba-state-dim 64 --mamba-head-dim 32
+    --mamba-num-groups 2 --linear-conv-kernel-dim 4 --linear-key-head-dim 32 --linear-value-head-dim 32
+    --linear-num-key-heads 4 --linear-num-value-heads 4"""
 _LOCAL = "--transformer-impl local --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _DROPOUT = f"--bf16 {_PERI} --hidden-dropout 0.1"
@@ -71,6 +75,8 @@ class Case:
         because both compute the same. "" where there is no counterpart: the loss is to fall.
     resumed
         Whether it ends half-way and goes on from its checkpoint.
+    needs
+        A module that is not there on every machine.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Case:
     tolerance: float = BF16
     like: str | None = None
     resumed: bool = False
+    needs: str = ""
 
 
 CASES = (
@@ -107,7 +114,40 @@ CASES = (
         BF16,
         "peri",
     ),
-    Case("muon", f"--bf16 {_PERI} --optimizer muon", 0.02),
+    Case("muon", f"--bf16 {_PERI} --optimizer muon", 0.02, needs="emerging_optimizers"),
+    Case("mamba", f"--bf16 {_HYBRID} --hybrid-layer-pattern M*-M-", 0.01, needs="mamba_ssm"),
+    Case("delta nets", f"--bf16 {_HYBRID} --hybrid-layer-pattern G-*-", 0.01, needs="fla"),
+    Case(
+        "graphs of attention, te",
+        f"--bf16 {_PERI} --cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+        BF16,
+        "peri",
+    ),
+    Case(
+        "graphs of layers, te, fp8",
+        f"--bf16 {_PERI} --cuda-graph-impl transformer_engine --fp8-format hybrid",
+        0.03,
+        "peri",
+    ),
+    Case(
+        "graphs of layers, te, dropout",
+        f"{_DROPOUT} --cuda-graph-impl transformer_engine --te-rng-tracker",
+        0.03,
+        "peri",
+    ),
+    Case(
+        "graphs of layers, local, overlap",
+        f"--bf16 {_PERI} --cuda-graph-impl local --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather",
+        BF16,
+        "peri",
+    ),
+    Case(
+        "graphs of layers, local, fp8",
+        f"--bf16 {_PERI} --cuda-graph-impl local --fp8-format hybrid",
+        0.03,
+        "peri",
+    ),
     Case("fp32", _PERI, FP32),
     Case("fp16", f"--fp16 --initial-loss-scale 1024 {_PERI}", BF16, "peri"),
     Case("qk norm", f"--bf16 {_PERI} --qk-layernorm"),
@@ -159,7 +199,7 @@ class Outcome:
     error: str = ""
 
 
-def run(case: Case, folder: Path, device: str, timeout: float = 150) -> Outcome:
+def run(case: Case, folder: Path, device: str, timeout: float) -> Outcome:
     """Pretrain; a run that is to be resumed ends after four iterations and goes on."""
     started = time.monotonic()
     write_data(folder / "data")
@@ -259,7 +299,7 @@ def on_the_cpu() -> list[Case]:
 def record(case: Case) -> dict[str, object]:
     """Run a case on the CPU; return what is kept of it."""
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run(case, Path(folder), "cpu", timeout=600)
+        outcome = run(case, Path(folder), "cpu", timeout=1800)
     print(f"{case.name:<34}{outcome.seconds:>6.1f} s  {outcome.error}".rstrip(), flush=True)
     if outcome.error:
         raise RuntimeError(f"{case.name}: {outcome.error}")

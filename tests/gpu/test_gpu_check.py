@@ -30,15 +30,15 @@ gpu_check.main()
 """
 
 
-def start(folder, checks, *flags):
+def start(folder, checks, *flags, half=("--half", "tests")):
     """Start a rehearsal of other checks."""
     source = SCRIPT.format(benchmarks=str(BENCHMARKS), checks=checks)
-    command = [sys.executable, "-c", source, "--rehearse", "--half", "tests", "--output", folder, *flags]
+    command = [sys.executable, "-c", source, "--rehearse", *half, "--output", folder, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def packed(folder):
-    with tarfile.open(folder / "gpu-check-tests.tar.gz") as tar:
+def packed(folder, archive="gpu-check-tests.tar.gz"):
+    with tarfile.open(folder / archive) as tar:
         return set(tar.getnames()), json.load(tar.extractfile("summary.json"))
 
 
@@ -98,6 +98,22 @@ def test_what_there_is_is_packed_as_it_is_stopped(tmp_path):
     names, summary = packed(tmp_path)
     assert [result["outcome"] for result in summary][-1] == "stopped by SIGTERM"
     assert "well.log" in names and not is_running(int(log.read_text()))
+
+
+def test_both_halves_follow_one_another_and_tests_leave_time_for_benchmarks(tmp_path):
+    checks = """{
+        "tests": [python("tests", HANGS)],
+        "benchmarks": [python("before", "print(open('gpu-check.tar.gz').name)"), python("long", HANGS)],
+    }[half]"""
+    process = start(tmp_path, checks, "--seconds", "6", half=())
+    process.communicate(timeout=60)
+    names, summary = packed(tmp_path, "gpu-check.tar.gz")
+    outcomes = {result["check"]: result["outcome"] for result in summary}
+    assert list(outcomes) == ["tests", "before", "long"]
+    assert outcomes["tests"] == "stopped after 3 s" and outcomes["long"].startswith("stopped after")
+    assert outcomes["before"] == "passed"  # what the tests left was packed
+    assert {"tests.log", "before.log", "long.log"} <= names
+    assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
 
 
 @pytest.mark.parametrize("half", ["tests", "benchmarks"])

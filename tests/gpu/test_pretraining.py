@@ -4,18 +4,21 @@ Each prints a line, and adds it to the file that ``MEGATRON_PERILN_PRETRAINING_T
 ``MEGATRON_PERILN_REHEARSE=1``, as in a rehearsal of gpu-check, the CPU takes the GPU's place in some.
 """
 
+import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_periln.plan.model import arguments
 from tests.gpu import pretraining
 from tests.gpu.conftest import HAVE_GPU
 from tests.gpu.pretraining import CASES, LOSSES, Case, Outcome
 
 pytestmark = [pytest.mark.gpu, pytest.mark.rehearsed]
 
+SECONDS = float(os.environ.get("MEGATRON_PERILN_PRETRAINING_SECONDS", "150"))
 REHEARSE = os.environ.get("MEGATRON_PERILN_REHEARSE") == "1"
 ON_ANY_CPU = ("peri",)
 REHEARSED = ("peri", "fp32 residual", "moe", "asynchronous saves, resumed", "distributed optimizer, overlap")
@@ -25,15 +28,25 @@ REHEARSED = ("peri", "fp32 residual", "moe", "asynchronous saves, resumed", "dis
 def test_the_losses_are_those_of_the_cpu(case, tmp_path):
     if not HAVE_GPU and case.name not in (REHEARSED if REHEARSE else ON_ANY_CPU):
         pytest.skip("needs a GPU")
-    if "muon" in case.flags:
-        pytest.importorskip("emerging_optimizers")
-    outcome = pretraining.run(case, tmp_path, "cuda" if HAVE_GPU else "cpu")
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"needs {case.needs}")
+    outcome = pretraining.run(case, tmp_path, "cuda" if HAVE_GPU else "cpu", SECONDS)
     told = pretraining.line(case, outcome)
     print(told)
     if table := os.environ.get("MEGATRON_PERILN_PRETRAINING_TABLE"):
         with Path(table).open("a") as stream:
             stream.write(f"{told}\n")
     assert pretraining.verdict(case, outcome) == "", (tmp_path / "log").read_text()[-4000:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_flags_are_those_of_a_run_on_a_gpu(case, tmp_path, monkeypatch):
+    """Or it would show there only: Megatron, and our own rules, validate them as on a GPU."""
+    monkeypatch.setattr(arguments, "UNPLANNED", ())
+    args = arguments.run_arguments(pretraining.flags_of(case, tmp_path, "cuda"), 1)
+    assert args.train_iters == 8 and args.seq_length == 128
+    if "graphs" in case.name:
+        assert args.cuda_graph_impl == ("local" if "local" in case.name else "transformer_engine")
 
 
 def test_the_kept_losses_are_of_these_flags():
