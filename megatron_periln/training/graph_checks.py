@@ -65,6 +65,29 @@ def _recomputation(args: Namespace) -> Iterator[str]:
         )
 
 
+def _experts(args: Namespace) -> Iterator[str]:
+    """Refuse whole layers of experts whose numbers of tokens the host asks for.
+
+    Megatron refuses the same of ``--cuda-graph-modules moe`` (transformer_config.py), and passes over layers
+    that are captured whole, where no module is named.
+    """
+    if not (_has(args) and args.num_experts) or args.cuda_graph_modules:
+        return
+    if args.moe_pad_expert_input_to_capacity or args.moe_expert_rank_capacity_factor is not None:
+        return
+    parts = (
+        "--cuda-graph-impl local or transformer_engine with --cuda-graph-modules attn moe_router"
+        if args.cuda_graph_impl == "full_iteration"
+        else "--cuda-graph-modules attn moe_router"
+    )
+    yield (
+        f"--cuda-graph-impl {args.cuda_graph_impl}: the host waits for how many tokens each expert is given, "
+        f"which no graph can hold; give {parts}, or as many tokens to each: --moe-expert-capacity-factor and "
+        "--moe-pad-expert-input-to-capacity"
+    )
+    args.moe_pad_expert_input_to_capacity = True
+
+
 def _ramps(args: Namespace) -> bool:
     return bool(args.rampup_batch_size or args.step_batch_size_schedule)
 
@@ -90,6 +113,7 @@ GRAPHS: tuple[Check, ...] = (
         {"dataloader_inter_document_masking": False},
     ),
     _recomputation,
+    _experts,
     Rule(
         lambda args: args.cuda_graph_impl == "full_iteration" and args.check_for_spiky_loss,
         "--check-for-spiky-loss reads the loss in the middle of a step, which --cuda-graph-impl "

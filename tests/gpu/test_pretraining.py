@@ -86,6 +86,13 @@ def test_a_verdict(change, wrong):
     assert pretraining.line(case, Outcome(losses, 1.0)).startswith("peri ")
 
 
+def test_a_resumed_run_is_to_print_the_mean_of_its_first_two_losses():
+    (case,) = [case for case in CASES if case.resumed]
+    straight, expected = (pretraining.expected_losses(each) for each in (CASES[0], case))
+    assert expected.pop(6) == (straight[5] + straight.pop(6)) / 2
+    assert expected == straight
+
+
 def test_a_case_without_a_counterpart_is_to_fall():
     case = Case("new", "", like="")
     falls = {i: 5.0 - i / 4 for i in range(1, 9)}

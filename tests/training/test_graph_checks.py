@@ -14,6 +14,8 @@ FITTING = {
     "cuda_graph_modules": [],
     "fuse_pre_mlp_norm": False,
     "num_experts": None,
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_expert_rank_capacity_factor": None,
     "dataloader_inter_document_masking": False,
     "check_for_spiky_loss": False,
     "recompute_granularity": None,
@@ -32,6 +34,7 @@ ATTENTION, MLP, ROUTER = CudaGraphModule.attn, CudaGraphModule.mlp, CudaGraphMod
 ENGINE = {"cuda_graph_impl": "transformer_engine"}
 WHOLE = {"cuda_graph_impl": "full_iteration"}
 FUSED = {"fuse_pre_mlp_norm": True}
+EXPERTS = {"num_experts": 4}
 RECOMPUTED = {"recompute_granularity": "selective"}
 DROPOUT = {"hidden_dropout": 0.1}
 
@@ -62,6 +65,11 @@ def check(**changes):
         {**RECOMPUTED, "cuda_graph_impl": "none"},
         {**DROPOUT, **ENGINE},
         {**DROPOUT, **WHOLE},
+        {**EXPERTS, "cuda_graph_modules": [ATTENTION, ROUTER]},
+        {**EXPERTS, **ENGINE, "cuda_graph_modules": [ATTENTION, ROUTER]},
+        {**EXPERTS, "moe_pad_expert_input_to_capacity": True},
+        {**EXPERTS, **WHOLE, "moe_expert_rank_capacity_factor": 1.5},
+        {**EXPERTS, "cuda_graph_impl": "none"},
     ],
 )
 def test_what_graphs_can_repeat_is_let_through(changes):
@@ -90,6 +98,12 @@ def test_what_graphs_can_repeat_is_let_through(changes):
         (RECOMPUTED, "local: .* can't be captured: core_attn of --recompute-modules"),
         ({**RECOMPUTED, "recompute_modules": ["mlp"], "cuda_graph_modules": [ATTENTION]}, "captured: mlp of"),
         ({**RECOMPUTED, **ENGINE, "cuda_graph_modules": [ATTENTION]}, "captured: core_attn of"),
+        (
+            EXPERTS,
+            "local: the host waits for how many tokens .* give --cuda-graph-modules attn moe_router, or",
+        ),
+        ({**EXPERTS, **ENGINE}, "transformer_engine: the host waits for .*; give --cuda-graph-modules attn"),
+        ({**EXPERTS, **WHOLE}, "full_iteration: the host waits for .* give --cuda-graph-impl local or"),
         (DROPOUT, "evaluates with the graphs of training, and their dropout"),
         ({"attention_dropout": 0.1, "eval_iters": 0, "full_validation": True}, "and their dropout"),
     ],
