@@ -13,6 +13,11 @@ UV := $(or $(shell command -v uv),$(VENV)-tools/bin/uv)
 PY := $(VENV)/bin/python
 OTHER := $(VENV)-transformers-4
 LLAMA := $(OTHER)/llama-cpp-python
+# For test-upstream: Megatron-LM's source, or a version of megatron-core that pip would take; and what to run.
+MEGATRON ?=
+TESTS ?= tests/patches tests/models
+UPSTREAM := $(VENV)-upstream
+PURELIB := 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 export OMP_NUM_THREADS ?= 1
 # A folder of tests at a time in each process.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8
@@ -25,7 +30,7 @@ FLAGS ?=
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster gpu-check
+.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster test-upstream gpu-check
 .PHONY: gpu-wheels parallelism recipes pictures lint install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
@@ -56,6 +61,12 @@ test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and r
 
 test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
 	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
+
+test-upstream: install  ## TESTS with another megatron-core beside all else that is installed: MEGATRON (docs/upstream.md)
+	$(UV) venv --quiet --allow-existing --python $(PY) $(UPSTREAM)
+	$(UV) pip install --quiet --python $(UPSTREAM)/bin/python --no-deps $(or $(MEGATRON),$(error give MEGATRON=))
+	$(PY) -c $(PURELIB) >$$($(UPSTREAM)/bin/python -c $(PURELIB))/installed.pth
+	PYTHONPATH=. $(UPSTREAM)/bin/python -m pytest $(TESTS)
 
 gpu-check: $(if $(WHEELS),,install)  ## Tests, then benchmarks, on a GPU in 10 minutes: HALF, WHEELS, RESULTS, FLAGS
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(HALF),--half $(HALF)) --output $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(FLAGS)
@@ -114,4 +125,4 @@ constraints: | $(UV)  ## Pin the newest versions that fit
 	printf 'transformer-engine%s==$(TRANSFORMER_ENGINE)\n' '' -cu13 -torch >> constraints.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-tools $(OTHER) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tools $(OTHER) $(UPSTREAM) .mypy_cache .pytest_cache .ruff_cache
