@@ -114,6 +114,9 @@ class Layer(nn.Module):
         self.attention_input_norm, self.mlp_input_norm = Norm(shape, shape.eps), Norm(shape, shape.eps)
         self.attention_output_norm, self.mlp_output_norm = Norm(shape, output_eps), Norm(shape, output_eps)
         self.attention, self.mlp = Attention(shape), MLP(shape)
+        for norm in (self.attention_output_norm, self.mlp_output_norm):
+            for name in ("residual_scale", "output_scale", "gate"):  # which some rules learn
+                norm.register_parameter(name, nn.Parameter(torch.ones(1)))
 
     def forward(self, x):
         x = self.around(x, self.attention, self.attention_input_norm, self.attention_output_norm)
@@ -143,6 +146,12 @@ class Layer(nn.Module):
                 return output_norm(x + sublayer(x)) if of_first_quarter else x + sublayer(input_norm(x))
             case "hybrid-norm":
                 return output_norm(x + sublayer(x)) if of_attention else x + sublayer(x)
+            case "gated-peri":
+                alpha, beta = output_norm.residual_scale, output_norm.output_scale
+                return alpha * x + beta * output_norm(sublayer(input_norm(x)))
+            case "gpas":
+                total = x + sublayer(input_norm(x))
+                return total - F.silu(output_norm.gate) * total.detach()
             case "scaled-peri":
                 return (terms - 1) ** 0.5 / terms**0.5 * x + output_norm(sublayer(input_norm(x))) / terms**0.5
 

@@ -106,8 +106,13 @@ def _faults(model: nn.Module, placement: NormPlacement) -> Iterator[tuple[str, s
                 continue
             if not isinstance(bda, NormedBiasDropoutAdd) or type(bda.norm) is not _norm_class(rule):
                 yield name, f"({kind}) adds the output of its {SLOTS[slot]} without the norm"
-            elif (bda.norm.residual_scale, bda.norm.output_scale) != (rule.residual_scale, rule.output_scale):
+            elif not rule.learned and not _has_scales(bda.norm, rule):
                 yield name, f"({kind}) adds the output of its {SLOTS[slot]} with other scales"
+
+
+def _has_scales(norm: Any, rule: SublayerRule) -> bool:
+    scales: tuple[float, float] = (norm.residual_scale, norm.output_scale)
+    return scales == (rule.residual_scale, rule.output_scale)
 
 
 def _norm_class(rule: SublayerRule) -> type[nn.Module]:

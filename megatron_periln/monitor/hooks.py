@@ -157,11 +157,16 @@ def _see_output(
     before = square_and_variance(x)
     added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else before
     stream = residual.float().square().mean(-1)
-    if norm is not None and norm.scales:
-        of_stream, of_output = norm.scales
+    if norm is not None and (norm.scales or norm.gate is not None):
+        of_stream, of_output = (
+            torch.as_tensor(scale).to(sums.sums).view(()) for scale in norm.scales or (1, 1)
+        )
+        if norm.gate is not None:
+            left = 1 - torch.nn.functional.silu(norm.gate.double().view(()))
+            of_stream, of_output = of_stream * left, of_output * left
         added = (added[0] * of_output**2, added[1] * of_output**2)
         stream = stream * of_stream**2
-        sums.add(f"{sublayer}_scales", row, torch.tensor([1.0, of_stream, of_output]).to(sums.sums))
+        sums.add(f"{sublayer}_scales", row, torch.stack([torch.ones_like(of_stream), of_stream, of_output]))
     sums.add(sublayer, row, per_token([*before, *added, stream]))
     if isinstance(norm, OutputNorm | PostNorm):
         weight = norm.weight.float() + norm.zero_centered_gamma

@@ -208,6 +208,9 @@ def why_rule_does_not_fit(args: Namespace, placement: NormPlacement) -> str | No
         ),
         "its initial weights are those of attention and a dense MLP, and these flags build other layers; "
         "choose another": start and (hybrid or args.mtp_num_layers or any(other_layers)),
+        "--use-megatron-fsdp starts parameters by itself, not at a rule's scales; drop one of them": (
+            placement.learned and getattr(args, "use_megatron_fsdp", False)
+        ),
         "it norms queries and keys in the place of attention's input; give --qk-layernorm": (
             placement.name == "hybrid-norm" and not args.qk_layernorm
         ),
@@ -249,6 +252,7 @@ def why_norms_stay_apart(
         f"--norm-placement {placement.name} has not both norms": not (placement.input and placement.output),
         f"--norm-placement {placement.label} has not the same norms in every layer": not placement.same_norms,
         "--input-scale is not of its kernel": placement.input_scale != 1.0,
+        f"--norm-placement {placement.label} learns scales, which are not of its kernel": placement.learned,
         "--hybrid-layer-pattern has no layers of attention and MLP": not whole_layers,
         "--recompute-modules layernorm recomputes that norm alone": "layernorm" in recomputed,
         "--offload-modules mlp_norm offloads that norm alone": "mlp_norm" in offloaded,

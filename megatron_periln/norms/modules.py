@@ -34,7 +34,7 @@ __all__ = [
 
 OutputWithBias = tuple[Tensor, Tensor | None]
 BiasDropoutAdd = Callable[[OutputWithBias, Tensor, float], Tensor]
-Scales = tuple[float, float] | tuple[()]
+Scales = tuple[float | Tensor, float | Tensor] | tuple[()]
 
 
 class NormParameters(nn.Module):
@@ -217,18 +217,39 @@ class _ScaledAdd(nn.Module):
     Attributes
     ----------
     residual_scale, output_scale
-        ``a`` and ``b``, which go by the place of it in the model; set when that is built.
+        ``a`` and ``b``, which go by the place of it in the model; set when that is built. Parameters ``[1]``
+        where they are learned.
+    gate
+        The parameter ``[1]`` of `kernels.gpas`; None without it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.residual_scale = self.output_scale = 1.0
+        self.residual_scale: float | nn.Parameter = 1.0
+        self.output_scale: float | nn.Parameter = 1.0
+        self.gate: nn.Parameter | None = None
+
+    def learn(self, learned: str, config: TransformerConfig) -> None:
+        """Make parameters of what a rule has as ``learned``; `NormedBiasDropoutAdd.set_scales` sets them."""
+        for name in {"scales": ("residual_scale", "output_scale"), "gpas": ("gate",)}.get(learned, ()):
+            parameter = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            delattr(self, name)
+            self.register_parameter(name, parameter)
 
     @property
     def scales(self) -> Scales:
         """``a`` and ``b`` as the last arguments of kernels, which default to 1."""
-        scales = (self.residual_scale, self.output_scale)
-        return () if scales == (1.0, 1.0) else scales
+        a, b = self.residual_scale, self.output_scale
+        return () if not isinstance(a, Tensor) and (a, b) == (1.0, 1.0) else (a, b)
+
+    def gated(self, total: Tensor) -> Tensor:
+        """Return the sum as it goes on: through `kernels.gpas`, if there is a gate."""
+        return total if self.gate is None else kernels.gpas(total, self.gate)
+
+    def extra_repr(self) -> str:
+        """Describe the scales for ``print(model)``."""
+        return "" if isinstance(self.residual_scale, Tensor) else f"scales={self.scales}"
 
 
 class OutputNorm(NormParameters, _ScaledAdd):
@@ -272,7 +293,7 @@ class OutputNorm(NormParameters, _ScaledAdd):
         norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
         arguments = (sublayer_output, sublayer_bias, residual, *norm, dropout, training)
         if self.next_norm is None:
-            return kernels.norm_add(*arguments, *self.scales)
+            return self.gated(kernels.norm_add(*arguments, *self.scales))
         return self.next_norm(sublayer_output, sum_of=arguments, scales=self.scales)
 
 
@@ -292,9 +313,8 @@ class PostNorm(NormParameters, _ScaledAdd):
         Shapes and dtypes are those of `OutputNorm`.
         """
         norm = (self.weight, self.bias, self.eps, self.zero_centered_gamma)
-        return kernels.add_norm(
-            sublayer_output, sublayer_bias, residual, *norm, dropout, training, *self.scales
-        )
+        arguments = (sublayer_output, sublayer_bias, residual, *norm, dropout, training)
+        return self.gated(kernels.add_norm(*arguments, *self.scales))
 
 
 class PlainAdd(_ScaledAdd):
@@ -309,7 +329,8 @@ class PlainAdd(_ScaledAdd):
         training: bool,
     ) -> Tensor:
         """Add a sublayer's output, bias included, to the residual stream; shapes as in `OutputNorm`."""
-        return kernels.add(sublayer_output, sublayer_bias, residual, dropout, training, *self.scales)
+        arguments = (sublayer_output, sublayer_bias, residual, dropout, training)
+        return self.gated(kernels.add(*arguments, *self.scales))
 
 
 class NormedBiasDropoutAdd(nn.Module):
@@ -347,10 +368,17 @@ class NormedBiasDropoutAdd(nn.Module):
             self.norm = OutputNorm(config, placement)
         else:
             self.norm = PostNorm(config) if of.after_add else PlainAdd()
+        self.norm.learn(of.learned, config)
 
+    @torch.no_grad()
     def set_scales(self, rule: SublayerRule) -> None:
-        """Take the scales of the sublayer's rule, which goes by the place in the model."""
-        self.norm.residual_scale, self.norm.output_scale = rule.residual_scale, rule.output_scale
+        """Take the scales of the sublayer's rule, which goes by the place in the model; or start there."""
+        for name in ("residual_scale", "output_scale"):
+            scale = getattr(self.norm, name)
+            if isinstance(scale, nn.Parameter):
+                scale.fill_(getattr(rule, name))
+            else:
+                setattr(self.norm, name, getattr(rule, name))
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
         """Return the function that adds a sublayer's output to the residual stream.

@@ -12,8 +12,10 @@ from megatron_periln.norms.formulas import Place, Value, check, evaluate, names_
 __all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit", "SublayerRule"]
 
 OutputNormInit = Literal["ones", "depth-scaled"]
+Learned = Literal["", "scales", "gpas"]
 
 _PARAMETERS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
+_LEARNED = {"": 0, "scales": 2, "gpas": 1}  # parameters of a sublayer
 
 _OF_A_SUBLAYER = ("input", "output", "after_add", "input_scale", "residual_scale", "output_scale")
 
@@ -28,6 +30,8 @@ class SublayerRule:
         Whether it has ``N_in``, ``N_out`` and ``N_after``.
     input_scale, residual_scale, output_scale
         ``s``, ``a`` and ``b``.
+    learned
+        What of it is learned, as in `NormPlacement`.
     """
 
     input: bool
@@ -36,11 +40,13 @@ class SublayerRule:
     input_scale: float = 1.0
     residual_scale: float = 1.0
     output_scale: float = 1.0
+    learned: Learned = ""
 
     @property
     def adds_plainly(self) -> bool:
         """Whether all after ``M`` is Megatron's own bias-dropout-add."""
-        return not (self.output or self.after_add) and self.residual_scale == self.output_scale == 1.0
+        scales = (self.residual_scale, self.output_scale)
+        return not (self.output or self.after_add or self.learned) and scales == (1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,10 @@ class NormPlacement:
         A norm on the residual stream, after the residual add; as ``input``.
     input_scale, residual_scale, output_scale
         ``s``, ``a`` and ``b``: numbers, formulas or lists.
+    learned
+        ``"scales"``: ``a`` and ``b`` are parameters of each sublayer, which start at their values.
+        ``"gpas"``: the sum is multiplied by ``1 - SiLU(g)`` on the way forward and by 1 on the way back, with
+        ``g`` a parameter of each sublayer that starts at 0.
     initial_scale
         By what the initial weights of values, of output projections and of MLPs are multiplied: a formula of
         ``L``. Unless it is 1, output projections start as all other weights do, not at Megatron's
@@ -104,6 +114,7 @@ class NormPlacement:
     residual_scale: Value = 1.0
     output_scale: Value = 1.0
     initial_scale: Value = 1.0
+    learned: Learned = ""
     output_norm_init: OutputNormInit = "ones"
     freeze_output_norm: bool = False
     output_norm_epsilon: float | None = None
@@ -114,6 +125,8 @@ class NormPlacement:
                 check(getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"norm placement {self.name!r}: {field} {error}") from error
+        if self.learned not in ("", "scales", "gpas"):
+            raise ValueError(f"learned is '', 'scales' or 'gpas', not {self.learned!r}")
         if self.output is True and self.after_add is True:
             raise ValueError(f"norm placement {self.name!r}: a sublayer has one norm after it, not two")
         if self.output_norm_init not in ("ones", "depth-scaled"):
@@ -208,7 +221,7 @@ class NormPlacement:
             raise ValueError(
                 f"norm placement {self.label}: sublayer {place.sublayer} has two norms after it, not one"
             )
-        return SublayerRule(**norms, **numbers)
+        return SublayerRule(**norms, **numbers, learned=self.learned)
 
     def rules(self, num_layers: int, hybrid: bool = False) -> list[SublayerRule]:
         """Return the rules of all sublayers, in order; in a ``hybrid`` model each layer is one."""
@@ -231,7 +244,8 @@ class NormPlacement:
     @property
     def adds_plainly(self) -> bool:
         """Whether every sublayer's output is added by Megatron's own bias-dropout-add."""
-        return not (self.output or self.after_add) and self.residual_scale == self.output_scale == 1.0
+        scales = (self.residual_scale, self.output_scale)
+        return not (self.output or self.after_add or self.learned) and scales == (1.0, 1.0)
 
     @property
     def label(self) -> str:
@@ -248,7 +262,7 @@ class NormPlacement:
         return depth**-0.5 if self.output_norm_init == "depth-scaled" else 1.0
 
     def num_parameters(self, num_layers: int, hidden_size: int, normalization: str = "RMSNorm") -> int:
-        """Return the parameters that all norms of this placement hold together.
+        """Return the parameters that all norms of this placement, and its learned scales, hold together.
 
         Two sublayers a layer; query and key norms are not counted. ``peri`` has
         ``2 * num_layers * hidden_size`` more than ``pre`` with RMSNorm, and ``hidden_size`` more
@@ -256,14 +270,15 @@ class NormPlacement:
         """
         of_sublayers = sum(rule.input + rule.output + rule.after_add for rule in self.rules(num_layers))
         norms = of_sublayers + self.final + self.embedding
-        return norms * hidden_size * _PARAMETERS_PER_NORM[normalization]
+        learned = 2 * num_layers * _LEARNED[self.learned]
+        return norms * hidden_size * _PARAMETERS_PER_NORM[normalization] + learned
 
     def structure(self) -> str:
         """Return a short text of what decides which model a checkpoint holds."""
         return f"{self.label} ({'with' if self.embedding else 'without'} embedding norm)"
 
 
-_CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "final")
+_CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final")
 
 
 def _text(value: Value) -> str:
@@ -288,6 +303,8 @@ def _named_rules() -> Iterator[NormPlacement]:
     yield rule("mix-ln", PRE, input="l > L / 4", after_add="l <= L / 4")
     yield rule("hybrid-norm", PRE, input=False, after_add="attention")
     yield rule("scaled-peri", PERI, residual_scale="sqrt(k / (k + 1))", output_scale="1 / sqrt(k + 1)")
+    yield rule("gated-peri", PERI, learned="scales")
+    yield rule("gpas", PRE, learned="gpas")
 
 
 PLACEMENTS: dict[str, NormPlacement] = {

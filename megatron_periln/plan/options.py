@@ -14,7 +14,7 @@ __all__ = ["PLACEMENTS", "labelled_layouts", "parse"]
 
 PLACEMENTS = (
     *("pre", "post", "peri", "output"),
-    *("deepnorm", "keel", "ln-scaling", "mix-ln", "hybrid-norm", "scaled-peri"),
+    *("deepnorm", "keel", "ln-scaling", "mix-ln", "hybrid-norm", "scaled-peri", "gated-peri", "gpas"),
 )
 """Their names; the placements themselves import Megatron."""
 

@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
     parser.add_argument("--output", type=Path, help="folder of the runs; default: runs/studies/NAME")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; default: 1")
+    parser.add_argument(
+        "--share-gpus", action="store_true", help="several runs of one process on a GPU, if --jobs are more"
+    )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--shard", metavar="I/N", help="only every Nth run, from the Ith on, I from 0")
     part.add_argument("--cell", type=int, metavar="K", help="only the Kth run, from 0")
@@ -65,7 +68,9 @@ def _run(args: argparse.Namespace, more_flags: list[str], given: str) -> list[st
         for number, folder in enumerate(folders):
             print(f"{number:>4}  {folder.read()['status']:<9} {folder.run.name}")
         return []
-    failed = [] if args.collect else train(study, _chosen(args, folders), args.jobs)
+    failed = (
+        [] if args.collect else train(study, _chosen(args, folders), args.jobs, share_gpus=args.share_gpus)
+    )
     print(write_results(collect(study, folders, f"{PROGRAM} {given}"), output))
     return failed
 
@@ -102,7 +107,7 @@ def _task_of_array() -> str:
     return f"{task}/{count}"
 
 
-def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
+def train(study: Study, folders: list[RunFolder], jobs: int, *, share_gpus: bool = False) -> list[str]:
     """Run those of ``folders`` that are not done; return the names of those that failed."""
     for folder in folders:
         folder.refuse_other_data()
@@ -113,7 +118,7 @@ def train(study: Study, folders: list[RunFolder], jobs: int) -> list[str]:
     prepare_for_megatron()
     prepare(study)
     check_run_flags(study)
-    shares = shares_of_gpus(study, jobs)
+    shares = shares_of_gpus(study, jobs, shared=share_gpus)
     failed: list[str] = []
     counts: Counter[str] = Counter()
     tqdm.monitor_interval = 0  # a thread, which a fork would not have

@@ -32,8 +32,10 @@ def _on_cpu(flags: Sequence[str]) -> bool:
     return device_of(" ".join(flags).split()) == "cpu"
 
 
-def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
+def shares_of_gpus(study: Study, jobs: int, *, shared: bool = False) -> list[str | None]:
     """Return the ``CUDA_VISIBLE_DEVICES`` of each of ``jobs`` runs at a time, None for those on the CPU.
+
+    With ``shared`` runs of one process take turns at the GPUs, several at one: small models leave it idle.
 
     Raises
     ------
@@ -45,13 +47,17 @@ def shares_of_gpus(study: Study, jobs: int) -> list[str | None]:
     import torch  # seconds, which a list of the runs need not wait for
 
     count = torch.cuda.device_count()
-    if count < jobs * study.ranks:
+    if shared and study.ranks > 1:
+        raise UsageError(f"--share-gpus is for runs of one process, and ranks is {study.ranks}; drop it")
+    if count < (1 if shared else jobs * study.ranks):
         raise UsageError(
             f"--jobs {jobs} with ranks: {study.ranks} takes {jobs * study.ranks} GPUs, and {count} are "
             "visible; give fewer --jobs, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(count)]
+    if shared:
+        return [gpus[job % len(gpus)] for job in range(jobs)]
     return [",".join(gpus[job * study.ranks : (job + 1) * study.ranks]) for job in range(jobs)]
 
 

@@ -20,6 +20,7 @@ from megatron_periln.studies.study import Study
 __all__ = ["collect", "markdown", "summarize", "write_results"]
 
 _NAMES = ("validation_loss", *MEASURES)
+_LATER = ("effective_depth",)  # which results of earlier versions have not
 _IN_MARKDOWN = tuple(name for name in _NAMES if name not in ("training_loss", "gradient_norm", "seconds"))
 
 
@@ -86,6 +87,9 @@ def summarize(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for less than two.
     """
     combinations: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    runs = list(runs)
+    had = {name for run in runs for name in run.get("measures") or ()}
+    names = [name for name in _NAMES if name in had or name not in _LATER]
     for run in runs:
         combinations.setdefault(tuple(run["choices"].items()), []).append(run)
     return [
@@ -95,7 +99,7 @@ def summarize(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "finished": sum(run["status"] == "finished" for run in members),
             "diverged": sum(run["status"] == "diverged" for run in members),
             "missing": sum(run["status"] not in DONE for run in members),
-            "measures": {name: _over_seeds(name, members) for name in _NAMES},
+            "measures": {name: _over_seeds(name, members) for name in names},
         }
         for choices, members in combinations.items()
     ]
@@ -117,11 +121,12 @@ def markdown(results: dict[str, Any]) -> str:
     axes = list(rows[0]["choices"]) if rows else []
     titles = {"validation_loss": "validation loss"} | {name: each.title for name, each in MEASURES.items()}
     forms = {"validation_loss": ".3f"} | {name: each.form for name, each in MEASURES.items()}
-    head = [*axes, "seeds", "diverged", *(titles[name] for name in _IN_MARKDOWN)]
+    shown = [name for name in _IN_MARKDOWN if not rows or name in rows[0]["measures"]]
+    head = [*axes, "seeds", "diverged", *(titles[name] for name in shown)]
     lines = [f"# {results['study']}", "", results["about"], "", _line(head), _line(["---"] * len(head))]
     for row in rows:
         seeds = f"{row['seeds'] - row['missing']}" + (f" of {row['seeds']}" if row["missing"] else "")
-        cells = [_cell(row["measures"][name], forms[name]) for name in _IN_MARKDOWN]
+        cells = [_cell(row["measures"][name], forms[name]) for name in shown]
         lines.append(_line([*row["choices"].values(), seeds, str(row["diverged"]), *cells]))
     return "\n".join([*lines, "", f"    {results['command']}", ""])
 

@@ -43,6 +43,8 @@ def choose_norm_backend(args: Namespace) -> None:
         _self_test(args, choice.backend)
     if args.rank == 0:
         print(f"norm backend: {choice}", flush=True)
+        if choice.backend.learned is not None and placement_of(args).learned:
+            print(f"learned scales: {choice.backend.learned.name}, not the Triton kernels", flush=True)
 
 
 def _self_test(args: Namespace, backend: kernels.Backend) -> None:

@@ -20,6 +20,8 @@ RULES = {
     "mix-ln": "pre",
     "hybrid-norm": "post",
     "scaled-peri": "peri",
+    "gated-peri": "peri",
+    "gpas": "pre",
 }
 LAYERS, HIDDEN, VOCABULARY, SEQUENCE = 2, 32, 64, 12
 

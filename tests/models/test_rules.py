@@ -13,7 +13,7 @@ from megatron_periln.models import GPTModelBuilder
 from megatron_periln.models.gpt import placed_layer_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.residual_adds import check_slots
-from megatron_periln.norms import PLACEMENTS, NoNorm, NormedBiasDropoutAdd, ScaledInputNorm
+from megatron_periln.norms import PLACEMENTS, NoNorm, NormedBiasDropoutAdd, ScaledInputNorm, kernels
 from tests.models import small
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -163,3 +163,73 @@ def test_a_scaled_stream_without_norms_after_the_sublayers():
     out = layer.mlp_bda(True, False)((x, None), residual, 0.0)
     torch.testing.assert_close(out, 0.5 * residual + 2 * x)
     assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+def run_once(placement):
+    model = small.perturb(small.build(placement))
+    return model, small.gradients(model)
+
+
+@pytest.mark.parametrize(("name", "of"), [("gated-peri", "peri"), ("gpas", "pre")])
+def test_learned_scales_start_as_the_rule_without_them(name, of):
+    mine, theirs = (small.run(small.build(each)) for each in (name, of))
+    torch.testing.assert_close(mine, theirs)
+    model, stock = small.build(name), small.build(of)
+    added = PLACEMENTS[name].num_parameters(2, 1) - PLACEMENTS[of].num_parameters(2, 1)
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stock.parameters()) == added
+
+
+@pytest.mark.parametrize("name", ["gated-peri", "gpas"])
+def test_gradients_of_learned_scales_have_the_same_bits_each_time(name):
+    first, again = (run_once(name)[1] for _ in range(2))
+    scales = [key for key in first if key.endswith(("residual_scale", "output_scale", "gate"))]
+    assert len(scales) == (8 if name == "gated-peri" else 4)
+    assert all(first[key].item() and torch.equal(first[key], again[key]) for key in scales)
+
+
+def test_learned_scales_start_at_those_of_a_rule():
+    rule = PLACEMENTS["scaled-peri"].changed({"learned": "scales"})
+    scales = [bda.norm.residual_scale.item() for bda in adds(small.build(rule))]
+    assert scales == pytest.approx([(k / (k + 1)) ** 0.5 for k in range(1, 5)])
+
+
+def adds(model):
+    return [bda for bda in model.modules() if isinstance(bda, NormedBiasDropoutAdd)]
+
+
+def test_the_gradient_of_gpas_passes_the_scale_by():
+    """Chen et al., equation 5: the stream is smaller, and its gradient is not."""
+    x = torch.randn(3, 4, requires_grad=True)
+    gate = torch.full((1,), 0.8, requires_grad=True)
+    out, gradient = kernels.gpas(x, gate), torch.randn(3, 4)
+    out.backward(gradient)
+    torch.testing.assert_close(out, (1 - F.silu(gate)) * x)
+    assert torch.equal(x.grad, gradient)
+    slope = torch.autograd.functional.jacobian(F.silu, gate.detach()).view(1)
+    torch.testing.assert_close(gate.grad, -slope * (gradient * x).sum())
+
+
+@pytest.mark.parametrize("name", ["norm_add", "add_norm", "add"])
+def test_learned_scales_are_computed_as_constants_are(name):
+    generator = torch.Generator().manual_seed(1)
+    x, residual = torch.randn(2, 5, 1, 16, generator=generator)
+    weight = torch.rand(16, generator=generator)
+    norm = () if name == "add" else (weight, None, 1e-5, False)
+    function = getattr(kernels, name)
+    learned = [torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.7, -1.3)]
+    given = (x.double(), None, residual.double(), *norm, 0.0, True)
+    out = function(*given, *learned)
+    torch.testing.assert_close(out, function(*given, 0.7, -1.3))
+    assert torch.autograd.gradcheck(lambda *scales: function(*given, *scales), learned)
+
+
+def test_the_triton_backend_leaves_learned_scales_to_another():
+    x, scale = torch.ones(2, 1, 8), torch.full((1,), 0.5, requires_grad=True)
+    kernels.use_backend("triton")
+    try:
+        out = kernels.norm_add(x, None, x, x[0, 0], None, 1e-5, False, 0.0, True, scale, scale)
+    finally:
+        kernels.use_backend("auto")
+    torch.testing.assert_close(out, torch.ones(2, 1, 8))
+    out.sum().backward()
+    assert scale.grad.item() == pytest.approx(32, rel=1e-4)

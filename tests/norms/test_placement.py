@@ -114,9 +114,9 @@ def test_the_structure_tells_apart_what_holds_other_parameters():
     assert PERI.with_options(freeze_output_norm=True).structure() == PERI.structure()
 
 
-def rule(norms, a=1.0, b=1.0, s=1.0):
+def rule(norms, a=1.0, b=1.0, s=1.0, learned=""):
     """``norms`` are letters: i on the input, o on the output, a after the add."""
-    return SublayerRule("i" in norms, "o" in norms, "a" in norms, s, a, b)
+    return SublayerRule("i" in norms, "o" in norms, "a" in norms, s, a, b, learned)
 
 
 # Of 8 layers, by name: what the papers' formulas give for layers 1, 2 and 3, attention then MLP.
@@ -132,6 +132,8 @@ NAMED = {
     "mix-ln": [rule("a")] * 4 + [rule("i")] * 2,
     "hybrid-norm": [rule("a"), rule("")] * 3,
     "scaled-peri": [rule("io", a=math.sqrt(k / (k + 1)), b=math.sqrt(1 / (k + 1))) for k in range(1, 7)],
+    "gated-peri": [rule("io", learned="scales")] * 6,
+    "gpas": [rule("i", learned="gpas")] * 6,
 }
 
 
@@ -181,6 +183,7 @@ def test_a_changed_rule_has_another_label_and_its_changes_make_it_again():
         ),
         ({"final": "yes"}, "a norm rule's final can't be 'yes'"),
         ({"output": {}}, "a norm rule's output can't be {}"),
+        ({"learned": "gates"}, "learned is '', 'scales' or 'gpas', not 'gates'"),
         ({"residual_scale": "depth"}, "'peri': residual_scale 'depth' is no part of a formula"),
         ({"after_add": True}, "'peri': a sublayer has one norm after it"),
     ],
@@ -201,3 +204,5 @@ def test_parameters_of_rules_by_depth():
     assert PLACEMENTS["mix-ln"].num_parameters(8, 10) == PRE.num_parameters(8, 10)
     assert PLACEMENTS["hybrid-norm"].num_parameters(8, 10) == 10 * (8 + 1)
     assert PLACEMENTS["keel"].num_parameters(8, 10) == 10 * 2 * 16
+    assert PLACEMENTS["gated-peri"].num_parameters(8, 10) == PERI.num_parameters(8, 10) + 2 * 16
+    assert PLACEMENTS["gpas"].num_parameters(8, 10) == PRE.num_parameters(8, 10) + 16

@@ -71,6 +71,8 @@ RULES = {
     "mix-ln": "",
     "hybrid-norm": "--qk-layernorm",
     "scaled-peri": "",
+    "gated-peri": "",
+    "gpas": "",
 }
 
 # What the one-process run must share with the run that is compared with it.

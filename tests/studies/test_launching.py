@@ -52,6 +52,16 @@ def test_more_runs_than_gpus_are_refused(study, gpus):
         launching.shares_of_gpus(study("--lr 1", 2), 3)
 
 
+def test_runs_of_one_process_may_share_gpus(study, gpus):
+    gpus(2)
+    assert launching.shares_of_gpus(study("--lr 1", 1), 5, shared=True) == ["0", "1", "0", "1", "0"]
+    with pytest.raises(UsageError, match="--share-gpus is for runs of one process, and ranks is 2"):
+        launching.shares_of_gpus(study("--lr 1", 2), 2, shared=True)
+    gpus(0)
+    with pytest.raises(UsageError, match="and 0 are visible"):
+        launching.shares_of_gpus(study("--lr 1", 1), 2, shared=True)
+
+
 def test_the_cpu_is_not_shared_out(study, gpus):
     gpus(0)
     assert launching.shares_of_gpus(study("--device=cpu", 2), 3) == [None] * 3

@@ -5,7 +5,8 @@ backend   what runs
 ========  ==================================================================================
 torch     `reference`, plain PyTorch
 compile   `compiled`: ``torch.compile`` of `reference`
-triton    `fused` for the output norm, alone or with the next; `compiled` for the others
+triton    `fused` for the output norm, alone or with the next; `compiled` for the others, and where scales
+          are learned
 auto      triton on a GPU that can run it, else compile; torch on the CPU
 ========  ==================================================================================
 """
@@ -35,6 +36,7 @@ __all__ = [
     "add_norm",
     "backend_for",
     "choose_backend",
+    "gpas",
     "has_triton",
     "norm",
     "norm_add",
@@ -67,6 +69,9 @@ class Backend:
     add_norm: NormAdd
     norm_add_norm: NormAddNorm
     add: NormAdd = reference.add
+    gpas: Callable[[Tensor, Tensor], Tensor] = reference.gpas
+    # Who computes with learned scales, if it is another.
+    learned: Backend | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def _by_backend[**P, R](specification: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(specification)
     def compute(*args: P.args, **kwargs: P.kwargs) -> R:
         backend = backend_for(cast(Tensor, args[0]))
+        if backend.learned is not None and isinstance(args[-1], Tensor):
+            backend = backend.learned
         return getattr(backend, specification.__name__)(*args, **kwargs)
 
     return compute
@@ -101,6 +108,7 @@ norm_add = _by_backend(reference.norm_add)
 norm_add_norm = _by_backend(reference.norm_add_norm)
 add_norm = _by_backend(reference.add_norm)
 add = _by_backend(reference.add)
+gpas = _by_backend(reference.gpas)
 
 
 def use_backend(name: str) -> None:
@@ -171,7 +179,8 @@ def _named(name: str) -> Backend:
     from megatron_periln.norms.kernels import fused  # imports Triton: a second, which --help does without
 
     rest = _TORCH if fused.INTERPRETED else _compiled()
-    return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
+    fastest = replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
+    return replace(fastest, learned=rest)
 
 
 @functools.cache
@@ -183,6 +192,7 @@ def _compiled() -> Backend:
         compile_for_both_passes(reference.add_norm),
         compile_for_both_passes(reference.norm_add_norm),
         compile_for_both_passes(reference.add),
+        compile_for_both_passes(reference.gpas),
     )
 
 

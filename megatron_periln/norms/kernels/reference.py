@@ -10,19 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add", "add_norm", "norm", "norm_add", "norm_add_norm"]
+__all__ = ["Scale", "add", "add_norm", "gpas", "norm", "norm_add", "norm_add_norm"]
+
+Scale = float | Tensor
+"""A constant, or a parameter of one element."""
 
 
 def _to_compute_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _weighted_sum(residual: Tensor, y: Tensor, residual_scale: float, output_scale: float) -> Tensor:
+def _scaled(x: Tensor, scale: Scale) -> Tensor:
+    """Multiply ``x`` in its own dtype; by the constant 1 it is no operation."""
+    if isinstance(scale, Tensor):
+        return scale.to(x.dtype) * x
+    return x if scale == 1.0 else scale * x
+
+
+def _weighted_sum(residual: Tensor, y: Tensor, residual_scale: Scale, output_scale: Scale) -> Tensor:
     """``residual_scale * residual + output_scale * y`` in the compute dtype; at 1 and 1 the plain sum."""
-    stream = _to_compute_dtype(residual)
-    if residual_scale != 1.0:
-        stream = residual_scale * stream
-    return stream + (y if output_scale == 1.0 else output_scale * y)
+    return _scaled(_to_compute_dtype(residual), residual_scale) + _scaled(y, output_scale)
 
 
 def norm(
@@ -76,8 +83,8 @@ def norm_add(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> Tensor:
     """Return ``a * residual + b * dropout(norm(sublayer_output + sublayer_bias))`` in ``residual``'s dtype.
 
@@ -116,8 +123,8 @@ def norm_add_norm(
     next_bias: Tensor | None,
     next_eps: float,
     next_dtype: torch.dtype,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`norm_add`, and the next norm of its result: in ``next_dtype``, with parameters of its own.
 
@@ -139,8 +146,8 @@ def add_norm(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> Tensor:
     """Return ``norm(a * residual + b * dropout(sublayer_output + sublayer_bias))`` in ``residual``'s dtype.
 
@@ -159,8 +166,8 @@ def add(
     residual: Tensor,
     dropout: float,
     training: bool,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> Tensor:
     """Return ``a * residual + b * dropout(sublayer_output + sublayer_bias)`` in ``residual``'s dtype.
 
@@ -171,3 +178,20 @@ def add(
         x = x + _to_compute_dtype(sublayer_bias)
     y = F.dropout(x, dropout, training)
     return _weighted_sum(residual, y, residual_scale, output_scale).to(residual.dtype)
+
+
+def gpas(x: Tensor, gate: Tensor) -> Tensor:
+    """Return ``(1 - SiLU(gate)) x``, whose gradient reaches ``x`` as if it were ``x`` itself.
+
+    Chen et al., "GPAS: Accelerating Convergence of LLM Pretraining via Gradient-Preserving Activation
+    Scaling", NeurIPS 2025 (arXiv 2506.22049).
+
+    Parameters
+    ----------
+    x
+        Any shape.
+    gate
+        A parameter of one element.
+    """
+    wide = _to_compute_dtype(x)
+    return (wide - F.silu(gate.to(wide.dtype)) * wide.detach()).to(x.dtype)
