@@ -98,10 +98,13 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(UV)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
 	touch $@
 
-$(OTHER)/installed: constraints.txt | $(UV)  ## With the same torch, from the same cache
+$(OTHER)/installed: constraints.txt | $(VENV)/installed  ## With the same torch, from the same cache
 	$(UV) venv --quiet --allow-existing $(OTHER)
 	$(UV) pip install --quiet --python $(OTHER)/bin/python transformers==4.57.6 sentencepiece \
 		$$(grep -E '^(torch|numpy)==' constraints.txt)
+	@# What is compiled of the same files; Python takes nothing else.
+	there=$$(echo $(CURDIR)/$(OTHER)/lib/python3.*/site-packages) && cd $(VENV)/lib/python3.*/site-packages && \
+		find torch numpy sympy -name '*.pyc' -exec cp --link --no-clobber --parents --target-directory "$$there" {} +
 	touch $@
 
 # The source has llama.cpp's, with the converter; of that only the library is built.

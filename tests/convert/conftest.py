@@ -1,13 +1,25 @@
 import functools
 import json
+from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.tokens import auto_tokenizer
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
+from tests.convert.forked_readers import ForkedReaders
 from tests.parallel.conftest import indexed_bytes, jobs  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def readers():
+    """Tokenizers are read by forks of one process."""
+    forked = ForkedReaders()
+    with mock.patch.object(auto_tokenizer, "subprocess", forked):
+        yield
+    forked.close()
 
 
 @pytest.fixture(scope="session")

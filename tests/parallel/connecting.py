@@ -1,5 +1,7 @@
 """The fork server of a run of tests: all processes that share a folder share one."""
 
+import atexit
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Nothing is fetched; huggingface_hub asks when it is imported.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-_started = []  # each ends with this process, which holds its standard input
 
 
 def connect(folder):
@@ -50,7 +51,14 @@ def _start():
         cwd=ROOT,
         env=_environment() | OFFLINE,
     )
-    _started.append(server)
+    atexit.register(_end, server)
     name = server.stdout.readline().strip()
     assert name, "the fork server has not started"
     return name
+
+
+def _end(server):
+    """End a server; where this process is killed, the end of its standard input does."""
+    with contextlib.suppress(BrokenPipeError):
+        print("end", file=server.stdin, flush=True)
+    server.wait()

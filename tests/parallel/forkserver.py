@@ -1,8 +1,8 @@
 """Runs training jobs from one process that has imported everything once.
 
-It says the name of the socket at which it listens, until its standard input ends, and forks itself for
-each connection. The fork reads its environment, then one JSON job a line, forks the job's ranks, and
-answers with one JSON line, until a line says end.
+It says the name of the socket at which it listens, until its standard input says or meets an end, and
+forks itself for each connection. The fork reads its environment, then one JSON job a line, forks the
+job's ranks, and answers with one JSON line, until a line says end.
 Importing torch, Megatron and transformers costs seconds a process; a fork costs nothing, and without a
 GPU nothing speaks against it.
 """

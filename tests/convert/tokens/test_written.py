@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_periln.convert.model_folder import SpecialTokens
 from megatron_periln.convert.targets import TARGETS
+from megatron_periln.convert.tokens import auto_tokenizer
 from megatron_periln.convert.tokens import texts as compared
 from megatron_periln.convert.tokens import write as writing
 from megatron_periln.convert.tokens.auto_tokenizer import Loaded, UnreadableError, load, read
@@ -97,8 +100,9 @@ def expected(sources, texts):
 
 @pytest.fixture(scope="module")
 def loaded(written, texts):
-    """What a fresh process makes of the folders."""
-    return dict(zip(written, load(list(written.values()), texts), strict=True))
+    """What a fresh process makes of the folders, one that is not forked, for once."""
+    with mock.patch.object(auto_tokenizer, "subprocess", subprocess):
+        return dict(zip(written, load(list(written.values()), texts), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
