@@ -52,6 +52,7 @@ def _self_test(args: Namespace, backend: kernels.Backend) -> None:
     device = torch.device("cpu")
     if not cpu.is_active():
         device = torch.device("cuda", args.local_rank % torch.cuda.device_count())
+    placement = placement_of(args)
     failure = find_failure(
         backend,
         device,
@@ -61,6 +62,7 @@ def _self_test(args: Namespace, backend: kernels.Backend) -> None:
         layer_norm=args.normalization == "LayerNorm",
         zero_centered_gamma=args.layernorm_zero_centered_gamma,
         with_next=args.fuse_pre_mlp_norm,
+        scaled=(placement.residual_scale, placement.output_scale) != (1.0, 1.0),
     )
     if failure is not None:
         raise RankError(

@@ -50,8 +50,13 @@ def as_hybrid(state):
     return renamed
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", small.PLACEMENTS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in small.PLACEMENTS for kind in KINDS),
+        *((name, "modern") for name in ("keel", "scaled-peri", "gated-peri", "gpas")),
+    ],
+)
 def test_the_logits_are_those_of_gpt_bit_for_bit(name, kind):
     gpt = small.perturb(small.build(name, small.transformer_config(**KINDS[kind])))
     model = hybrid(NormPlacement.named(name), kind)
@@ -62,7 +67,7 @@ def test_the_logits_are_those_of_gpt_bit_for_bit(name, kind):
         assert torch.equal(gradient, gradients[parameter]), parameter
 
 
-@pytest.mark.parametrize("name", small.PLACEMENTS)
+@pytest.mark.parametrize("name", [*small.PLACEMENTS, "keel", "gated-peri", "gpas"])
 def test_multi_token_prediction_is_that_of_gpt_bit_for_bit(name):
     changes = {**KINDS["modern"], "mtp_num_layers": 1}
     gpt = small.perturb(small.build(name, small.transformer_config(**changes)))

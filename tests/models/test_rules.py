@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelBuilder
 from megatron_periln.models.gpt import placed_layer_spec
 from megatron_periln.models.place_norms import place_norms
-from megatron_periln.models.residual_adds import check_slots
+from megatron_periln.models.residual_adds import check_calls, check_slots
 from megatron_periln.norms import PLACEMENTS, NoNorm, NormedBiasDropoutAdd, ScaledInputNorm, kernels
 from tests.models import small
 
@@ -233,3 +234,28 @@ def test_the_triton_backend_leaves_learned_scales_to_another():
     torch.testing.assert_close(out, torch.ones(2, 1, 8))
     out.sum().backward()
     assert scale.grad.item() == pytest.approx(32, rel=1e-4)
+
+
+OTHER_LAYERS = {
+    "experts": (
+        TransformerConfig,
+        {"num_moe_experts": 2, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"},
+    ),
+    "latent attention": (
+        MLATransformerConfig,
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
+        | {"multi_latent_attention": True, "rope_type": "rope"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layers", OTHER_LAYERS)
+@pytest.mark.parametrize("name", sorted(set(small.RULES) - {"deepnorm"}))
+def test_other_layers_have_the_rules_too(name, layers):
+    """The builder looks at each residual add; here every one of them is called, and trains."""
+    config_class, changes = OTHER_LAYERS[layers]
+    config = small.transformer_config(config_class, num_layers=4, **small.SWIGLU, **changes)
+    model = small.build(name, config)
+    gradients = small.gradients(model)
+    check_calls(model)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())

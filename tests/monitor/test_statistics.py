@@ -133,6 +133,20 @@ def test_every_statistic_is_that_of_the_reference(family, placement, recompute):
     assert max(found.values()) < TOLERANCE, found
 
 
+@pytest.mark.parametrize("placement", ["gated-peri", "gpas"])
+def test_learned_scales_are_recorded(placement):
+    model, _ = build("rmsnorm-swiglu-rope-gqa", placement)
+    norm = model.module.decoder.layers[0].mlp_bda.norm
+    collector, _ = collect(model)
+    values = collector.sums.values(collector.layers)
+    if placement == "gated-peri":
+        scales = norm.residual_scale, norm.output_scale
+    else:
+        scales = (1 - F.silu(norm.gate),) * 2
+    recorded = [values[f"mlp_{name}_scale"][1] for name in ("residual", "output")]
+    assert recorded == pytest.approx([scale.item() for scale in scales])
+
+
 def test_the_fraction_beyond_half_of_fp16_is_that_of_the_reference():
     model, theirs = build("rmsnorm-swiglu-rope-gqa", "pre")
     with torch.no_grad():

@@ -28,6 +28,18 @@ def test_nothing_is_wrong(triton, dtypes, layer_norm, with_next):
     assert failure(triton, dtypes, **options) is None
 
 
+@pytest.mark.parametrize("with_next", [False, True])
+def test_scaled_kernels_are_tried_too(triton, with_next):
+    assert failure(triton, DTYPES[1], scaled=True, with_next=with_next) is None
+    name = "norm_add_norm" if with_next else "norm_add"
+
+    def unscaled(*arguments):
+        return getattr(triton, name)(*arguments[:-2])
+
+    wrong = replace(triton, **{name: unscaled})
+    assert "computes something else here" in failure(wrong, scaled=True, with_next=with_next)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_a_wrong_value_is_found(triton, dtypes):
     def off(sublayer_output, sublayer_bias, residual, weight, *rest):

@@ -163,6 +163,8 @@ def _cases():
     for rule in RULES:
         for layout in ("TP2+SP", "PP2", "DP2"):
             yield Case(rule, layout=layout, variant=distributed)
+    yield Case("mix-ln", layout="PP2xVPP2", variant=distributed)
+    yield Case("gated-peri", layout="TP2+SP", options="full recompute", variant=distributed)
     yield Case("peri", layout="TP2xPP2+SP", variant="muon")
     yield Case("peri", layout="DP2", variant="muon, distributed, bf16")
     for layout in ("CP2", "PP2xVPP2"):  # the middle stages need the mask of documents too

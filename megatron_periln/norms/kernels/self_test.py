@@ -23,6 +23,7 @@ def find_failure(
     layer_norm: bool,
     zero_centered_gamma: bool,
     with_next: bool,
+    scaled: bool = False,
 ) -> str | None:
     """Return what is wrong with a backend's output norm, None if nothing is.
 
@@ -32,11 +33,14 @@ def find_failure(
         Whose ``norm_add``, or ``norm_add_norm`` if ``with_next``, is compared with plain torch's in fp64.
     device, hidden_size, dtype, residual_dtype, layer_norm, zero_centered_gamma
         Those of a model.
+    scaled
+        Whether it has scales of the residual stream and of what is added.
     """
     generator = torch.Generator().manual_seed(1)
     rows, vector = (_ROWS, hidden_size), (hidden_size,)
     sublayer_output, residual, grad = (torch.randn(rows, generator=generator).to(dtype) for _ in range(3))
     weight, bias = (torch.rand(vector, generator=generator).to(dtype) for _ in range(2))
+    scales = (0.5, 2.0) if scaled else ()
     inputs = [sublayer_output, residual.to(residual_dtype), weight, *([bias] if layer_norm else [])]
 
     def results(backend: Backend, tensors: list[Tensor], next_dtype: torch.dtype) -> list[Tensor]:
@@ -46,9 +50,9 @@ def find_failure(
         arguments = (sublayer_output, None, residual, weight, bias, _EPS, zero_centered_gamma, 0.0, True)
         outs: tuple[Tensor, ...]
         if with_next:
-            outs = backend.norm_add_norm(*arguments, weight, bias, _EPS, next_dtype)
+            outs = backend.norm_add_norm(*arguments, weight, bias, _EPS, next_dtype, *scales)
         else:
-            outs = (backend.norm_add(*arguments),)
+            outs = (backend.norm_add(*arguments, *scales),)
         grads = torch.autograd.grad(outs, leaves, [grad.to(out) for out in outs])
         return [*outs, *grads]
 
