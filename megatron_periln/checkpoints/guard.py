@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import uuid
@@ -128,8 +129,10 @@ def tidy(folder: Path) -> None:
             continue
         _discard(original)
         replaced.replace(original)
-    for path in folder.glob("iter_*"):
-        if path.is_symlink() or not path.is_dir() or iteration_of(path) is None:
+    with os.scandir(folder) as entries:  # which tells folders without a stat
+        found = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for path in found:
+        if not path.name.startswith("iter_") or iteration_of(path) is None:
             continue
         if any((path / name).exists() for name in (MANIFEST, ".metadata")):
             continue  # without a look at its files, which may be tens of thousands

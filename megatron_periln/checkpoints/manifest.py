@@ -45,6 +45,11 @@ class CheckpointFile:
     size: int
     crc32: str | None
 
+    def to_json(self) -> str:
+        """Return one line."""
+        crc32 = "null" if self.crc32 is None else f'"{self.crc32}"'
+        return f'{{"name": {json.dumps(self.name)}, "size": {self.size}, "crc32": {crc32}}}'
+
     def check_size(self, folder: Path) -> None:
         """Raise `BrokenCheckpointError` if the file is missing or has another size."""
         try:
@@ -89,7 +94,9 @@ class Manifest:
             If the folder can't be read.
         """
         there = set(_names(folder))
-        names = sorted(name for name in there if Path(name).name != MANIFEST and not name.endswith(SIDECAR))
+        names = sorted(
+            name for name in there if not name.endswith(SIDECAR) and name.rpartition("/")[2] != MANIFEST
+        )
 
         def describe(some: list[str]) -> list[CheckpointFile]:
             return [_describe(folder, name, sums, summed=f"{name}{SIDECAR}" in there) for name in some]
@@ -117,12 +124,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put the manifest in its place, whole, and remove the sidecars."""
-        files = ",\n".join(json.dumps(vars(entry)) for entry in self.files)
+        files = ",\n".join(entry.to_json() for entry in self.files)
         write_text(folder / MANIFEST, f'{{"version": {_VERSION}, "files": [\n{files}\n]}}\n')
         sync(folder)
         for name in _names(folder):
             if name.endswith(SIDECAR):
-                os.unlink(os.path.join(folder, name))  # noqa: PTH108, PTH118
+                os.unlink(f"{folder}/{name}")  # noqa: PTH108
 
     @property
     def size(self) -> int:
@@ -148,7 +155,7 @@ def _names(folder: Path, within: str = "") -> Iterator[str]:
     """Yield the paths of all files within a folder; strings, since there may be tens of thousands."""
     with os.scandir(os.path.join(folder, within)) as entries:  # noqa: PTH118
         for entry in entries:
-            name = os.path.join(within, entry.name)  # noqa: PTH118
+            name = f"{within}/{entry.name}" if within else entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from _names(folder, name)
             elif entry.is_file():
@@ -156,7 +163,7 @@ def _names(folder: Path, within: str = "") -> Iterator[str]:
 
 
 def _describe(folder: Path, name: str, sums: bool, *, summed: bool) -> CheckpointFile:
-    path = os.path.join(folder, name)  # noqa: PTH118
+    path = f"{folder}/{name}"
     size = os.stat(path).st_size  # noqa: PTH116
     written = read_sidecar(path) if summed else None
     if written is None:

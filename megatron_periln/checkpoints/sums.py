@@ -8,6 +8,7 @@ disk made of it is not believed.
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ SIDECAR = ".crc32"
 """The suffix of the file that holds size and checksum of another, until they are in the manifest."""
 
 _BLOCK = 4 << 20
+_MOST_SIDECAR_BYTES = 64
 _IN_PARALLEL = 1 << 20
 
 
@@ -34,11 +36,16 @@ def sum_file(path: Path) -> str:
 def read_sidecar(path: str | Path) -> tuple[int, str] | None:
     """Return the size and checksum of what was written to ``path``, None if nobody summed it."""
     try:
-        with open(f"{path}{SIDECAR}") as stream:  # noqa: PTH123
-            size, crc = stream.read().split()
-        return int(size), crc
-    except (FileNotFoundError, ValueError):
+        descriptor = os.open(f"{path}{SIDECAR}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return None
+    try:
+        size, crc = os.read(descriptor, _MOST_SIDECAR_BYTES).decode("ascii").split()
+        return int(size), crc
+    except ValueError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def open_summed(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:

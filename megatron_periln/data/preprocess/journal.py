@@ -54,7 +54,7 @@ class Size(NamedTuple):
     def __add__(self, other: object) -> Size:
         """Add each number."""
         assert isinstance(other, Size)
-        return Size(*(a + b for a, b in zip(self, other, strict=True)))
+        return Size(self[0] + other[0], self[1] + other[1], self[2] + other[2])  # often: once a chunk
 
 
 @dataclass(frozen=True)

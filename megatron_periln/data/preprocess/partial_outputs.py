@@ -159,6 +159,7 @@ class PartialOutputs:
         """What a run that is resumed encodes with, where another encoder was found not to be exact."""
         self.dtype, self._max = dtype, max_bin_size
         self._identity = identity
+        self._stems: dict[Dataset, str] = {}
         self._forget()
         self._journal: TextIO | None = None
         self._started = False
@@ -213,7 +214,10 @@ class PartialOutputs:
 
     def stem(self, dataset: Dataset) -> str:
         """Return the path, without suffix, of a partial dataset's files."""
-        return str(self.folder / "{}_{:05d}".format(*dataset).replace("/", "%2F"))
+        if dataset not in self._stems:
+            name = "{}_{:05d}".format(*dataset).replace("/", "%2F")
+            self._stems[dataset] = str(self.folder / name)
+        return self._stems[dataset]
 
     def datasets(self) -> dict[Dataset, Size]:
         """Return the size of each dataset."""
