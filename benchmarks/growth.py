@@ -14,97 +14,15 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from growth_axes import AXES, PREPROCESS, WORDS, Axis, documents
 from machine import command, machine
 from preprocess_peers.measure import MeasurementError, measure
 
 HERE = Path(__file__).parents[1]
-WORDS = "a few words of a text that goes on, and some more of them in a sentence.\n"
 _NOISE = 0.05
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What grows.
-
-    Parameters
-    ----------
-    name
-        What there is more of.
-    smallest
-        The first of the sizes.
-    make
-        Makes the input of a size in a folder.
-    arguments
-        Of Python, which is run in a checkout; ``{folder}`` and ``{size}`` are replaced.
-    """
-
-    name: str
-    smallest: int
-    make: Callable[[Path, int], None]
-    arguments: tuple[str, ...]
-
-
-def small_files(folder: Path, size: int) -> None:
-    """Write JSON Lines of one document each."""
-    for number in range(size):
-        (folder / f"part_{number:07d}.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
-
-
-def documents(folder: Path, size: int) -> None:
-    """Write one file of documents."""
-    with (folder / "in.jsonl").open("w") as stream:
-        stream.writelines(json.dumps({"text": f"{number} {WORDS}"}) + "\n" for number in range(size))
-
-
-def long_document(folder: Path, size: int) -> None:
-    """Write one document of so many kB."""
-    text = (WORDS * (size * 1000 // len(WORDS) + 1))[: size * 1000]
-    (folder / "in.jsonl").write_text(json.dumps({"text": text}) + "\n")
-
-
-def row_group(folder: Path, size: int) -> None:
-    """Write a Parquet file of one row group of so many MB."""
-    import numpy as np
-    import pyarrow
-    from pyarrow import parquet
-
-    words = [f"w{number:05d}" for number in range(1 << 16)]
-    draws = np.random.default_rng(0).integers(0, len(words), (size * 100, 1400))
-    texts = [" ".join(words[at] for at in row) for row in draws]
-    parquet.write_table(pyarrow.table({"text": texts}), folder / "in.parquet", row_group_size=len(texts))
-
-
-def checkpoint(folder: Path, size: int) -> None:
-    """Write files of a checkpoint, with their sums as the writer leaves them."""
-    for number in range(size):
-        path = folder / f"__{number}_0.distcp"
-        path.write_bytes(b"0" * 64)
-        path.with_name(f"{path.name}.crc32").write_text("64 00000000")
-
-
-_PREPROCESS = (
-    "tools/preprocess_data.py",
-    *("--input", "{folder}", "--output-prefix", "{out}/data", "--workers", "1", "--overwrite"),
-    *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{tokenizer}", "--append-eod"),
-)
-_MANIFEST = """import sys; from pathlib import Path
-from megatron_periln.checkpoints.manifest import Manifest
-folder = Path(sys.argv[1]); Manifest.of(folder, sums=True).write(folder)"""
-
-AXES = (
-    Axis("small input files", 100, small_files, _PREPROCESS),
-    Axis("documents", 10_000, documents, _PREPROCESS),
-    Axis("kB of one document, tokenizers", 100, long_document, (*_PREPROCESS, "--encoder", "tokenizers")),
-    Axis("kB of one document, gigatoken", 1000, long_document, (*_PREPROCESS, "--encoder", "gigatoken")),
-    Axis("MB of a Parquet row group", 2, row_group, _PREPROCESS),
-    Axis("files of a checkpoint, manifest", 100, checkpoint, ("-c", _MANIFEST, "{folder}")),
-)
-"""All axes; a new one is a line here."""
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -133,21 +51,28 @@ def exponent(sizes: list[int], costs: list[float]) -> float | None:
 def run(axis: Axis, checkouts: dict[str, Path], work: Path, timeout: float) -> list[dict[str, Any]]:
     """Measure each checkout at each size, in turns."""
     sizes = [axis.smallest * 10**power for power in range(3)]
-    rows = [{"axis": axis.name, "code": name, "cpu_s": [], "peak_mb": []} for name in checkouts]
+    contestants = {name: (checkout, axis.arguments) for name, checkout in checkouts.items()}
+    if axis.stock:
+        contestants["Megatron's"] = (HERE, axis.stock)
+    rows = [{"axis": axis.name, "code": name, "cpu_s": [], "peak_mb": []} for name in contestants]
     for size in sizes:
-        for row, checkout in zip(rows, checkouts.values(), strict=True):
+        for row, (checkout, given) in zip(rows, contestants.values(), strict=True):
             folder, out = work / "input", work / "out"
             for path in (folder, out):
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir()
             axis.make(folder, size)
             places = {"{folder}": folder, "{out}": out, "{tokenizer}": work / "tokenizer", "{size}": size}
-            arguments = list(axis.arguments)
+            arguments = list(given)
             for name, value in places.items():
                 arguments = [argument.replace(name, str(value)) for argument in arguments]
             if arguments[0] != "-c":
                 arguments[0] = str(checkout / arguments[0])
-            environment = {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(work / f"cache-{row['code']}")}
+            environment = {
+                "PYTHONPATH": f"{checkout}:{HERE / 'benchmarks'}",
+                "XDG_CACHE_HOME": str(work / f"cache-{row['code']}"),
+                "OMP_NUM_THREADS": "1",
+            }
             try:
                 taken = measure(
                     [sys.executable, *arguments], environment, work / "log", memory=1, timeout=timeout
@@ -204,11 +129,11 @@ def main() -> None:
         make_tokenizer(work / "tokenizer")
         chosen = [axis for axis in AXES if axis.name in options.axes]
         if any(axis.arguments[0] != "-c" for axis in chosen):
-            warm = Axis("", 1, documents, _PREPROCESS)  # the tokenizer is looked at once, and then cached
+            warm = Axis("", 1, documents, PREPROCESS)  # the tokenizer is looked at once, and then cached
             run(warm, checkouts, work, options.timeout)
         for axis in chosen:
             rows += run(axis, checkouts, work, options.timeout)
-            print(table(rows[-len(checkouts) :]), flush=True)
+            print(table([row for row in rows if row["axis"] == axis.name]), flush=True)
     print(table(rows))
     if options.output:
         report = {"device": machine(), "command": command(), "rows": rows}

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -194,10 +194,14 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
     """
     paths = [sidecar_path(dataset.prefix) for dataset in datasets]
     sidecars = []
+    inputs: dict[Any, dict[str, Any]] = {}
     for path, dataset in zip(paths, datasets, strict=True):
         if path.exists():
-            sidecars.append(Sidecar.read(path))
-            check_counts(sidecars[-1], dataset)
+            sidecar = Sidecar.read(path)
+            check_counts(sidecar, dataset)
+            inputs.update((item["path"], item) for item in sidecar.inputs)
+            # Each part of one run lists all inputs, twice: held once, not once a part.
+            sidecars.append(replace(sidecar, inputs=[], plan={}))
     first_path = next((path for path in paths if path.exists()), None)
     for path, sidecar in zip((path for path in paths if path.exists()), sidecars, strict=True):
         for what, here, there in (
@@ -223,7 +227,7 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
         bytes_read=sum(sidecar.bytes_read for sidecar in sidecars),
         skipped=dict(skipped),
         json_key=_join(sidecar.json_key for sidecar in sidecars),
-        inputs=list({item["path"]: item for sidecar in sidecars for item in sidecar.inputs}.values()),
+        inputs=list(inputs.values()),
         sha256={},
         versions={
             name: _join(sidecar.versions[name] for sidecar in sidecars if name in sidecar.versions)
