@@ -100,6 +100,8 @@ def export(
         conversion.write_configuration(folder, dtype)
         line = tokenizer.write(folder, architecture.vocab_size, architecture.max_positions, prefixes)
         say(f"Tokenizer: {line}")
+        if tokenizer.source and "llama.cpp" in target.runs_in:
+            say("For llama.cpp, use tools/export_gguf.py: its own converter doesn't know own tokenizers")
         size = conversion.write_weights(folder, dtype, options.shard_bytes)
         say(f"Weights: {size:,} bytes in {_name(dtype)}")
         if options.verify:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from megatron_periln.data.tokenizer_training.train import SPLITS
 from megatron_periln.data.tokenizers.probes import probe_texts
 from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
+from tests.convert.cases import CASES
+from tests.convert.tokens.kinds import pieces, tiktoken, vocabulary_files
 
 TEXTS = [text for texts in FEATURES.values() for text in texts] + [
     text for text in probe_texts(mixtures=150) if "'\u017f" not in text
@@ -113,6 +116,11 @@ def trained(tmp_path_factory):
     return folder
 
 
+def tiktoken_in(folder):
+    folder.mkdir()
+    return tiktoken(folder)
+
+
 NOWHERE = LlamaCpp(Path("nowhere"), sys.executable)
 
 
@@ -155,6 +163,65 @@ def test_the_file_gives_the_ids_and_logits(model, llama_cpp, tmp_path):
     write_gguf(model, tmp_path / "new.gguf", GGUFOptions(llama_cpp=llama_cpp, kind="f32"), say=said.append)
     assert "pre-tokenizer dbrx; in llama.cpp" in said[0] and "ids equal on" in said[0]
     assert list(tmp_path.iterdir()) == [tmp_path / "new.gguf"]
+
+
+SIZE = 1024
+DEFINED = {"user_defined_symbols": ["<tool>", "self"]}
+KINDS = {
+    "quickstart's pieces": ("pre", pieces, "SentencePiece"),
+    "pieces without a space in front": (
+        "pre",
+        lambda folder: pieces(folder, add_dummy_prefix=False, **DEFINED),
+        "SentencePiece",
+    ),
+    "tiktoken": ("pre, norms of queries and keys", tiktoken_in, "pre-tokenizer tekken"),
+    "GPT-2's files": ("output, heads of the hidden size together", vocabulary_files, "pre-tokenizer gpt-2"),
+}
+
+
+@pytest.fixture
+def exported_with(single_process, tmp_path):
+    """Return the export of a case whose checkpoint names a tokenizer."""
+
+    def of(case, make):
+        flags = CASES[case].flags.replace(f"-size {checkpoints.VOCABULARY}", f"-size {SIZE}")
+        given = {key: value for key, value in vars(make(tmp_path / "tokenizer")).items() if value is not None}
+        saved = checkpoints.save(tmp_path / "checkpoint", flags, **given)
+        export(saved.folder, tmp_path / "model", ExportOptions(verify=False), say=lambda _: None)
+        return tmp_path / "model"
+
+    return of
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("runtime", ["cyllama", "llama-cpp-python"])
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_tokenizers(exported_with, llama_cpp, tmp_path, monkeypatch, name, runtime):
+    case, make, said_kind = KINDS[name]
+    if runtime == "llama-cpp-python":
+        monkeypatch.setenv("PYTHONPATH", str(Path(os.environ[VARIABLE]) / "llama-cpp-python"), prepend=":")
+    said = []
+    options = GGUFOptions(llama_cpp=llama_cpp, kind="f32")
+    write_gguf(exported_with(case, make), tmp_path / "new.gguf", options, say=said.append)
+    assert said[0].startswith(f"Tokenizer: {said_kind}; in llama.cpp ({runtime}")
+    assert "ids equal on" in said[0]
+
+
+@with_llama_cpp
+def test_pieces_found_whole_before_which_a_space_is_put_are_refused(exported_with, llama_cpp, tmp_path):
+    """llama.cpp puts a space after each of them too, SentencePiece in front of a text alone."""
+    model = exported_with("pre", lambda folder: pieces(folder, **DEFINED))
+    with pytest.raises(UsageError, match=r"llama\.cpp's reading of SentencePiece models doesn't give the"):
+        write_gguf(model, tmp_path / "new.gguf", GGUFOptions(llama_cpp=llama_cpp))
+    assert not (tmp_path / "new.gguf").exists()
+
+
+@with_llama_cpp
+def test_weights_of_8_bits(model, llama_cpp, tmp_path):
+    said = []
+    write_gguf(model, tmp_path / "new.gguf", GGUFOptions(llama_cpp=llama_cpp, kind="q8_0"), say=said.append)
+    difference = float(re.search(r"llama.cpp \(q8_0\) and transformers \(fp32\): (\S+) on", said[1])[1])
+    assert "ids equal on" in said[0] and 1e-4 < difference < 0.5
 
 
 @with_llama_cpp

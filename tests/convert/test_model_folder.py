@@ -48,6 +48,7 @@ def test_files_and_special_tokens(single_process, tokenizer, tmp_path, given):
         "end-of-document token 4 </s>",
         line,
     )
+    assert any(line.startswith("For llama.cpp, use tools/export_gguf.py") for line in said)
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert copied < {path.name for path in output.iterdir()}
     assert not (output / "unrelated.txt").exists()

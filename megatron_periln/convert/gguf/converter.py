@@ -1,10 +1,9 @@
 """llama.cpp's converter, run in a process of its own with a pre-tokenizer that was chosen for it.
 
-Run as a script in that process. Arguments: llama.cpp's folder, the model's, ``bpe`` or ``sentencepiece``,
-whether a text gets tokens in front and behind (``01`` for behind alone), the pre-tokenizer's name, then the
-converter's own arguments.
+Run as a script in that process. Arguments: llama.cpp's folder, the model's, the vocabulary (``Vocabulary`` in
+processes.py, in JSON), the pre-tokenizer's name, then the converter's own arguments.
 
-Three things stand otherwise than in the converter:
+Four things stand otherwise than in the converter:
 
 - It knows a pre-tokenizer by a hash of what a whole vocabulary makes of one text, and so those of published
   models alone.
@@ -12,10 +11,13 @@ Three things stand otherwise than in the converter:
   document with them.
 - Where a tokenizer doesn't say whether texts get a token in front, nor does the file, and llama.cpp takes
   what the name of the pre-tokenizer stands for.
+- Of a SentencePiece model it writes neither that a text gets no space in front, nor which pieces are
+  user-defined, and so found whole.
 """
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -25,7 +27,8 @@ __all__: list[str] = []
 
 
 def _main() -> None:
-    llama_cpp, folder, kind, added, name, *own = sys.argv[1:]
+    llama_cpp, folder, described, name, *own = sys.argv[1:]
+    vocabulary = json.loads(described)
     sys.path[:0] = [str(Path(llama_cpp) / "gguf-py"), llama_cpp]
     # llama.cpp's own modules, of the folder that the user names.
     import gguf  # type: ignore[import-not-found, unused-ignore]
@@ -36,17 +39,31 @@ def _main() -> None:
     from conversion.qwen import Qwen3Model  # type: ignore[import-not-found]
 
     def set_vocab(self: Any) -> None:
-        self._set_vocab_sentencepiece() if kind == "sentencepiece" else self._set_vocab_gpt2()
+        if vocabulary["kind"] == "sentencepiece":
+            self._set_vocab_sentencepiece()
+            self.gguf_writer.add_add_space_prefix(vocabulary["space_prefix"])
+        else:
+            self._set_vocab_gpt2()
 
     for model in (Glm4Model, Exaone4Model, LlamaModel, Qwen3Model):
         model.set_vocab = set_vocab
     write = gguf.SpecialVocab.add_to_gguf
 
     def add_to_gguf(self: Any, *arguments: Any, **more: Any) -> None:
-        self.add_special_token.update(bos=added[0] == "1", eos=added[1] == "1")
+        self.add_special_token.update(zip(("bos", "eos"), vocabulary["adds"], strict=True))
         write(self, *arguments, **more)
 
     gguf.SpecialVocab.add_to_gguf = add_to_gguf
+    pieces = TextModel._create_vocab_sentencepiece
+
+    def create_vocab_sentencepiece(self: Any) -> Any:
+        tokens, scores, kinds = pieces(self)
+        for number in vocabulary["defined"]:  # which llama.cpp looks for in a text as it is
+            tokens[number] = tokens[number].replace("▁".encode(), b" ")
+            kinds[number] = gguf.TokenType.USER_DEFINED
+        return tokens, scores, kinds
+
+    TextModel._create_vocab_sentencepiece = create_vocab_sentencepiece
     TextModel.get_vocab_base_pre = lambda self, tokenizer: name
     sys.argv = ["convert_hf_to_gguf.py", folder, *own]
     runpy.run_path(str(Path(llama_cpp) / "convert_hf_to_gguf.py"), run_name="__main__")

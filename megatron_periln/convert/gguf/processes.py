@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,17 @@ class Vocabulary:
         Whether a text gets a token in front, and one behind.
     special
         Whether special tokens in a text are taken for such.
+    space_prefix
+        Whether SentencePiece puts a space in front of a text.
+    defined
+        The ids of its user-defined pieces of several characters.
     """
 
     kind: str
     adds: tuple[bool, bool]
     special: bool
+    space_prefix: bool = True
+    defined: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,8 @@ class LlamaCpp:
         UsageError
             If the converter fails.
         """
-        adds = "".join(str(int(each)) for each in vocabulary.adds)
         command = [sys.executable, "-P", str(_HERE / "converter.py"), str(self.source), str(folder.resolve())]
-        command += [vocabulary.kind, adds, name, "--outfile", str(file), "--outtype", kind]
+        command += [json.dumps(asdict(vocabulary)), name, "--outfile", str(file), "--outtype", kind]
         ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_QUIET})
         if ended.returncode or not file.stat().st_size:
             raise UsageError(f"llama.cpp's converter fails on {folder}: {_last(ended)}")

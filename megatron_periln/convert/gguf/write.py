@@ -19,6 +19,7 @@ from megatron_periln.convert.logits import transformers_model
 from megatron_periln.convert.model_folder import check_model_folder
 from megatron_periln.convert.targets import TARGETS
 from megatron_periln.convert.tokens.auto_tokenizer import UnreadableError, load
+from megatron_periln.convert.tokens.sentencepiece_model import Kind, SentencePieceModel
 from megatron_periln.convert.tokens.texts import FEATURES
 from megatron_periln.data.tokenizers.probes import probe_texts
 from megatron_periln.errors import UsageError
@@ -181,21 +182,40 @@ def _tokens(model: Path) -> _Tokens:
     adds = (empty[:1] == [config.get("bos_token_id")], empty[-1:] == [loaded.eos] and len(empty) > 0)
     path = model / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    kind = "sentencepiece" if (model / "tokenizer.model").is_file() else "bpe"
-    if kind == "bpe" and content["model"]["type"] != "BPE":
+    pieces = _pieces(model / "tokenizer.model")
+    if pieces is None and content["model"]["type"] != "BPE":
         raise UsageError(
             f"{model / 'tokenizer.json'} is a {content['model']['type']}, for which llama.cpp has only "
             f"SentencePiece's own file, tokenizer.model; {_INSTEAD}"
         )
     plain = [text for text in texts if not (_is_apart(text) or any(token in text for token in special))]
     return _Tokens(
-        Vocabulary(kind, adds, not settings.get("split_special_tokens", False)),
+        _vocabulary(pieces, adds, not settings.get("split_special_tokens", False)),
         [*texts, *own],
         len(own),
         loaded.ids,
         tokenizer,
         plain[:_SPLIT],
     )
+
+
+def _pieces(path: Path) -> SentencePieceModel | None:
+    """Read a SentencePiece model; files of that name may also hold a vocabulary of tiktoken."""
+    try:
+        return SentencePieceModel.read(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+
+
+def _vocabulary(pieces: SentencePieceModel | None, adds: tuple[bool, bool], special: bool) -> Vocabulary:
+    if pieces is None:
+        return Vocabulary("bpe", adds, special)
+    defined = (
+        number
+        for number, piece in enumerate(pieces.pieces)
+        if piece.kind is Kind.USER_DEFINED and len(piece.text) > 1
+    )
+    return Vocabulary("sentencepiece", adds, special, pieces.dummy_prefix, tuple(defined))
 
 
 def _names(tokens: _Tokens) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_periln.convert.model_folder import TOKENIZER_FILES
 from megatron_periln.convert.tokens import from_sentencepiece, from_tiktoken
+from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
-from megatron_periln.convert.tokens.training_tokenizer import Source, TrainingTokenizer
+from megatron_periln.convert.tokens.training_tokenizer import Source, TrainingTokenizer, beyond_files
 
 __all__ = ["Candidate", "candidates"]
 
@@ -55,13 +56,15 @@ def candidates(source: Source, longest: int) -> list[Candidate]:
     content = _content(tokenizer)
     found = []
     if source.folder and ((source.folder / "tokenizer.json").is_file() or content is None):
-        folder = source.folder
-        found.append(Candidate(f"tokenizer files of {folder}", lambda output: _copy(folder, output), True))
+        folder, names = source.folder, _names(tokenizer)
+        found.append(
+            Candidate(f"tokenizer files of {folder}", lambda output: _copy(folder, output, names), True)
+        )
     if content is not None:
         settings = _settings(source, longest)
 
         def write(output: Path) -> None:
-            _remove(output)
+            _remove(output, _names(tokenizer))
             for name, value in (("tokenizer.json", content), ("tokenizer_config.json", settings)):
                 (output / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
             if tokenizer.parts.kind == "sentencepiece":  # which llama.cpp reads
@@ -74,15 +77,22 @@ def candidates(source: Source, longest: int) -> list[Candidate]:
     return found
 
 
-def _copy(folder: Path, output: Path) -> None:
-    _remove(output)
-    for name in TOKENIZER_FILES:
+def _names(tokenizer: TrainingTokenizer) -> list[str]:
+    """Return the names of a tokenizer's files, those included that its class alone has (``spiece.model``)."""
+    library = getattr(getattr(tokenizer.built, "_tokenizer", None), "tokenizer", None)
+    own = getattr(library, "vocab_files_names", None) or {}
+    return list(dict.fromkeys([*TOKENIZER_FILES, *own.values()]))
+
+
+def _copy(folder: Path, output: Path, names: list[str]) -> None:
+    _remove(output, names)
+    for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
 
 
-def _remove(output: Path) -> None:
-    for name in TOKENIZER_FILES:
+def _remove(output: Path, names: list[str]) -> None:
+    for name in names:
         (output / name).unlink(missing_ok=True)
 
 
@@ -106,7 +116,17 @@ def _content(tokenizer: TrainingTokenizer) -> dict[str, Any] | None:
             return from_tiktoken.tokenizer_json(
                 parts.payload, settings["pattern"], settings["special_tokens"]
             )
+    if reason := beyond_files(tokenizer.built) or _at_random(tokenizer.built):
+        raise InexpressibleError(reason)
     return None
+
+
+def _at_random(built: Any) -> str:
+    library = getattr(getattr(built, "_tokenizer", None), "tokenizer", None)
+    backend = getattr(library, "backend_tokenizer", None)
+    if backend is not None and json.loads(backend.to_str())["model"].get("dropout"):
+        return "its BPE has dropout, so that the ids of a text are drawn anew each time"
+    return ""
 
 
 def _settings(source: Source, longest: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_periln.convert.model_folder import TOKENIZER_FILES, SpecialTokens
 from megatron_periln.data.tokenizers.megatron_tokenizer import add_tokenizer_args, build_tokenizer
-from megatron_periln.data.tokenizers.parts import Parts, take_apart
+from megatron_periln.data.tokenizers.parts import Parts, sentencepiece_parts, take_apart
 from megatron_periln.errors import PreprocessError, UsageError
 
-__all__ = ["NoTokenizerError", "Source", "TrainingTokenizer", "find_tokenizer"]
+__all__ = ["NoTokenizerError", "Source", "TrainingTokenizer", "beyond_files", "find_tokenizer"]
 
 _HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")
 _SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -52,7 +52,7 @@ class TrainingTokenizer:
             If it can't be built.
         """
         built = build_tokenizer(args)
-        return cls(args=args, built=built, parts=take_apart(built))
+        return cls(args=args, built=built, parts=_parts(built))
 
     def __str__(self) -> str:
         return f"{self.args.tokenizer_type} {self.args.tokenizer_model or self.args.vocab_file or ''}".strip()
@@ -105,6 +105,34 @@ class TrainingTokenizer:
         if number is None:
             return None
         return str(self.built._tokenizer.ids_to_tokens([number])[0])
+
+
+def _parts(built: Any) -> Parts:
+    """Take a tokenizer apart; ``--tokenizer-sentencepiece-legacy`` alone changes no ids."""
+    parts = take_apart(built)
+    inner = getattr(built, "_tokenizer", None)
+    if parts.kind == "megatron" and getattr(inner, "legacy", False) and not beyond_files(built):
+        return sentencepiece_parts(inner.tokenizer)  # type: ignore[union-attr]
+    return parts
+
+
+def beyond_files(built: Any) -> str:
+    """Return what Megatron does with a text around the library, and so nobody who reads files; "" if nothing.
+
+    Source: ``SentencePieceTokenizer`` in megatron/core/tokenizers/text/libraries/sentencepiece_tokenizer.py.
+    """
+    inner = getattr(built, "_tokenizer", None)
+    if getattr(inner, "removed_extra_spaces", False) and not inner.ignore_extra_whitespaces:
+        return (
+            "--no-tokenizer-sentencepiece-ignore-extra-whitespaces: Megatron itself keeps the extra white "
+            "space that the model would remove"
+        )
+    if getattr(inner, "legacy", False) and inner.special_token_to_id:
+        return (
+            "--tokenizer-special-tokens of a SentencePiece model: Megatron itself finds them in a text, "
+            "and takes the space away that follows"
+        )
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

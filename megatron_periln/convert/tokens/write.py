@@ -13,7 +13,7 @@ from megatron_periln.convert.tokens import from_sentencepiece
 from megatron_periln.convert.tokens.auto_tokenizer import UnreadableError, load
 from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
-from megatron_periln.convert.tokens.texts import Texts, texts_for
+from megatron_periln.convert.tokens.texts import texts_for
 from megatron_periln.convert.tokens.tokenizer_files import Candidate, candidates
 from megatron_periln.convert.tokens.training_tokenizer import (
     NoTokenizerError,
@@ -73,7 +73,7 @@ class ExportedTokenizer:
                 f"the tokenizer has ids up to {size - 1:,}, and the model's vocabulary {vocab_size:,}; "
                 f"{_WITHOUT}"
             )
-        return _write_proven(self.source, folder, longest, texts_for(self.source.training, prefixes))
+        return _write_proven(self.source, folder, longest, prefixes)
 
 
 def prepare_tokenizer(saved: Namespace, given: Path | None, *, wanted: bool = True) -> ExportedTokenizer:
@@ -112,13 +112,14 @@ def _ids_without_texts(saved: Namespace) -> SpecialTokens:
         return SpecialTokens()
 
 
-def _write_proven(source: Source, folder: Path, longest: int, texts: Texts) -> str:
+def _write_proven(source: Source, folder: Path, longest: int, prefixes: list[str]) -> str:
     try:
         ways = candidates(source, longest)
     except InexpressibleError as error:
         raise UsageError(
             f"{source.tokenizer} can't be expressed in a tokenizer.json: {error}; {_WITHOUT}"
         ) from error
+    texts = texts_for(source.training, prefixes)
     expected = source.training.encode(texts.every)
     eos = source.training.special_tokens.eos
     problems: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_periln.data.tokenizers.encoders.gigatoken import template_ids, unsupported_reason
 from megatron_periln.data.tokenizers.megatron_tokenizer import Tokenizer
 
-__all__ = ["Parts", "take_apart"]
+__all__ = ["Parts", "sentencepiece_parts", "take_apart"]
 
 _LIBRARIES = "megatron.core.tokenizers.text.libraries."
 _SAMPLE = 4000
@@ -106,7 +106,11 @@ def _sentencepiece(inner: Any) -> Parts | None:
     if inner.legacy or (inner.removed_extra_spaces and not inner.ignore_extra_whitespaces):
         # Megatron handles special tokens or white space itself.
         return None
-    model = inner.tokenizer
+    return sentencepiece_parts(inner.tokenizer)
+
+
+def sentencepiece_parts(model: Any) -> Parts:
+    """Return the parts of a ``SentencePieceProcessor``."""
     pieces = [(token, model.id_to_piece(token).replace("▁", " ")) for token in range(model.get_piece_size())]
     special = [piece for token, piece in pieces if model.is_control(token) or model.is_unknown(token)]
     return Parts(

@@ -159,6 +159,21 @@ def test_files_that_give_the_ids_are_copied(tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "tokenizer" / name).read_bytes()
 
 
+def test_files_that_a_class_alone_has_are_copied(tmp_path, monkeypatch):
+    """GPT-SW3's ``spiece.model``, which its class reads in Python."""
+    monkeypatch.setattr(compared, "probe_texts", lambda *_: LINES[:20])  # Python takes its time
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(sentencepiece_model(**QUICKSTART, vocab_size=340))
+    settings = {"tokenizer_class": "GPTSw3Tokenizer", "eos_token": "</s>", "bos_token": "<s>"}
+    settings |= {"unk_token": "<unk>", "pad_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    flags = parse("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
+    line, _ = write(flags, model_folder(tmp_path / "model", "llama"))
+    assert line.startswith(f"tokenizer files of {folder}; ids equal on ")
+    assert (tmp_path / "model/spiece.model").is_file()
+
+
 def test_special_tokens_that_data_were_made_without_are_left_out(tmp_path):
     from tokenizers import Tokenizer, processors
 
@@ -229,6 +244,31 @@ def test_a_rule_without_an_expression_is_refused(tmp_path):
     model = sentencepiece_model(treat_whitespace_as_suffix=True)
     flags = sentencepiece_flags(tmp_path / "tokenizer.model", model)
     with pytest.raises(UsageError, match=r"treat_whitespace_as_suffix: .*; --no-tokenizer exports the model"):
+        write(flags, model_folder(tmp_path / "model"))
+
+
+def test_what_megatron_does_around_sentencepiece_is_refused_by_its_flag(tmp_path):
+    flags = pieces(tmp_path / "tokenizer", remove_extra_whitespaces=True)
+    flags.tokenizer_sentencepiece_legacy = True
+    line, _ = write(flags, model_folder(tmp_path / "model"))  # which alone changes nothing
+    assert "; ids equal on " in line
+    for name, value in (
+        ("special_tokens", ["<tool>"]),
+        ("tokenizer_sentencepiece_ignore_extra_whitespaces", False),
+    ):
+        setattr(flags, name, value)
+        flag = name.removeprefix("tokenizer_").replace("_", "-")
+        with pytest.raises(UsageError, match=rf"in a tokenizer.json: --\S*{flag}.*: Megatron itself"):
+            write(flags, model_folder(tmp_path / name))
+
+
+def test_ids_that_are_drawn_at_random_are_refused(tmp_path):
+    flags = hugging_face(tmp_path / "tokenizer", "PreTrainedTokenizerFast")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"its BPE has dropout, so that .*; --no-tokenizer exports"):
         write(flags, model_folder(tmp_path / "model"))
 
 
