@@ -15,10 +15,11 @@ from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
 from megatron_periln.convert.tokens.training_tokenizer import Source, TrainingTokenizer, beyond_files
 
-__all__ = ["Candidate", "candidates"]
+__all__ = ["PLAIN_CLASSES", "Candidate", "candidates"]
 
-_CLASS = "PreTrainedTokenizerFast"
-"""The class for which every transformers takes ``tokenizer.json`` as it is, whatever the ``model_type``."""
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer")
+"""The classes for which every transformers takes ``tokenizer.json`` as it is, whatever the ``model_type``."""
+_CLASS = PLAIN_CLASSES[0]
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMED = ("unk_token", "sep_token", "cls_token", "mask_token")
 

@@ -110,9 +110,9 @@ class TrainingTokenizer:
 def _parts(built: Any) -> Parts:
     """Take a tokenizer apart; ``--tokenizer-sentencepiece-legacy`` alone changes no ids."""
     parts = take_apart(built)
-    inner = getattr(built, "_tokenizer", None)
+    inner: Any = getattr(built, "_tokenizer", None)
     if parts.kind == "megatron" and getattr(inner, "legacy", False) and not beyond_files(built):
-        return sentencepiece_parts(inner.tokenizer)  # type: ignore[union-attr]
+        return sentencepiece_parts(inner.tokenizer)
     return parts
 
 
@@ -121,7 +121,7 @@ def beyond_files(built: Any) -> str:
 
     Source: ``SentencePieceTokenizer`` in megatron/core/tokenizers/text/libraries/sentencepiece_tokenizer.py.
     """
-    inner = getattr(built, "_tokenizer", None)
+    inner: Any = getattr(built, "_tokenizer", None)
     if getattr(inner, "removed_extra_spaces", False) and not inner.ignore_extra_whitespaces:
         return (
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces: Megatron itself keeps the extra white "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_periln.convert.tokens.auto_tokenizer import UnreadableError, load
 from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.sentencepiece_model import SentencePieceModel
 from megatron_periln.convert.tokens.texts import texts_for
-from megatron_periln.convert.tokens.tokenizer_files import Candidate, candidates
+from megatron_periln.convert.tokens.tokenizer_files import PLAIN_CLASSES, Candidate, candidates
 from megatron_periln.convert.tokens.training_tokenizer import (
     NoTokenizerError,
     Source,
@@ -125,8 +126,10 @@ def _write_proven(source: Source, folder: Path, longest: int, prefixes: list[str
     problems: list[str] = []
     for way in ways:
         way.write(folder)
-        problem = _problem(folder, way, texts.every, expected, eos)
-        if problem is None:
+        problem = _problem(folder, way, texts.every, expected, eos) or (
+            way is not ways[-1] and _class(folder)
+        )
+        if not problem:
             data = f" ({texts.documents} of the data)" if texts.documents else ""
             mended = f", because {problems[0]}" if problems else ""
             return (
@@ -161,6 +164,19 @@ def _problem(
         if difference := _first_difference(texts, ids, expected):
             return f"tokenizer.json without the class that reads it: {difference}"
     return None
+
+
+def _class(folder: Path) -> str | None:
+    """Return why copied files may give other ids in other versions of transformers, None if they can't.
+
+    LlamaTokenizer puts a token in front of a text in 4.57, and not in 5.23, which takes it for another class;
+    classes that only one of them has can't be read in the other.
+    """
+    path = folder / "tokenizer_config.json"
+    kind = json.loads(path.read_text("utf-8")).get("tokenizer_class") if path.is_file() else None
+    if kind in PLAIN_CLASSES:
+        return None
+    return f"versions of transformers differ on {f'the class {kind}' if kind else 'files that name no class'}"
 
 
 def _named(source: Source, eos: int | None) -> str:

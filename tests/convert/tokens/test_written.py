@@ -38,6 +38,7 @@ from tests.convert.tokens.kinds import (
 )
 
 SIZE, LONGEST = 4096, 256
+CLASSES = ("class copied", "class mended")
 
 
 def load_here(folders, texts):
@@ -70,7 +71,13 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(sources, tmp_path_factory):
+def of_llama(tmp_path_factory):
+    """A tokenizer of the class LlamaTokenizer, which puts a token in front of texts, or does not."""
+    return find_tokenizer(hugging_face(tmp_path_factory.mktemp("class") / "of", "LlamaTokenizer"), None)
+
+
+@pytest.fixture(scope="module")
+def written(sources, of_llama, tmp_path_factory):
     """The folders of all targets with the tokenizers of all kinds; and those that should not be."""
     base = tmp_path_factory.mktemp("models")
     folders = {}
@@ -81,6 +88,9 @@ def written(sources, tmp_path_factory):
     for target in ("glm4", "llama"):
         folders["copied", target] = model_folder(base / "copied" / target, target)
         candidates(sources["HuggingFaceTokenizer"], LONGEST)[0].write(folders["copied", target])
+    for name, way in zip(CLASSES, candidates(of_llama, LONGEST), strict=True):
+        folders[name, "llama"] = model_folder(base / name)
+        way.write(folders[name, "llama"])
     folder = folders["LlamaTokenizer", "llama"] = model_folder(base / "LlamaTokenizer", "llama")
     (folder / "tokenizer.model").write_bytes(sources["SentencePieceTokenizer"].training.parts.payload)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
@@ -126,11 +136,15 @@ def test_transformers_own_reading_of_a_sentencepiece_model_differs(loaded, expec
 
 
 @pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} names no Python with transformers 4")
-def test_transformers_4_gives_the_same(written, texts, expected):
-    folders = {key: folder for key, folder in written.items() if key[0] in KINDS}
-    found = load(list(folders.values()), texts, os.environ[VARIABLE])
-    for (name, target), tokenizer in zip(folders, found, strict=True):
+def test_transformers_4_gives_the_same(written, texts, expected, of_llama, loaded):
+    folders = {key: folder for key, folder in written.items() if key[0] in {*KINDS, *CLASSES}}
+    found = dict(zip(folders, load(list(folders.values()), texts, os.environ[VARIABLE]), strict=True))
+    copied, mended = (found.pop((name, "llama")).ids for name in CLASSES)
+    for (name, target), tokenizer in found.items():
         assert tokenizer.ids == expected[name], (name, target)
+    assert mended == of_llama.training.encode(texts)
+    # The negative control: transformers 5 finds no fault with the copy.
+    assert copied != mended == loaded["class copied", "llama"].ids
 
 
 def write(flags, folder, given=None, prefixes=()):
@@ -148,6 +162,14 @@ def test_what_differs_is_mended_and_said(tmp_path):
         " 900 tokens' own text; end-of-document token 0 <|endoftext|>",
     ):
         assert part in line
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "TokenizersBackend", None])
+def test_a_class_that_versions_of_transformers_read_otherwise_is_mended(tmp_path, kind):
+    line, _ = write(hugging_face(tmp_path / "tokenizer", kind), model_folder(tmp_path / "model"))
+    named = f"the class {kind}" if kind else "files that name no class"
+    assert f"as PreTrainedTokenizerFast, because tokenizer files of {tmp_path / 'tokenizer'}: " in line
+    assert f": versions of transformers differ on {named}; ids equal on " in line
 
 
 def test_files_that_give_the_ids_are_copied(tmp_path):
