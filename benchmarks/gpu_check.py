@@ -134,7 +134,7 @@ def checks_on_gpu(half: str) -> list[Check]:
     sweep = ("--sweep", "--hidden-sizes", "2048", "4096", "8192", "--rounds", "2")
     fp8 = ("--num-microbatches", "4", "--fp8")
     checks = [
-        step("1.5B-bf16", *middle, "4", "--profile", memory=70, limit=140),
+        step("1.5B-bf16", *middle, "4", "--profile", "--memory", memory=70, limit=140),
         step("1.5B-graphs", *middle, "3", *graphs, memory=70, limit=120),
         script("kernel", "--rounds", "1", limit=70),
         step("1.5B-fp8-delayed", *middle, "3", *fp8, "delayed", "--profile", memory=70, limit=100),

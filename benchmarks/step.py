@@ -6,6 +6,7 @@ every sample.
 
     python benchmarks/step.py --size 1.5B
     python benchmarks/step.py --size 1.5B --fp8 delayed --profile
+    python benchmarks/step.py --size 1.5B --variants pre --rounds 1 --memory       # what is held at the peak
     python benchmarks/step.py --size 1.5B --variants pre+graphs peri+graphs fused-next+graphs
     python benchmarks/step.py --size tiny --device cpu --rounds 3
 
@@ -32,11 +33,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from machine import command, machine
+from memory_peak import held_at_peak, print_peak, record
 from one_process import start_megatron
 from step_model import SIZES, Trainer, causal_flops
 
@@ -237,11 +240,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU; default: Hopper's bf16")
     parser.add_argument("--profile", action="store_true", help="print which kernels the time goes to")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="print what the GPU holds at the peak of the first variant's step",
+    )
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     if options.device == "cpu":
         options.transformer_impl = "local"
+        if options.memory:
+            parser.error("the CPU doesn't tell what is allocated; drop --memory")
         if any("+graphs" in variant for variant in options.variants):
             parser.error("CUDA graphs need --device cuda; drop the variants with +graphs")
     start_megatron(
@@ -256,15 +266,22 @@ def main() -> None:
     print_table(rows)
     if options.profile:
         print_profile(kernels)
+    report = {
+        "device": machine(),
+        "command": command(),
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "results": rows,
+        "kernels_ms": kernels,
+    }
     if options.output:
-        report = {
-            "device": machine(),
-            "command": command(),
-            "settings": {key: str(value) for key, value in vars(options).items()},
-            "results": rows,
-            "kernels_ms": kernels,
-        }
         options.output.write_text(json.dumps(report, indent=2) + "\n")
+    if options.memory:
+        trainer.take(options.variants[0])
+        held = held_at_peak(record(trainer.step))
+        print_peak(held)
+        report["held_at_peak"] = [asdict(each) for each in held]
+        if options.output:
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
