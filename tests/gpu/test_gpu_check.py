@@ -1,5 +1,6 @@
 """``benchmarks/gpu_check.py``: results come one by one, and are packed whatever fails or is stopped."""
 
+import importlib.metadata
 import json
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytestmark = [pytest.mark.gpu, pytest.mark.rehearsed]
 
@@ -131,3 +134,29 @@ def test_both_halves_name_what_is_there(monkeypatch, half):
         here = {path.name for path in Path(__file__).parent.glob("test_*.py")} - {"test_gpu_check.py"}
         assert {Path(path).name for path in paths} == here
         assert "test_pretraining.py" in paths[0]
+
+
+def test_wheels_come_with_what_they_need():
+    """Or Megatron's import ends on a bare machine, as that of emerging-optimizers did without absl-py."""
+    lines = (BENCHMARKS / "gpu_wheels.txt").read_text().splitlines()
+    wheels = {canonicalize_name(line) for line in lines if not line.startswith("#")}
+    there = {"torch", "triton", "numpy"}
+    while more := {need for package in there for need in needs(package)} - there:
+        there |= more
+    missing = {wheel: needs(wheel) - wheels - there for wheel in wheels}
+    # Of gigatoken its module of Rust is called alone.
+    assert {wheel for wheel, names in missing.items() if names} <= {"gigatoken"}
+    assert "absl-py" in needs("emerging-optimizers")
+
+
+def needs(package):
+    """Return what a package requires here, as far as it is installed."""
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires(package) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {
+        canonicalize_name(each.name)
+        for each in requirements
+        if each.marker is None or each.marker.evaluate({"extra": ""})
+    }
