@@ -14,6 +14,7 @@ from figures import RATE, Results, parser, reader
 
 LONGER = "4e-3"  # the rate of the longer runs
 HIGHEST = "6.4e-2"
+WIDTHS_RATE = 9e-3  # the best of those run at width 64
 
 
 class Runs:
@@ -156,12 +157,52 @@ def variants(results: Callable[[str], Results]) -> str:
     return "\n".join(lines)
 
 
+def widths(results: Callable[[str], Results]) -> str:
+    """Return the table of the study of widths: the best rate of each, where all its rates were run."""
+    study = results("width")
+    lines = [
+        "| width | Pre-LN: best rate | lowest loss | loss at 9e-3 "
+        "| Peri-LN: best rate | lowest loss | loss at 9e-3 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rates = list(dict.fromkeys(run["choices"]["lr"] for run in study["runs"]))
+    names = sorted(
+        {run["choices"]["width"] for run in study["runs"]}, key=lambda name: (int(name.split()[0]), name)
+    )
+    for name in names:
+        cells = [name]
+        for placement in ("pre", "peri"):
+            runs = {float(rate): Runs(study, width=name, norm_placement=placement, lr=rate) for rate in rates}
+            if all(each.by_seed() for each in runs.values()):
+                losses = {rate: each.average() for rate, each in runs.items()}
+                cells += [best_rate(losses), f"{min(losses.values()):.3f}", f"{losses[WIDTHS_RATE]:.3f}"]
+            else:
+                cells += ["not run", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best_rate(losses: dict[float, float]) -> str:
+    """Return where the parabola through the lowest loss and its neighbours, over log(rate), is lowest.
+
+    The rates are a geometric sequence; at its ends only a bound is known.
+    """
+    rates = sorted(losses)
+    lowest = min(range(len(rates)), key=lambda index: losses[rates[index]])
+    if lowest in (0, len(rates) - 1):
+        return f"{'at most' if lowest == 0 else 'at least'} {rates[lowest]:.1e}"
+    below, here, above = (losses[rate] for rate in rates[lowest - 1 : lowest + 2])
+    steps = (below - above) / (below - 2 * here + above) / 2
+    return f"{rates[lowest] * (rates[lowest + 1] / rates[lowest]) ** steps:.1e}"
+
+
 def main() -> None:
     """Print them."""
     results = reader(parser(__doc__).parse_args().results)
     for name, value in measurements(results).items():
         print(f"{name}: {value}")
     print(variants(results))
+    print(widths(results))
 
 
 if __name__ == "__main__":

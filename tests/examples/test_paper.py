@@ -145,7 +145,7 @@ def results():
 
 
 def test_tables_are_those_of_the_results(results):
-    assert results.keys() == {"learning_rate", "longer", "ablations", "surroundings"}
+    assert results.keys() == {"learning_rate", "longer", "ablations", "surroundings", "width"}
     for name, of_study in results.items():
         assert of_study["summary"] == summarize(of_study["runs"])
         assert (PAPER / "results" / f"{name}.md").read_text() == markdown(of_study)
@@ -168,10 +168,20 @@ def test_the_page_states_what_was_measured(results, monkeypatch):
     table = claims.variants(results.__getitem__)
     numbers = claims.measurements(results.__getitem__).values()
     assert table in page
+    assert claims.widths(results.__getitem__) in page
     spread = re.compile(r"\d[\d,.e+]* ± \d[\d,.e+]*\d")
     stated = spread.findall(page.replace(table, ""))
     assert len(stated) > 15
     assert set(stated) <= set(spread.findall(" ".join([table, *numbers])))
+
+
+def test_the_best_rate_is_that_of_a_parabola(monkeypatch):
+    monkeypatch.syspath_prepend(str(PAPER))
+    best_rate = importlib.import_module("claims").best_rate
+    losses = {10.0**power: 3 + (power + 2.3) ** 2 for power in (-1, -2, -3, -4)}
+    assert best_rate(losses) == "5.0e-03"
+    assert best_rate({1e-3: 1, 1e-2: 2, 1e-1: 3}) == "at most 1.0e-03"
+    assert best_rate({1e-3: 3, 1e-2: 2, 1e-1: 1}) == "at least 1.0e-01"
 
 
 def test_figures_are_drawn_from_the_results(results, monkeypatch):
