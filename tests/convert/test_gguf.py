@@ -20,7 +20,7 @@ from megatron_periln.data.tokenizers.probes import probe_texts
 from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
-from tests.convert.tokens.kinds import pieces
+from tests.convert.tokens.kinds import pieces, tiktoken, vocabulary_files
 
 TEXTS = [text for texts in FEATURES.values() for text in texts] + [
     text for text in probe_texts(mixtures=150) if "'\u017f" not in text
@@ -116,6 +116,11 @@ def trained(tmp_path_factory):
     return folder
 
 
+def tiktoken_in(folder):
+    folder.mkdir()
+    return tiktoken(folder)
+
+
 NOWHERE = LlamaCpp(Path("nowhere"), sys.executable)
 
 
@@ -161,8 +166,16 @@ def test_the_file_gives_the_ids_and_logits(model, llama_cpp, tmp_path):
 
 
 SIZE = 1024
+DEFINED = {"user_defined_symbols": ["<tool>", "self"]}
 KINDS = {
     "quickstart's pieces": ("pre", pieces, "SentencePiece"),
+    "pieces without a space in front": (
+        "pre",
+        lambda folder: pieces(folder, add_dummy_prefix=False, **DEFINED),
+        "SentencePiece",
+    ),
+    "tiktoken": ("pre, norms of queries and keys", tiktoken_in, "pre-tokenizer tekken"),
+    "GPT-2's files": ("output, heads of the hidden size together", vocabulary_files, "pre-tokenizer gpt-2"),
 }
 
 
@@ -192,6 +205,15 @@ def test_kinds_of_tokenizers(exported_with, llama_cpp, tmp_path, monkeypatch, na
     write_gguf(exported_with(case, make), tmp_path / "new.gguf", options, say=said.append)
     assert said[0].startswith(f"Tokenizer: {said_kind}; in llama.cpp ({runtime}")
     assert "ids equal on" in said[0]
+
+
+@with_llama_cpp
+def test_pieces_found_whole_before_which_a_space_is_put_are_refused(exported_with, llama_cpp, tmp_path):
+    """llama.cpp puts a space after each of them too, SentencePiece in front of a text alone."""
+    model = exported_with("pre", lambda folder: pieces(folder, **DEFINED))
+    with pytest.raises(UsageError, match=r"llama\.cpp's reading of SentencePiece models doesn't give the"):
+        write_gguf(model, tmp_path / "new.gguf", GGUFOptions(llama_cpp=llama_cpp))
+    assert not (tmp_path / "new.gguf").exists()
 
 
 @with_llama_cpp
