@@ -3,6 +3,7 @@
 import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from megatron_periln.errors import UsageError
 from megatron_periln.megatron_arguments import megatron_arguments
 from megatron_periln.norms import PERI, PLACEMENTS
 from megatron_periln.training.parsing import add_arguments
-from megatron_periln.training.placement_checkpoint import _refuse_another, refuse_other_placement
+from megatron_periln.training.placement_checkpoint import (
+    _refuse_another,
+    _refuse_other_structure,
+    refuse_other_placement,
+)
 from tests.training.model import MODEL
 
 OTHER = {"pre": "peri", "post": "pre", "peri": "output", "output": "post"}
@@ -240,3 +245,15 @@ def test_another_schedule_is_explained(trained, jobs):
     assert job.exit_codes == [1]
     assert "error: the checkpoint was trained with another schedule" in job.log
     assert "give --override-opt-param-scheduler to follow the flags" in job.log
+
+
+def test_another_rule_is_refused_with_the_flags_of_its_own():
+    rule = PERI.changed({"residual_scale": [0.5, 1.0]})
+    with pytest.raises(UsageError) as error:
+        _refuse_other_structure("load", Path("runs/a/iter_1"), PERI, rule, "")
+    assert (
+        "the checkpoint in runs/a has norm placement peri, residual scale [0.5, 1.0] (with embedding norm), "
+        "and this run asks for peri (with embedding norm); give --norm-placement peri --norm-rule "
+        """'{"residual_scale": [0.5, 1.0]}' --embedding-norm to continue it"""
+    ) in str(error.value)
+    _refuse_other_structure("load", Path("runs/a/iter_1"), rule, rule, "")
