@@ -117,6 +117,7 @@ class Layer(nn.Module):
         for norm in (self.attention_output_norm, self.mlp_output_norm):
             for name in ("residual_scale", "output_scale", "gate"):  # which some rules learn
                 norm.register_parameter(name, nn.Parameter(torch.ones(1)))
+            norm.channel_gate = nn.Parameter(torch.zeros(shape.hidden_size))
 
     def forward(self, x):
         x = self.around(x, self.attention, self.attention_input_norm, self.attention_output_norm)
@@ -147,7 +148,8 @@ class Layer(nn.Module):
             case "hybrid-norm":
                 return output_norm(x + sublayer(x)) if of_attention else x + sublayer(x)
             case "gated-peri":
-                alpha, beta = output_norm.residual_scale, output_norm.output_scale
+                beta = 1 / (1 + torch.exp(-output_norm.channel_gate / 0.3))
+                alpha = (1 - beta**2).clamp_min(1e-3) ** 0.5
                 return alpha * x + beta * output_norm(sublayer(input_norm(x)))
             case "gpas":
                 total = x + sublayer(input_norm(x))

@@ -154,20 +154,20 @@ def _see_output(
     residual: Tensor,
 ) -> None:
     x = output.float() if bias is None else output.float() + bias.float()
-    before = square_and_variance(x)
-    added = square_and_variance(norm.normalize(x, x.dtype)) if isinstance(norm, OutputNorm) else before
-    stream = residual.float().square().mean(-1)
+    added, stream = x, residual.float()
+    if isinstance(norm, OutputNorm):
+        added = norm.normalize(x, x.dtype)
     if norm is not None and (norm.scales or norm.gate is not None):
-        of_stream, of_output = (
-            torch.as_tensor(scale).to(sums.sums).view(()) for scale in norm.scales or (1, 1)
-        )
+        of_stream, of_output = (torch.as_tensor(scale).to(stream) for scale in norm.scales or (1, 1))
         if norm.gate is not None:
-            left = 1 - torch.nn.functional.silu(norm.gate.double().view(()))
+            left = 1 - torch.nn.functional.silu(norm.gate.float())
             of_stream, of_output = of_stream * left, of_output * left
-        added = (added[0] * of_output**2, added[1] * of_output**2)
-        stream = stream * of_stream**2
-        sums.add(f"{sublayer}_scales", row, torch.stack([torch.ones_like(of_stream), of_stream, of_output]))
-    sums.add(sublayer, row, per_token([*before, *added, stream]))
+        added, stream = of_output * added, of_stream * stream
+        means = of_stream.mean(), of_output.mean()
+        sums.add(f"{sublayer}_scales", row, torch.stack([torch.ones_like(means[0]), *means]))
+    before = square_and_variance(x)
+    after = before if added is x else square_and_variance(added)
+    sums.add(sublayer, row, per_token([*before, *after, stream.square().mean(-1)]))
     if isinstance(norm, OutputNorm | PostNorm):
         weight = norm.weight.float() + norm.zero_centered_gamma
         sums.add(f"{sublayer}_weight", row, torch.stack([torch.ones_like(weight), weight]).sum(1))

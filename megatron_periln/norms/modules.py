@@ -219,8 +219,8 @@ class _ScaledAdd(nn.Module):
     residual_scale, output_scale
         ``a`` and ``b``, which go by the place of it in the model; set when that is built. Parameters ``[1]``
         where they are learned.
-    gate
-        The parameter ``[1]`` of `kernels.gpas`; None without it.
+    gate, channel_gate
+        The parameters of `kernels.gpas`, ``[1]``, and of `kernels.gate_scales`, ``[hidden]``; None without.
     """
 
     def __init__(self) -> None:
@@ -228,11 +228,17 @@ class _ScaledAdd(nn.Module):
         self.residual_scale: float | nn.Parameter = 1.0
         self.output_scale: float | nn.Parameter = 1.0
         self.gate: nn.Parameter | None = None
+        self.channel_gate: nn.Parameter | None = None
 
     def learn(self, learned: str, config: TransformerConfig) -> None:
         """Make parameters of what a rule has as ``learned``; `NormedBiasDropoutAdd.set_scales` sets them."""
-        for name in {"scales": ("residual_scale", "output_scale"), "gpas": ("gate",)}.get(learned, ()):
-            parameter = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+        sizes: dict[str, dict[str, int]] = {
+            "scales": {"residual_scale": 1, "output_scale": 1},
+            "gpas": {"gate": 1},
+            "gates": {"channel_gate": config.hidden_size},
+        }
+        for name, size in sizes.get(learned, {}).items():
+            parameter = nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             delattr(self, name)
             self.register_parameter(name, parameter)
@@ -240,6 +246,8 @@ class _ScaledAdd(nn.Module):
     @property
     def scales(self) -> Scales:
         """``a`` and ``b`` as the last arguments of kernels, which default to 1."""
+        if self.channel_gate is not None:
+            return kernels.gate_scales(self.channel_gate)
         a, b = self.residual_scale, self.output_scale
         return () if not isinstance(a, Tensor) and (a, b) == (1.0, 1.0) else (a, b)
 
@@ -249,7 +257,8 @@ class _ScaledAdd(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the scales for ``print(model)``."""
-        return "" if isinstance(self.residual_scale, Tensor) else f"scales={self.scales}"
+        learned = isinstance(self.residual_scale, Tensor) or self.channel_gate is not None
+        return "" if learned else f"scales={self.scales}"
 
 
 class OutputNorm(NormParameters, _ScaledAdd):

@@ -12,10 +12,9 @@ from megatron_periln.norms.formulas import Place, Value, check, evaluate, names_
 __all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit", "SublayerRule"]
 
 OutputNormInit = Literal["ones", "depth-scaled"]
-Learned = Literal["", "scales", "gpas"]
+Learned = Literal["", "scales", "gates", "gpas"]
 
 _PARAMETERS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
-_LEARNED = {"": 0, "scales": 2, "gpas": 1}  # parameters of a sublayer
 
 _OF_A_SUBLAYER = ("input", "output", "after_add", "input_scale", "residual_scale", "output_scale")
 
@@ -80,6 +79,8 @@ class NormPlacement:
         ``s``, ``a`` and ``b``: numbers, formulas or lists.
     learned
         ``"scales"``: ``a`` and ``b`` are parameters of each sublayer, which start at their values.
+        ``"gates"``: each channel of a sublayer has its own ``b = sigmoid(g / 0.3)`` and ``a = sqrt(1 - b^2)``
+        of a parameter ``g`` that starts at 0, Muse's residual gates.
         ``"gpas"``: the sum is multiplied by ``1 - SiLU(g)`` on the way forward and by 1 on the way back, with
         ``g`` a parameter of each sublayer that starts at 0.
     initial_scale
@@ -125,8 +126,12 @@ class NormPlacement:
                 check(getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"norm placement {self.name!r}: {field} {error}") from error
-        if self.learned not in ("", "scales", "gpas"):
-            raise ValueError(f"learned is '', 'scales' or 'gpas', not {self.learned!r}")
+        if self.learned not in ("", "scales", "gates", "gpas"):
+            raise ValueError(f"learned is '', 'scales', 'gates' or 'gpas', not {self.learned!r}")
+        if self.learned == "gates" and not self.residual_scale == self.output_scale == 1.0:
+            raise ValueError(
+                f"norm placement {self.name!r}: gates give residual_scale and output_scale; leave these at 1"
+            )
         if self.output is True and self.after_add is True:
             raise ValueError(f"norm placement {self.name!r}: a sublayer has one norm after it, not two")
         if self.output_norm_init not in ("ones", "depth-scaled"):
@@ -270,7 +275,7 @@ class NormPlacement:
         """
         of_sublayers = sum(rule.input + rule.output + rule.after_add for rule in self.rules(num_layers))
         norms = of_sublayers + self.final + self.embedding
-        learned = 2 * num_layers * _LEARNED[self.learned]
+        learned = 2 * num_layers * {"": 0, "scales": 2, "gates": hidden_size, "gpas": 1}[self.learned]
         return norms * hidden_size * _PARAMETERS_PER_NORM[normalization] + learned
 
     def structure(self) -> str:
@@ -303,7 +308,7 @@ def _named_rules() -> Iterator[NormPlacement]:
     yield rule("mix-ln", PRE, input="l > L / 4", after_add="l <= L / 4")
     yield rule("hybrid-norm", PRE, input=False, after_add="attention")
     yield rule("scaled-peri", PERI, residual_scale="sqrt(k / (k + 1))", output_scale="1 / sqrt(k + 1)")
-    yield rule("gated-peri", PERI, learned="scales")
+    yield rule("gated-peri", PERI, learned="gates")
     yield rule("gpas", PRE, learned="gpas")
 
 

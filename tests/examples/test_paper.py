@@ -78,8 +78,8 @@ def test_placements_differ_by_their_norms_alone(placement, parameters):
     difference = counts(parameters("400m", placement))[0] - counts(parameters("400m", "pre"))[0]
     norms = {"pre": 0, "post": -1, "peri": 2 * 24 + 1, "output": 1}
     norms |= {"deepnorm": -1, "keel": 2 * 24 - 1, "hybrid-norm": -24}
-    norms |= {"scaled-peri": 2 * 24 + 1, "gated-peri": 2 * 24 + 1}
-    scalars = {"gated-peri": 2 * 48, "gpas": 48}.get(placement, 0)
+    norms |= {"scaled-peri": 2 * 24 + 1, "gated-peri": 4 * 24 + 1}
+    scalars = 48 if placement == "gpas" else 0
     assert difference == norms.get(placement, 0) * 1024 + scalars
     assert difference == PLACEMENTS[placement].num_parameters(24, 1024) - PRE.num_parameters(24, 1024)
 

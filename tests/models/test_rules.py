@@ -44,9 +44,10 @@ def squares(placement):
     return np.mean(measured, axis=0)
 
 
-def test_the_stream_of_scaled_peri_keeps_its_size():
-    """Of k + 1 terms of size 1, each weighted by 1/sqrt(k + 1); without scales it grows by 2 a layer."""
-    np.testing.assert_allclose(squares("scaled-peri"), 1, rtol=0.2)
+@pytest.mark.parametrize(("name", "bound"), [("scaled-peri", 0.2), ("gated-peri", 0.3)])
+def test_a_stream_whose_weights_have_squares_of_sum_1_keeps_its_size(name, bound):
+    """Terms of size 1, weighted by a and b and somewhat alike; without scales it grows by 2 a layer."""
+    np.testing.assert_allclose(squares(name), 1, rtol=bound)
     np.testing.assert_allclose(squares("peri"), 1 + 2 * np.arange(1, LAYERS + 1), rtol=0.2)
 
 
@@ -171,21 +172,32 @@ def run_once(placement):
     return model, small.gradients(model)
 
 
-@pytest.mark.parametrize(("name", "of"), [("gated-peri", "peri"), ("gpas", "pre")])
-def test_learned_scales_start_as_the_rule_without_them(name, of):
-    mine, theirs = (small.run(small.build(each)) for each in (name, of))
-    torch.testing.assert_close(mine, theirs)
-    model, stock = small.build(name), small.build(of)
-    added = PLACEMENTS[name].num_parameters(2, 1) - PLACEMENTS[of].num_parameters(2, 1)
+PERI, PRE = PLACEMENTS["peri"], PLACEMENTS["pre"]
+HALF = PERI.changed({"residual_scale": "sqrt(3) / 2", "output_scale": 0.5})
+LEARNED = {
+    "gated-peri": (
+        PLACEMENTS["gated-peri"],
+        PERI.changed({"residual_scale": 0.75**0.5, "output_scale": 0.5}),
+    ),
+    "peri, scales": (PERI.changed({"learned": "scales"}), PERI),
+    "gpas": (PLACEMENTS["gpas"], PRE),
+}
+
+
+@pytest.mark.parametrize(("rule", "start"), LEARNED.values(), ids=LEARNED)
+def test_learned_scales_start_as_a_rule_without_them(rule, start):
+    model, stock = small.build(rule), small.build(start)
+    torch.testing.assert_close(small.run(model), small.run(stock))
+    added = rule.num_parameters(2, small.HIDDEN) - start.num_parameters(2, small.HIDDEN)
     assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stock.parameters()) == added
 
 
-@pytest.mark.parametrize("name", ["gated-peri", "gpas"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_gradients_of_learned_scales_have_the_same_bits_each_time(name):
-    first, again = (run_once(name)[1] for _ in range(2))
+    first, again = (run_once(LEARNED[name][0])[1] for _ in range(2))
     scales = [key for key in first if key.endswith(("residual_scale", "output_scale", "gate"))]
-    assert len(scales) == (8 if name == "gated-peri" else 4)
-    assert all(first[key].item() and torch.equal(first[key], again[key]) for key in scales)
+    assert len(scales) == (8 if name == "peri, scales" else 4)
+    assert all(first[key].all() and torch.equal(first[key], again[key]) for key in scales)
 
 
 def test_learned_scales_start_at_those_of_a_rule():

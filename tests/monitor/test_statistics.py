@@ -140,7 +140,8 @@ def test_learned_scales_are_recorded(placement):
     collector, _ = collect(model)
     values = collector.sums.values(collector.layers)
     if placement == "gated-peri":
-        scales = norm.residual_scale, norm.output_scale
+        b = norm.channel_gate.div(0.3).sigmoid()
+        scales = (1 - b**2).sqrt().mean(), b.mean()
     else:
         scales = (1 - F.silu(norm.gate),) * 2
     recorded = [values[f"mlp_{name}_scale"][1] for name in ("residual", "output")]

@@ -132,7 +132,7 @@ NAMED = {
     "mix-ln": [rule("a")] * 4 + [rule("i")] * 2,
     "hybrid-norm": [rule("a"), rule("")] * 3,
     "scaled-peri": [rule("io", a=math.sqrt(k / (k + 1)), b=math.sqrt(1 / (k + 1))) for k in range(1, 7)],
-    "gated-peri": [rule("io", learned="scales")] * 6,
+    "gated-peri": [rule("io", learned="gates")] * 6,
     "gpas": [rule("i", learned="gpas")] * 6,
 }
 
@@ -183,7 +183,11 @@ def test_a_changed_rule_has_another_label_and_its_changes_make_it_again():
         ),
         ({"final": "yes"}, "a norm rule's final can't be 'yes'"),
         ({"output": {}}, "a norm rule's output can't be {}"),
-        ({"learned": "gates"}, "learned is '', 'scales' or 'gpas', not 'gates'"),
+        ({"learned": "gate"}, "learned is '', 'scales', 'gates' or 'gpas', not 'gate'"),
+        (
+            {"learned": "gates", "output_scale": 0.5},
+            "gates give residual_scale and output_scale; leave",
+        ),
         ({"residual_scale": "depth"}, "'peri': residual_scale 'depth' is no part of a formula"),
         ({"after_add": True}, "'peri': a sublayer has one norm after it"),
     ],
@@ -204,5 +208,5 @@ def test_parameters_of_rules_by_depth():
     assert PLACEMENTS["mix-ln"].num_parameters(8, 10) == PRE.num_parameters(8, 10)
     assert PLACEMENTS["hybrid-norm"].num_parameters(8, 10) == 10 * (8 + 1)
     assert PLACEMENTS["keel"].num_parameters(8, 10) == 10 * 2 * 16
-    assert PLACEMENTS["gated-peri"].num_parameters(8, 10) == PERI.num_parameters(8, 10) + 2 * 16
+    assert PLACEMENTS["gated-peri"].num_parameters(8, 10) == PERI.num_parameters(8, 10) + 10 * 16
     assert PLACEMENTS["gpas"].num_parameters(8, 10) == PRE.num_parameters(8, 10) + 16

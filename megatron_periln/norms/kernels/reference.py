@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Scale", "add", "add_norm", "gpas", "norm", "norm_add", "norm_add_norm"]
+__all__ = ["Scale", "add", "add_norm", "gate_scales", "gpas", "norm", "norm_add", "norm_add_norm"]
 
 Scale = float | Tensor
-"""A constant, or a parameter of one element."""
+"""A constant, or a tensor: of one element, or of one a channel, ``[hidden]``."""
+
+_GATE_TEMPERATURE = 0.3
+_LEAST_SQUARE = 1e-3
 
 
 def _to_compute_dtype(tensor: Tensor) -> Tensor:
@@ -195,3 +198,24 @@ def gpas(x: Tensor, gate: Tensor) -> Tensor:
     """
     wide = _to_compute_dtype(x)
     return (wide - F.silu(gate.to(wide.dtype)) * wide.detach()).to(x.dtype)
+
+
+def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``a`` and ``b`` of each channel, with ``b = sigmoid(gate / 0.3)`` and ``a^2 = 1 - b^2``.
+
+    The residual gates of Muse, as transformers 5.23 has them
+    (transformers/models/muse_spark/modeling_muse_spark.py); ``a^2`` is 0.001 at least.
+
+    Parameters
+    ----------
+    gate
+        A parameter, ``[hidden]``.
+
+    Returns
+    -------
+    Two tensors ``[hidden]``, in the dtype that sums are computed in.
+    """
+    wide = _to_compute_dtype(gate) / _GATE_TEMPERATURE
+    b = torch.sigmoid(wide)
+    # 1 - b is the sigmoid of the other sign, which keeps its digits where b is almost 1.
+    return (torch.sigmoid(-wide) * (1 + b)).clamp_min(_LEAST_SQUARE).sqrt(), b
