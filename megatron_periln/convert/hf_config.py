@@ -14,7 +14,7 @@ from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
-from megatron_periln.convert.targets import TARGETS, Target
+from megatron_periln.convert.targets import OTHERS, TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
 from megatron_periln.errors import UsageError, with_kind
 from megatron_periln.norms import NormPlacement
@@ -122,6 +122,8 @@ def read_config(model: Path) -> tuple[Any, Target, Statements]:
         raise UsageError(
             f"--model {model}: transformers can't read its config.json: {with_kind(error, 300)}"
         ) from error
+    if (why := OTHERS.get(config.model_type)) is not None:
+        raise UsageError(f"--model {model} is a {config.model_type}, which can't be imported: {why}")
     if config.model_type not in TARGETS:
         raise UsageError(
             f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"

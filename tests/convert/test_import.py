@@ -204,6 +204,8 @@ def test_without_padding_nothing_is_cut(single_process, tmp_path, config_of):
         ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "'attention_factor': 1.0"),
         ("glm4", {"rope_parameters": YARN}, "has YaRN and rotates neighbours"),
         ("llama", {"attention_bias": True}, "has biases in proj, qkv only"),
+        ("gemma2", {}, "is a gemma2, which can't be imported: it caps the scores of attention"),
+        ("olmo2", {}, "its queries and keys are normed over all heads together"),
         ("gpt2", {}, "is a gpt2; those that can be imported are glm4, hyperclovax"),
     ],
 )
