@@ -46,6 +46,8 @@ class Architecture:
         Its mixtures of experts; None for a dense model.
     kinds
         What differs from layer to layer in attention; None for nothing.
+    whole_qk_norm
+        The norms of queries and keys are over all heads together.
     attention_gate
         A gate of each channel, by the sigmoid of a projection, multiplies what attention gives.
     biases
@@ -76,6 +78,7 @@ class Architecture:
     kinds: LayerKinds | None = None
     attention_gate: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False
     biases: frozenset[str] = frozenset()
     tied: bool = False
     embedding_scale: float = 1.0
@@ -121,6 +124,7 @@ class Architecture:
             kinds=LayerKinds.of(core).or_none(),
             attention_gate=core.attention_output_gate,
             qk_norm=core.qk_layernorm,
+            whole_qk_norm=config.whole_qk_norm,
             biases=_biases(core),
             tied=config.share_embeddings_and_output_weights,
             embedding_scale=core.mup_embedding_mult if core.use_mup else 1.0,

@@ -93,8 +93,9 @@ def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
     scaling = {"rope_type": "default"} if rope.scaling is None else rope.scaling.as_settings()
     fraction = {"partial_rotary_factor": rope.fraction} if target.partial_rotary else {}
     parameters: dict[str, Any] = {"rope_theta": float(rope.theta), **scaling, **fraction}
-    if target.rope_label is not None:
-        return {"rope_parameters": {target.rope_label: parameters}}
+    if target.rope_labels:
+        nested = {"rope_parameters": {label: dict(parameters) for label in target.rope_labels}}
+        return nested if target.rope_labels == ("full_attention",) else nested | {"rope_theta": rope.theta}
     return {
         "rope_parameters": parameters,
         "rope_theta": float(rope.theta),
@@ -171,6 +172,7 @@ def architecture_of(config: Any, target: Target) -> Architecture:
         experts=experts_of(config, target.mixture),
         kinds=LayerKinds.of_settings(config, target).or_none(),
         attention_gate=target.gate,
+        whole_qk_norm=target.whole_qk_norm,
         qk_norm=getattr(config, target.qk_norm) if isinstance(target.qk_norm, str) else target.qk_norm,
         biases=biases,
         tied=config.tie_word_embeddings,
@@ -207,8 +209,14 @@ def _check_settings(config: Any, target: Target) -> None:
 
 def _rope(config: Any, target: Target) -> Rope:
     parameters = dict(config.rope_parameters)
-    if target.rope_label is not None:
-        parameters = dict(parameters[target.rope_label])
+    if target.rope_labels:
+        first, *others = (dict(parameters[label]) for label in target.rope_labels)
+        if any(other != first for other in others):
+            raise UsageError(
+                f"the model's layers rotate otherwise with a window than without: {parameters}; Megatron has "
+                "one way for all"
+            )
+        parameters = first
     theta, fraction = parameters.pop("rope_theta"), parameters.pop("partial_rotary_factor", 1.0)
     scaling = RopeScaling.of_settings(parameters)
     if scaling is not None and scaling.kind == "yarn" and (target.interleaved or fraction != 1):

@@ -21,7 +21,8 @@ _PRECISIONS = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"], torch.floa
 def model_flags(architecture: Architecture, dtype: torch.dtype) -> list[list[str]]:
     """Return Megatron's flags for a model without scales of its own: each a flag and its value.
 
-    The norm placement is not among them; see `megatron_periln.norms.arguments.placement_flags`.
+    Our own are not among them: the norm placement (`megatron_periln.norms.arguments.placement_flags`) and
+    ``--whole-qk-norm``.
     """
     rope, biases = architecture.rope, architecture.biases
     numbers = {
@@ -90,6 +91,7 @@ def flag_file(
     """
     flags = [
         *placement_flags(architecture.placement),
+        *([["--whole-qk-norm"]] if architecture.whole_qk_norm else []),
         *model_flags(architecture, dtype),
         *_padding_flags(vocab_size or architecture.vocab_size, architecture),
         ["--load", str(checkpoint)],
@@ -110,6 +112,7 @@ def model_arguments(
     args = megatron_arguments([word for flag in flags for word in flag])
     args.params_dtype = dtype
     args.add_position_embedding = True
+    args.whole_qk_norm = architecture.whole_qk_norm
     args.unpadded_vocab_size = vocab_size if vocab_size != architecture.vocab_size else None
     set_placement(args, architecture.placement)
     return args

@@ -147,8 +147,11 @@ def compare(actual: Outputs, expected: Outputs) -> Difference:
 
 
 def _compare_frequencies(actual: Tensor, expected: Tensor) -> float:
-    if actual.shape != expected.shape:
+    each = min(len(actual), len(expected))
+    if len(actual) % each or len(expected) % each:
         return math.inf
+    # Transformers has those of layers with and without a window apart; they must be the same.
+    actual, expected = (frequencies.reshape(-1, each) for frequencies in (actual, expected))
     apart = ((actual.double() - expected.double()).abs() / expected.double().abs()).max().item()
     return math.inf if math.isnan(apart) else apart
 

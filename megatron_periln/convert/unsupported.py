@@ -135,6 +135,18 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
                 f"the gate of its attention has a bias, and {name}'s has none", "no --add-qkv-bias"
             )
         )
+    if architecture.qk_norm and target.qk_norm and architecture.whole_qk_norm != target.whole_qk_norm:
+        found.append(
+            UnsupportedFeature(
+                f"its norms of queries and keys are over all heads together, and {name}'s of each",
+                "no --whole-qk-norm",
+            )
+            if architecture.whole_qk_norm
+            else UnsupportedFeature(
+                f"its norms of queries and keys are of each head, and {name}'s over all together",
+                "--whole-qk-norm",
+            )
+        )
     if target.embedding_norm and not placement.embedding:
         found.append(UnsupportedFeature(f"it has no embedding norm, and {name} has", "--embedding-norm"))
     if lacking := architecture.biases - target.biases:
@@ -157,6 +169,13 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
             UnsupportedFeature(
                 f"its hidden size is not divisible by its number of heads, and {name}'s is",
                 "another --num-attention-heads, with the same --kv-channels",
+            )
+        )
+    if target.layer_kinds == "rotates everywhere" and architecture.rope.scaling is not None:
+        found.append(
+            UnsupportedFeature(
+                f"it scales rotary frequencies in all layers, and {name} in those without a window",
+                "neither --use-rope-scaling nor its kin",
             )
         )
     if target.whole_heads and architecture.num_heads * architecture.head_dim != architecture.hidden_size:

@@ -19,6 +19,7 @@ def gpt_config_from_args(args: Namespace, model_config_cls: type) -> Any:
     transformer = transformer_config(args)
     config = argument_utils.gpt_config_from_args(args, transformer, model_config_cls=model_config_cls)
     config.rope_scaling_factor = getattr(args, "rope_scaling_factor", config.rope_scaling_factor)
+    config.whole_qk_norm = getattr(args, "whole_qk_norm", False)
     _freeze(args, config)
     return config
 

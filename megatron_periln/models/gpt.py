@@ -31,7 +31,8 @@ from megatron_periln.models.from_arguments import transformer_config
 from megatron_periln.models.initial_scale import with_plain_output_projections
 from megatron_periln.models.local_attention import complete_local_spec
 from megatron_periln.models.place_norms import place_norms
-from megatron_periln.models.specs import with_l2_norms
+from megatron_periln.models.specs import change_attention, with_l2_norms
+from megatron_periln.models.whole_query_norm import norm_whole_queries
 from megatron_periln.norms import PERI, NormPlacement
 from megatron_periln.patches.model_building import changed_mtp_spec
 
@@ -48,11 +49,14 @@ class GPTModelConfig(upstream.GPTModelConfig):
         Applied to whatever ``transformer_layer_spec`` gives, and to multi-token prediction.
     fuse_pre_mlp_norm
         Whether attention's output norm and the MLP's input norm are one kernel (``--fuse-pre-mlp-norm``).
+    whole_qk_norm
+        Whether queries and keys are normed over all heads together (``--whole-qk-norm``).
     """
 
     builder: ClassVar[str] = "megatron_periln.models.gpt.GPTModelBuilder"
     norm_placement: NormPlacement = PERI
     fuse_pre_mlp_norm: bool = False
+    whole_qk_norm: bool = False
 
 
 class GPTModelBuilder(upstream.GPTModelBuilder):
@@ -138,6 +142,8 @@ def placed_layer_spec(
 def _place(spec: Any, config: GPTModelConfig, first_layer: int = 1) -> Any:
     if config.transformer.qk_l2_norm:
         spec = with_l2_norms(spec)
+    if config.whole_qk_norm:
+        spec = change_attention(spec, functools.partial(norm_whole_queries, config=config.transformer))
     return place_norms(
         complete_local_spec(spec, config.transformer),
         config.norm_placement,

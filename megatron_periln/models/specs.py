@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-__all__ = ["substitute", "with_l2_norms", "with_submodules"]
+__all__ = ["change_attention", "substitute", "with_l2_norms", "with_submodules"]
 
 
 def with_submodules(spec: Any, submodules: Any) -> Any:
@@ -56,15 +56,25 @@ def with_l2_norms(spec: Any) -> Any:
     Upstream's attention then takes its ``L2Norm``; its local specs of dense and of hybrid layers say that
     there is none.
     """
+
+    def without(attention: SelfAttentionSubmodules) -> SelfAttentionSubmodules:
+        norms = {"q_layernorm": attention.q_layernorm, "k_layernorm": attention.k_layernorm}
+        return replace(attention, **{name: None for name, norm in norms.items() if norm is IdentityOp})
+
+    return change_attention(spec, without)
+
+
+def change_attention(spec: Any, change: Callable[[SelfAttentionSubmodules], SelfAttentionSubmodules]) -> Any:
+    """Return ``spec`` with the submodules of each self-attention changed; `substitute` says of what."""
     if isinstance(spec, list):
-        return [with_l2_norms(item) for item in spec]
+        return [change_attention(item, change) for item in spec]
     if isinstance(spec, SelfAttentionSubmodules):
-        norms = {"q_layernorm": spec.q_layernorm, "k_layernorm": spec.k_layernorm}
-        return replace(spec, **{name: None for name, norm in norms.items() if norm is IdentityOp})
+        return change(spec)
     if isinstance(spec, ModuleSpec):
-        return with_submodules(spec, with_l2_norms(spec.submodules))
+        return with_submodules(spec, change_attention(spec.submodules, change))
     if isinstance(spec, functools.partial) and "submodules" in spec.keywords:
-        return with_submodules(spec, with_l2_norms(spec.keywords["submodules"]))
+        return with_submodules(spec, change_attention(spec.keywords["submodules"], change))
     if is_dataclass(spec) and not isinstance(spec, type):
-        return replace(spec, **{f.name: with_l2_norms(getattr(spec, f.name)) for f in fields(spec)})
+        changed = {field.name: change_attention(getattr(spec, field.name), change) for field in fields(spec)}
+        return replace(spec, **changed)
     return spec

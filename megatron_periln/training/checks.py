@@ -353,6 +353,23 @@ MODEL: tuple[Check, ...] = (
         {"use_te_activation_func": False},
     ),
     Rule(
+        lambda args: args.whole_qk_norm and not (args.qk_layernorm and args.normalization == "RMSNorm"),
+        "--whole-qk-norm is an RMSNorm of queries and keys; give --qk-layernorm and --normalization RMSNorm",
+    ),
+    Rule(
+        lambda args: args.whole_qk_norm and (args.multi_latent_attention or args.hybrid_layer_pattern),
+        "--whole-qk-norm is for a GPT's attention, neither latent nor of a hybrid model; drop it",
+        {"whole_qk_norm": False},
+    ),
+    Rule(
+        lambda args: (
+            args.whole_qk_norm
+            and (args.num_query_groups or args.num_attention_heads) < args.tensor_model_parallel_size
+        ),
+        "--whole-qk-norm needs at least as many --num-query-groups as --tensor-model-parallel-size "
+        "({tensor_model_parallel_size})",
+    ),
+    Rule(
         lambda args: args.num_experts and args.moe_router_topk > args.num_experts,
         "--moe-router-topk ({moe_router_topk}) must be at most --num-experts ({num_experts})",
     ),

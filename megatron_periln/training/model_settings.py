@@ -114,6 +114,7 @@ MODEL_SETTINGS = frozenset(
         "use_mup",
         "use_rope_scaling",
         "v_head_dim",
+        "whole_qk_norm",
         "window_attn_skip_freq",
         "window_size",
         "yarn_beta_fast",

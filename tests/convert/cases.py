@@ -105,6 +105,16 @@ CASES = {
         "kolibri1",
         asked="kolibri1",
     ),
+    "output, whole queries": Case(
+        COMMON.replace("--kv-channels 24", "") + "--norm-placement output --qk-layernorm --whole-qk-norm"
+        " --apply-layernorm-1p --rotary-interleaved --output-norm-epsilon 0.05",
+        "olmo2",
+    ),
+    "output, whole queries, windows": Case(
+        COMMON.replace("--kv-channels 24", "") + UNTIED + "--norm-placement output --qk-layernorm"
+        " --whole-qk-norm --window-size 8,0 --window-attn-skip-freq [1,1,0]",
+        "olmo3",
+    ),
     "output, windows": Case(
         COMMON + UNTIED + "--norm-placement output --qk-layernorm --window-size 8,0 --window-attn-skip-freq 3"
         " --no-rope-freq [0,0,1]",

@@ -57,6 +57,12 @@ MODELS = {
     "exaone4": {"sliding_window": None, **FULL},
     # As EXAONE-4.0-32B has it.
     "exaone4, windows": {"sliding_window": 8, "sliding_window_pattern": 3},
+    "olmo2": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "olmo3": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     # As Trinity has it.
     "afmoe": {
         **EXPERTS,

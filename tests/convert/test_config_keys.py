@@ -51,6 +51,10 @@ PUBLISHED = {
     "minimax": SIZES
     | {"head_dim", "rms_norm_eps", "rope_theta", "num_local_experts", "num_experts_per_tok", "layer_types"}
     | {"postnorm", "full_attn_alpha_factor", "full_attn_beta_factor", "mlp_alpha_factor", "mlp_beta_factor"},
+    "olmo2": LLAMA - {"head_dim"} | {"bos_token_id", "eos_token_id", "pad_token_id"},
+    "olmo3": LLAMA - {"head_dim", "rope_scaling"}
+    | WINDOWS
+    | {"bos_token_id", "eos_token_id", "pad_token_id"},
     "afmoe": LLAMA
     | WINDOWS
     | EXPERTS - {"decoder_sparse_step"}

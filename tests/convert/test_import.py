@@ -205,7 +205,11 @@ def test_without_padding_nothing_is_cut(single_process, tmp_path, config_of):
         ("glm4", {"rope_parameters": YARN}, "has YaRN and rotates neighbours"),
         ("llama", {"attention_bias": True}, "has biases in proj, qkv only"),
         ("gemma2", {}, "is a gemma2, which can't be imported: it caps the scores of attention"),
-        ("olmo2", {}, "its queries and keys are normed over all heads together"),
+        (
+            "olmo3",
+            {"rope_scaling": {**YARN, "rope_theta": 500000.0}},
+            "the model's layers rotate otherwise with a window than without",
+        ),
         ("gpt2", {}, "is a gpt2; those that can be imported are glm4, hyperclovax"),
     ],
 )

@@ -14,7 +14,19 @@ from tests.convert.cases import CASES
 
 VARIABLE = "MEGATRON_PERILN_TRANSFORMERS_4"
 # Those that transformers 4.57 has.
-CLASSES = {"glm4", "llama", "qwen3", "exaone4", "minimax", "mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe"}
+CLASSES = {
+    "glm4",
+    "llama",
+    "qwen3",
+    "exaone4",
+    "minimax",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "glm4_moe",
+    "olmo2",
+    "olmo3",
+}
 NAMES = [name for name, case in CASES.items() if case.target in CLASSES]
 
 pytestmark = pytest.mark.skipif(

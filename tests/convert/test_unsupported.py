@@ -61,6 +61,7 @@ WINDOWS = LayerKinds(windowed=(True, False), rotated=(True, False), window=8)
         ({"placement": NormPlacement.named("output"), "qk_norm": True}, "exaone4"),
         ({"placement": NormPlacement.named("post").with_options(embedding=True)}, "minimax"),
         ({"placement": NormPlacement.named("output"), "qk_norm": True, "kinds": WINDOWS}, "exaone4"),
+        ({"placement": NormPlacement.named("output"), "qk_norm": True, "whole_qk_norm": True}, "olmo2"),
     ],
 )
 def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
@@ -85,6 +86,8 @@ def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
             {"kinds": replace(WINDOWS, windowed=(False, False), window=None)},
             ["exaone4 has positions in the layers with a window and in no others"],
         ),
+        ("olmo2", {"whole_qk_norm": False}, ["of each head, and olmo2's over all together"]),
+        ("exaone4", {"whole_qk_norm": True}, ["over all heads together, and exaone4's of each"]),
         ("glm4", {"attention_gate": True}, ["its attention is gated, and glm4's is not"]),
         (
             "afmoe",
@@ -98,7 +101,9 @@ def test_kinds_of_layers_that_a_target_lacks(target, changes, reason):
     qk_norm = TARGETS[target].qk_norm
     experts = Experts(layers=(True, True), count=4, chosen=2, width=32, score="sigmoid", normalized=True)
     mixture = {"experts": experts} if TARGETS[target].mixture else {}
-    architecture = replace(PERI, placement=placement, qk_norm=qk_norm, **mixture)
+    architecture = replace(
+        PERI, placement=placement, qk_norm=qk_norm, whole_qk_norm=TARGETS[target].whole_qk_norm, **mixture
+    )
     assert unsupported_by(TARGETS[target], architecture) == []
     found = [each.reason for each in unsupported_by(TARGETS[target], replace(architecture, **changes))]
     assert len(found) == len(reason)

@@ -17,6 +17,8 @@ ARCHITECTURES = {
         --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
     "mla, whole queries": f"""{_MODERN} --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 16
         --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope --qk-layernorm""",
+    "whole query norms": f"""{_MODERN} --group-query-attention --num-query-groups 2 --qk-layernorm
+        --whole-qk-norm""",
     "mtp": f"{_MODERN} --mtp-num-layers 1",
     # Mamba layers and a gated delta net beside attention.
     "states": f"""{_MODERN.replace("--num-layers 4 ", "")} --hybrid-layer-pattern M-G-*-M-
@@ -153,6 +155,7 @@ def _cases():
     yield Case("peri", layout="DP2", options="overlap, fused norms", variant=distributed)
     yield Case("peri", "mla", "CP2")
     yield Case("peri", "mla, whole queries", "TP2+SP")
+    yield Case("output", "whole query norms", "TP2+SP", variant="distributed optimizer")
     yield Case("peri", "mtp", "PP2xVPP2")
     yield Case("peri", layout="TP2+SP", variant="zero-centered gamma")
     yield Case("peri", layout="TP2xPP2+SP", variant="depth-scaled, epsilon")

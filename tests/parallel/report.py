@@ -8,6 +8,7 @@ ARCHITECTURE_NOTES = {
     "biased": "LayerNorm, GELU, linear biases, learned positions, output tied to the embedding",
     "moe": "every second layer 4 experts, top-2, shared expert, all-to-all dispatcher",
     "mla": "multi-latent attention",
+    "whole query norms": "grouped queries; queries and keys normed over all heads (`--whole-qk-norm`)",
     "mla, whole queries": "the same without `--q-lora-rank`: queries are normed before they are projected",
     "mtp": "one multi-token prediction layer",
     "states": "Mamba layers and a gated delta net beside attention",

@@ -21,6 +21,15 @@ __all__ = ["DENSE"]
 _ATTENTION = frozenset({"qkv", "proj"})
 _MLP = frozenset({"mlp"})
 
+_OLMO_NAMES = {
+    **GLOBAL_NAMES,
+    **ATTENTION_NAMES,
+    **QK_NORM_NAMES,
+    **MLP_NAMES,
+    "attention.output_norm": LAYER + "post_attention_layernorm",
+    "mlp.output_norm": LAYER + "post_feedforward_layernorm",
+}
+
 DENSE: tuple[Target, ...] = (
     Target(
         name="glm4",
@@ -85,7 +94,7 @@ DENSE: tuple[Target, ...] = (
         },
         settings={"use_sandwich_norm": True, "use_attention_gate": False, "sliding_window": None},
         layer_settings={"layer_types": "full_attention"},
-        rope_label="full_attention",
+        rope_labels=("full_attention",),
         eps_name="norm_eps",
     ),
     Target(
@@ -125,6 +134,30 @@ DENSE: tuple[Target, ...] = (
         },
         layer_kinds="rotates in windows, if there are",
         window_period="sliding_window_pattern",
+    ),
+    Target(
+        name="olmo2",
+        architecture="Olmo2ForCausalLM",
+        runs_in="transformers, vLLM and SGLang",
+        placement="output",
+        qk_norm=True,
+        whole_qk_norm=True,
+        whole_heads=True,
+        names=_OLMO_NAMES,
+        settings={"attention_bias": False},
+    ),
+    Target(
+        name="olmo3",
+        architecture="Olmo3ForCausalLM",
+        runs_in="transformers, vLLM and SGLang",
+        placement="output",
+        qk_norm=True,
+        whole_qk_norm=True,
+        whole_heads=True,
+        layer_kinds="rotates everywhere",
+        names=_OLMO_NAMES,
+        settings={"attention_bias": False},
+        rope_labels=("sliding_attention", "full_attention"),
     ),
     Target(
         name="minimax",

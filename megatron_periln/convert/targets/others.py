@@ -5,15 +5,11 @@ from __future__ import annotations
 __all__ = ["OTHERS"]
 
 _GELU = "its MLP is gated by GELU, for which Megatron has no flag (--quick-geglu is another function)"
-_FULL_WIDTH = "its queries and keys are normed over all heads together, and Megatron's each by itself"
 
 OTHERS: dict[str, str] = {
     "gemma2": f"it caps the scores of attention and the logits by a tanh; {_GELU}",
     "gemma3": "it reads images",
     "gemma3_text": f"its layers with a window have a rotary base of their own; {_GELU}",
-    "olmo2": _FULL_WIDTH,
-    "olmo3": _FULL_WIDTH,
-    "flex_olmo": _FULL_WIDTH,
     "beam": "it scales the residual stream at each add, queries by position, and caps the logits by a tanh",
     "muse_spark": "its experts have another width than its residual stream, which has gates; it reads images",
     "axk1": "its output norms are in the layers with experts alone, behind multi-latent attention",

@@ -79,6 +79,8 @@ class Target:
         The norm placement that it computes.
     qk_norm
         It norms each head's queries and keys: yes, no, or as a setting of this name says.
+    whole_qk_norm
+        It norms them over all heads together.
     bias_switches
         Settings of the configuration, and the biases that each switches on.
     interleaved
@@ -113,8 +115,8 @@ class Target:
         Those whose value is the number of layers.
     layer_settings
         Settings that are a list with one value a layer.
-    rope_label
-        The key under which the configuration nests its rotary parameters, if it does.
+    rope_labels
+        The keys under which the configuration nests its rotary parameters, if it does.
     eps_name
         The setting that holds the norms' epsilon.
     multipliers
@@ -131,6 +133,7 @@ class Target:
     runs_in: str
     placement: str
     qk_norm: bool | str = False
+    whole_qk_norm: bool = False
     bias_switches: Mapping[str, frozenset[str]] = field(default_factory=dict)
     interleaved: bool = False
     partial_rotary: bool = False
@@ -146,7 +149,7 @@ class Target:
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_layers_settings: tuple[str, ...] = ()
     layer_settings: Mapping[str, Any] = field(default_factory=dict)
-    rope_label: str | None = None
+    rope_labels: tuple[str, ...] = ()
     eps_name: str = "rms_norm_eps"
     multipliers: Mapping[str, str] = field(default_factory=dict)
     root_scale: str | None = None
