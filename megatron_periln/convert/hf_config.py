@@ -95,7 +95,8 @@ def _rotary_settings(rope: Rope, target: Target) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_theta": float(rope.theta), **scaling, **fraction}
     if target.rope_labels:
         nested = {"rope_parameters": {label: dict(parameters) for label in target.rope_labels}}
-        return nested if target.rope_labels == ("full_attention",) else nested | {"rope_theta": rope.theta}
+        old = {"rope_theta": float(rope.theta), "rope_scaling": None}  # of transformers 4, which has no lfm3
+        return nested if target.rope_labels == ("full_attention",) else nested | old
     return {
         "rope_parameters": parameters,
         "rope_theta": float(rope.theta),

@@ -70,7 +70,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _summed(tensor)
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         return _summed(gradient)
 
 
