@@ -87,9 +87,7 @@ def add_norm_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="default: that of --norm-epsilon",
     )
-    group.add_argument(
-        "--whole-qk-norm", action="store_true", help="--qk-layernorm over all heads together, as OLMo 2"
-    )
+    group.add_argument("--whole-qk-norm", action="store_true", help="--qk-layernorm of all heads together")
     group.add_argument(
         "--norm-backend",
         choices=BACKENDS,

@@ -106,7 +106,9 @@ CASES = {
         asked="kolibri1",
     ),
     "output, whole queries": Case(
-        COMMON.replace("--kv-channels 24", "") + "--norm-placement output --qk-layernorm --whole-qk-norm"
+        COMMON.replace("--kv-channels 24", "")
+        + UNTIED
+        + "--norm-placement output --qk-layernorm --whole-qk-norm"
         " --apply-layernorm-1p --rotary-interleaved --output-norm-epsilon 0.05",
         "olmo2",
     ),
