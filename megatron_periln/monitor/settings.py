@@ -35,11 +35,14 @@ def add_monitor_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--monitor-interval",
+        metavar="N",
         type=int,
         default=100,
         help="iterations between records of layers; default: 100",
     )
-    group.add_argument("--monitor-file", default=None, help=f"default: {FILE_NAME} in the folder of --save")
+    group.add_argument(
+        "--monitor-file", metavar="FILE", default=None, help=f"default: {FILE_NAME} in the folder of --save"
+    )
     group.add_argument(
         "--monitor-stop-on", choices=tuple(STOPS), default=None, help="save a checkpoint and stop there"
     )
