@@ -140,7 +140,7 @@ def read_norm_rule(args: Namespace) -> None:
     args.norm_rule = None
     try:
         rule = yaml.safe_load(Path(given).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # of what is no text, or no date
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"--norm-rule {given}: cannot be read: {reason}") from error
     if not isinstance(rule, dict):

@@ -100,13 +100,20 @@ def names_a_place(formula: str) -> bool:
 def check(value: Value) -> None:
     """Raise a ValueError if ``value`` is no number, formula or list of numbers, whatever the model."""
     if isinstance(value, tuple):
-        if not value or any(isinstance(item, str) or not math.isfinite(item) for item in value):
+        if not value or not all(isinstance(item, float | int) and _is_finite(item) for item in value):
             raise ValueError(f"{list(value)} is no list of numbers, one a layer or one a sublayer")
     elif isinstance(value, str):
         # In the middle of a model: what is undefined at its ends is found when that is known.
         evaluate(value, Place(3, 8, attention=True))
-    elif not math.isfinite(value):
+    elif not _is_finite(value):
         raise ValueError(f"{value} is not finite")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _listed(values: tuple[float, ...], place: Place) -> float:

@@ -77,6 +77,7 @@ def test_flags_and_a_file_change_the_rule(tmp_path):
     [
         (None, "cannot be read: No such file or directory"),
         ("a: [", "cannot be read: while parsing a flow node"),
+        ("input: 2001-13-45", "cannot be read: month must be in 1..12"),
         ("0.5", "has no names with values, such as residual_scale: 0.5"),
     ],
 )
@@ -97,6 +98,7 @@ def test_a_file_that_is_no_rule(text, message, tmp_path):
         (("--residual-scale", "2", "--norm-rule", '{"residual_scale": 1}'), "both give it; give it once"),
         (("--norm-rule", "{"), "is no JSON"),
         (("--norm-rule", '{"colour": 1}'), "a norm rule has no colour"),
+        (("--norm-rule", '{"input": [1, null]}'), "input \\[1, None\\] is no list of numbers"),
     ],
 )
 def test_rules_that_are_refused(words, message):

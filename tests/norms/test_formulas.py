@@ -44,10 +44,14 @@ def test_sublayers_of_a_hybrid_model_are_its_layers():
         ("__import__('os')", "is no part of a formula"),
         ("l.real", "is no part of a formula"),
         (math.nan, "nan is not finite"),
+        (10**400, "0 is not finite"),
         ((), "is no list of numbers"),
         (("l",), "is no list of numbers"),
+        ((1.0, None), "is no list of numbers"),
+        (([1.0], 2.0), "is no list of numbers"),
+        ((10**400,), "is no list of numbers"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_no_value(value, message):
     with pytest.raises(ValueError, match=message):
