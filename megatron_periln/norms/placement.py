@@ -126,6 +126,16 @@ class NormPlacement:
                 check(getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"norm placement {self.name!r}: {field} {error}") from error
+        if _goes_by_place(self.initial_scale):
+            raise ValueError(
+                f"norm placement {self.name!r}: initial_scale is of all layers, a number or a formula of L, "
+                f"not {_text(self.initial_scale)}"
+            )
+        if not self.input and self.input_scale != 1.0:
+            raise ValueError(
+                f"norm placement {self.name!r} has no input norm to scale; choose pre or peri, or drop the "
+                "input scale"
+            )
         if self.learned not in ("", "scales", "gates", "gpas"):
             raise ValueError(f"learned is '', 'scales', 'gates' or 'gpas', not {self.learned!r}")
         if self.learned == "gates" and not self.residual_scale == self.output_scale == 1.0:
@@ -243,8 +253,7 @@ class NormPlacement:
     @property
     def goes_by_depth(self) -> bool:
         """Whether sublayers may differ by their place."""
-        values = [getattr(self, field) for field in _OF_A_SUBLAYER]
-        return any(isinstance(v, tuple) or (isinstance(v, str) and names_a_place(v)) for v in values)
+        return any(_goes_by_place(getattr(self, field)) for field in _OF_A_SUBLAYER)
 
     @property
     def adds_plainly(self) -> bool:
@@ -284,6 +293,10 @@ class NormPlacement:
 
 
 _CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final")
+
+
+def _goes_by_place(value: Value) -> bool:
+    return isinstance(value, tuple) or (isinstance(value, str) and names_a_place(value))
 
 
 def _text(value: Value) -> str:

@@ -56,6 +56,9 @@ def test_a_placement_cannot_be_changed_and_can_be_a_key():
         ({"output": False, "output_norm_init": "depth-scaled"}, "'mine' has no output norm"),
         ({"output": False, "freeze_output_norm": True}, "'mine' has no output norm"),
         ({"output": False, "output_norm_epsilon": 1e-6}, "'mine' has no output norm"),
+        ({"input": False, "input_scale": 0.5}, "'mine' has no input norm to scale"),
+        ({"initial_scale": "1 / l"}, "initial_scale is of all layers, .* not 1 / l"),
+        ({"initial_scale": (0.5, 1.0)}, r"initial_scale is of all layers, .* not \[0.5, 1.0\]"),
     ],
 )
 def test_a_contradiction_is_named(changes, message):
