@@ -197,7 +197,8 @@ def why_rule_does_not_fit(args: Namespace, placement: NormPlacement) -> str | No
     placement
         That of ``args``.
     """
-    hybrid, depth = bool(args.hybrid_layer_pattern), placement.goes_by_depth
+    pattern = args.hybrid_layer_pattern or getattr(args, "hybrid_override_pattern", None)  # its former name
+    hybrid, depth = bool(pattern), placement.goes_by_depth
     start = placement.initial_scale != 1.0
     other_layers = [getattr(args, name, None) for name in _OTHER_INITIAL_WEIGHTS]
     reasons = {

@@ -128,6 +128,12 @@ def test_why_a_rule_is_not_that_of_a_model(name):
     assert why_rule_does_not_fit(fitting, PLACEMENTS[name]) is None
 
 
+def test_a_hybrid_pattern_may_have_its_former_name():
+    args = Namespace(**MODEL, hybrid_override_pattern="M-M-")
+    reason = why_rule_does_not_fit(args, PLACEMENTS["ln-scaling"])
+    assert "--hybrid-layer-pattern has the same norms" in reason
+
+
 def test_a_rule_for_another_number_of_layers():
     placement = PERI.changed({"residual_scale": [1, 2, 3]})
     assert "a list of 3 numbers is neither one for each of 4 layers" in why_rule_does_not_fit(
