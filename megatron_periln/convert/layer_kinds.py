@@ -133,6 +133,8 @@ class LayerKinds:
                 if self.window is not None
                 else "--window-size as well as --no-rope-freq",
             )
+        elif kinds == "rotates in windows, if there are" and self.window is None:
+            yield f"its layers have no positions, and without windows all of {name}'s do", "no --no-rope-freq"
 
 
 def _windowed(skip: int | Sequence[int] | None, count: int) -> tuple[bool, ...]:

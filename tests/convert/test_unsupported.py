@@ -86,6 +86,11 @@ def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
             {"kinds": replace(WINDOWS, windowed=(False, False), window=None)},
             ["exaone4 has positions in the layers with a window and in no others"],
         ),
+        (
+            "exaone4",
+            {"kinds": LayerKinds(windowed=(False, False), rotated=(False, False))},
+            ["its layers have no positions, and without windows all of exaone4's do"],
+        ),
         ("olmo2", {"whole_qk_norm": False}, ["of each head, and olmo2's over all together"]),
         ("exaone4", {"whole_qk_norm": True}, ["over all heads together, and exaone4's of each"]),
         ("glm4", {"attention_gate": True}, ["its attention is gated, and glm4's is not"]),
