@@ -328,6 +328,11 @@ def _pipeline_layout(args: Namespace) -> Iterator[str]:
         args.pipeline_model_parallel_layout = None
 
 
+_OTHER_LAYERS = (
+    *("hybrid_layer_pattern", "hybrid_override_pattern"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+)
+
 MODEL: tuple[Check, ...] = (
     _layers,
     _pipeline_layout,
@@ -357,14 +362,19 @@ MODEL: tuple[Check, ...] = (
         "--whole-qk-norm is an RMSNorm of queries and keys; give --qk-layernorm and --normalization RMSNorm",
     ),
     Rule(
-        lambda args: args.whole_qk_norm and (args.multi_latent_attention or args.hybrid_layer_pattern),
-        "--whole-qk-norm is for a GPT's attention, neither latent nor of a hybrid model; drop it",
+        lambda args: (
+            args.whole_qk_norm
+            and any(getattr(args, name) for name in ("multi_latent_attention", *_OTHER_LAYERS))
+        ),
+        "--whole-qk-norm is for a GPT's attention, neither latent nor of a hybrid model or layers that "
+        "differ; drop it",
         {"whole_qk_norm": False},
     ),
     Rule(
         lambda args: (
             args.whole_qk_norm
-            and (args.num_query_groups or args.num_attention_heads) < args.tensor_model_parallel_size
+            and args.group_query_attention  # without it each head has keys of its own
+            and args.num_query_groups < args.tensor_model_parallel_size
         ),
         "--whole-qk-norm needs at least as many --num-query-groups as --tensor-model-parallel-size "
         "({tensor_model_parallel_size})",

@@ -63,6 +63,7 @@ def test_a_batch_size_is_positive(check, flag):
 
 LAYERS = "--heterogeneous-layers-config"
 LOCAL = "--transformer-impl local"
+WHOLE = "--qk-layernorm --whole-qk-norm --normalization RMSNorm"
 EXPERTS = f"{LOCAL} --num-experts 4 --moe-router-topk 1"
 BUILT = {
     f"{LAYERS}-path absent.json": "absent.json: cannot be read: No such",
@@ -77,6 +78,11 @@ BUILT = {
     f"{EXPERTS} --swiglu": "local experts on one rank .* can't add biases; give --disable-bias-linear",
     f"{EXPERTS} --swiglu --expert-model-parallel-size 2": "or --no-bias-swiglu-fusion",
     f"{EXPERTS} --expert-model-parallel-size 2": "give --no-bias-gelu-fusion",
+    f"{WHOLE} --hybrid-override-pattern *-*-": "neither latent nor of a hybrid model",
+    f"{WHOLE} {LAYERS}-path two.json": "neither .* or layers that differ; drop it",
+    f"{WHOLE} --group-query-attention --num-query-groups 1 --tensor-model-parallel-size 2": (
+        "at least as many --num-query-groups as --tensor-model-parallel-size"
+    ),
 }
 FITTING = [
     f"{EXPERTS} --swiglu --disable-bias-linear",
@@ -84,6 +90,7 @@ FITTING = [
     f"{EXPERTS} --quick-geglu --expert-model-parallel-size 2",
     "--num-experts 4 --swiglu --moe-router-topk 1 --moe-grouped-gemm",
     f"{LAYERS}-path two.json --te-precision-config-file recipe.yaml",
+    f"{WHOLE} --num-attention-heads 4 --tensor-model-parallel-size 2",
 ]
 
 
