@@ -25,8 +25,8 @@ class SharedBuffer:
     """
 
     def __init__(self, number: int, size: int) -> None:
-        self._number = number
-        self.view = memoryview(_maps[number])[:size]
+        self._number, self._map = number, _maps[number]
+        self.view = memoryview(self._map)[:size]
 
     def __len__(self) -> int:
         return len(self.view)
@@ -35,7 +35,8 @@ class SharedBuffer:
         return _view, (self._number, len(self.view))
 
     def __del__(self) -> None:
-        if self._number < len(_maps):  # not after the end of ``lending``
+        # Not after the end of ``lending``, nor to the next one, which lends that number itself.
+        if self._number < len(_maps) and _maps[self._number] is self._map:
             _free.append(self._number)
 
 

@@ -93,6 +93,15 @@ def test_shared_buffers_are_lent_again() -> None:
     assert borrow(1) is None
 
 
+def test_a_buffer_is_not_given_back_to_those_who_did_not_lend_it() -> None:
+    with lending(1, 100):
+        old = borrow(1)
+    with lending(1, 100):
+        del old
+        first = borrow(1)
+        assert first and borrow(1) is None
+
+
 @pytest.mark.parametrize(
     "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
