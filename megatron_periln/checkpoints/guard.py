@@ -122,6 +122,8 @@ def tidy(folder: Path) -> None:
 
     A distributed checkpoint without .metadata, which is written after all data, can't be loaded by anyone.
     """
+    if not folder.is_dir():  # that of non-persistent checkpoints, before the first of them
+        return
     for replaced in sorted(folder.glob(f"{_REPLACED}iter_*")):
         original = folder / replaced.name.removeprefix(_REPLACED)
         if (original / MANIFEST).exists():
