@@ -39,7 +39,8 @@ _STOCK: dict[str, Any] = {
 # What has other initial weights than attention and a dense MLP, as `models.initial_scale` knows them.
 _OTHER_INITIAL_WEIGHTS = (
     *("num_experts", "multi_latent_attention", "spec", "experimental_attention_variant"),
-    *("heterogeneous_layers_config_path", "attention_output_gate", "use_megatron_fsdp", "fp8_param_gather"),
+    *("heterogeneous_layers_config_path", "attention_output_gate", "use_megatron_fsdp"),
+    *("fp8_param_gather", "fp4_param_gather"),
 )
 
 # Flags that change one part each of the placement's rule.

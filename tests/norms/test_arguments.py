@@ -134,6 +134,12 @@ def test_a_hybrid_pattern_may_have_its_former_name():
     assert "--hybrid-layer-pattern has the same norms" in reason
 
 
+@pytest.mark.parametrize("flag", ["fp8_param_gather", "fp4_param_gather"])
+def test_weights_in_low_precision_are_not_scaled(flag):
+    reason = why_rule_does_not_fit(Namespace(**MODEL, **{flag: True}), PLACEMENTS["deepnorm"])
+    assert "its initial weights are those of attention and a dense MLP" in reason
+
+
 def test_a_rule_for_another_number_of_layers():
     placement = PERI.changed({"residual_scale": [1, 2, 3]})
     assert "a list of 3 numbers is neither one for each of 4 layers" in why_rule_does_not_fit(
