@@ -231,17 +231,28 @@ class _ScaledAdd(nn.Module):
         self.channel_gate: nn.Parameter | None = None
 
     def learn(self, learned: str, config: TransformerConfig) -> None:
-        """Make parameters of what a rule has as ``learned``; `NormedBiasDropoutAdd.set_scales` sets them."""
-        sizes: dict[str, dict[str, int]] = {
-            "scales": {"residual_scale": 1, "output_scale": 1},
-            "gpas": {"gate": 1},
-            "gates": {"channel_gate": config.hidden_size},
-        }
-        for name, size in sizes.get(learned, {}).items():
-            parameter = nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            delattr(self, name)
-            self.register_parameter(name, parameter)
+        """Make parameters of what a rule has as ``learned``; `start_at` sets them."""
+
+        def parameter(size: int) -> nn.Parameter:
+            made = nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+            made.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            return made
+
+        if learned == "scales":
+            self.residual_scale, self.output_scale = parameter(1), parameter(1)
+        elif learned == "gates":
+            self.channel_gate = parameter(config.hidden_size)
+        elif learned == "gpas":
+            self.gate = parameter(1)
+
+    @torch.no_grad()
+    def start_at(self, rule: SublayerRule) -> None:
+        """Take ``a`` and ``b`` of a rule; or start there, where they are learned."""
+        if isinstance(self.residual_scale, nn.Parameter) and isinstance(self.output_scale, nn.Parameter):
+            self.residual_scale.fill_(rule.residual_scale)
+            self.output_scale.fill_(rule.output_scale)
+        else:
+            self.residual_scale, self.output_scale = rule.residual_scale, rule.output_scale
 
     @property
     def scales(self) -> Scales:
@@ -379,15 +390,9 @@ class NormedBiasDropoutAdd(nn.Module):
             self.norm = PostNorm(config) if of.after_add else PlainAdd()
         self.norm.learn(of.learned, config)
 
-    @torch.no_grad()
     def set_scales(self, rule: SublayerRule) -> None:
         """Take the scales of the sublayer's rule, which goes by the place in the model; or start there."""
-        for name in ("residual_scale", "output_scale"):
-            scale = getattr(self.norm, name)
-            if isinstance(scale, nn.Parameter):
-                scale.fill_(getattr(rule, name))
-            else:
-                setattr(self.norm, name, getattr(rule, name))
+        self.norm.start_at(rule)
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
         """Return the function that adds a sublayer's output to the residual stream.

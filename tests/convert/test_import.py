@@ -253,8 +253,8 @@ def test_a_wrong_import_is_refused(single_process, tmp_path, monkeypatch, dtype)
     make(tmp_path / "source", "llama")
     right = importing.imported_tensor
 
-    def swapped(get, architecture, target, key, layer):
-        tensor = right(get, architecture, target, key, layer)
+    def swapped(get, architecture, target, key, *place):
+        tensor = right(get, architecture, target, key, *place)
         return tensor.roll(len(tensor) // 2, 0) if key == "decoder.layers.mlp.linear_fc1.weight" else tensor
 
     monkeypatch.setattr(importing, "imported_tensor", swapped)

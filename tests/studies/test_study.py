@@ -154,7 +154,7 @@ def test_shards_share_the_runs_and_an_array_of_slurm_is_one(write, tmp_path, mon
     monkeypatch.setattr(
         command,
         "train",
-        lambda study, folders, jobs: seen.append([folder.run.name for folder in folders]) or [],
+        lambda study, folders, jobs, share_gpus: seen.append([folder.run.name for folder in folders]) or [],
     )
     everything = [run.name for run in read_study(write(STUDY)).runs()]
     arguments = [str(write(STUDY)), "--output", str(tmp_path / "runs")]

@@ -12,7 +12,7 @@ from tests.training import flag_trials as trials
 pytestmark = pytest.mark.usefixtures("single_process", "launched")
 
 GIVEN = """
-    --enable-cuda-graph --cuda-graph-scope attn --optimizer-cuda-graph --te-rng-tracker
+    --cuda-graph-impl local --cuda-graph-modules attn --optimizer-cuda-graph --te-rng-tracker
     --inference-cuda-graph-scope none
     --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --moe-enable-deepep
     --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs --moe-ncclep-static-shape
@@ -35,7 +35,12 @@ GIVEN = """
     --cross-entropy-fusion-impl te --deterministic-mode --use-megatron-fsdp --ckpt-format fsdp_dtensor
     --init-model-with-meta-device --attention-backend fused --record-memory-history
 """
-EXCLUSIVE = {"external_cuda_graph": "--external-cuda-graph", "use_torch_fsdp2": "--use-torch-fsdp2"}
+EXCLUSIVE = {
+    "enable_cuda_graph": ("--enable-cuda-graph", "True -> False"),
+    "cuda_graph_scope_deprecated": ("--cuda-graph-impl local --cuda-graph-scope attn", "attn -> None"),
+    "external_cuda_graph": ("--external-cuda-graph", "True -> False"),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", "True -> False"),
+}
 SAME = "--moe-token-dispatcher-type alltoall --use-distributed-optimizer"
 
 
@@ -64,9 +69,10 @@ def test_the_run_is_that_of_a_command_line_without():
 @pytest.mark.parametrize("name", EXCLUSIVE)
 def test_so_it_is_for_what_excludes_another(name):
     expected, _ = arguments("--use-distributed-optimizer" if "fsdp" in name else "")
-    given, said = arguments(EXCLUSIVE[name])
+    flags, change = EXCLUSIVE[name]
+    given, said = arguments(flags)
     assert given == expected
-    assert f"\n  {name} True -> False (" in said
+    assert f"\n  {name} {change} (" in said
 
 
 def test_what_comes_of_these_changes_is_not_put_to_megatron():
