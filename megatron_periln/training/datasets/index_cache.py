@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import math
 import shutil
 import tempfile
@@ -224,8 +225,12 @@ def _cached(dataset: Any, folder: str, names: list[str], build: Callable[[], Ind
     return indices
 
 
+@functools.cache
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed jobs left in a cache: no process holds it, nor has a job made it just now."""
+    """Remove what killed jobs left in a cache: no process holds it, nor has a job made it just now.
+
+    Once a process: each dataset of a blend has files in it, and to list them for each would be quadratic.
+    """
     for left in folder.glob(f"{_UNFINISHED}*"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:

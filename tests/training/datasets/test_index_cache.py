@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,3 +409,23 @@ def test_many_datasets_need_many_open_files(jobs, tmp_path):
     )
     (error,) = [line for line in failed.log.splitlines() if line.startswith("error:")]
     assert "40 datasets hold about 520 files open, and this machine allows a process 300: raise" in error
+
+
+def test_what_killed_jobs_left_is_looked_for_once_a_folder(tmp_path, monkeypatch):
+    """Each dataset of a blend has files in it: to list them for each of a thousand took 11 of 16 seconds."""
+    listed, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: listed.append(path) or glob(path, pattern))
+
+    def build(name):
+        config = SimpleNamespace(
+            fast_cache_load=False, defer_npy_index_mmap=False, path_to_cache=str(tmp_path)
+        )
+        dataset = SimpleNamespace(config=config)
+        index_cache._cached(
+            dataset, str(tmp_path), [name], lambda: np.save(Path(dataset.config.path_to_cache, name), [1])
+        )
+
+    for number in range(3):
+        build(f"{number}.npy")
+    assert listed == [tmp_path]
+    assert len(list(tmp_path.iterdir())) == 3
