@@ -4,22 +4,9 @@ import sys
 
 import torch
 from child import answer
-from transformers import AutoModelForCausalLM
+from plain import Plain
 
 SHAPES = ({1: torch.export.Dim.DYNAMIC},)
-
-
-class Plain(torch.nn.Module):
-    """A model from tokens to logits."""
-
-    def __init__(self, folder):
-        super().__init__()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        self.model = model.eval()
-
-    def forward(self, tokens):
-        """Return the logits of tokens."""
-        return self.model(tokens, use_cache=False).logits
 
 
 def exported(job):

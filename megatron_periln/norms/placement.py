@@ -44,8 +44,7 @@ class SublayerRule:
     @property
     def adds_plainly(self) -> bool:
         """Whether all after ``M`` is Megatron's own bias-dropout-add."""
-        scales = (self.residual_scale, self.output_scale)
-        return not (self.output or self.after_add or self.learned) and scales == (1.0, 1.0)
+        return _adds_plainly(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +257,7 @@ class NormPlacement:
     @property
     def adds_plainly(self) -> bool:
         """Whether every sublayer's output is added by Megatron's own bias-dropout-add."""
-        scales = (self.residual_scale, self.output_scale)
-        return not (self.output or self.after_add or self.learned) and scales == (1.0, 1.0)
+        return _adds_plainly(self)
 
     @property
     def label(self) -> str:
@@ -297,6 +295,11 @@ _CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final")
 
 def _goes_by_place(value: Value) -> bool:
     return isinstance(value, tuple) or (isinstance(value, str) and names_a_place(value))
+
+
+def _adds_plainly(rule: SublayerRule | NormPlacement) -> bool:
+    scales = (rule.residual_scale, rule.output_scale)
+    return not (rule.output or rule.after_add or rule.learned) and scales == (1.0, 1.0)
 
 
 def _text(value: Value) -> str:

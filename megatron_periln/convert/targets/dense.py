@@ -21,12 +21,12 @@ __all__ = ["DENSE"]
 _ATTENTION = frozenset({"qkv", "proj"})
 _MLP = frozenset({"mlp"})
 
-_OLMO_NAMES = {
+_OUTPUT_NAMES = {
     **GLOBAL_NAMES,
     **ATTENTION_NAMES,
     **QK_NORM_NAMES,
-    **MLP_NAMES,
     "attention.output_norm": LAYER + "post_attention_layernorm",
+    **MLP_NAMES,
     "mlp.output_norm": LAYER + "post_feedforward_layernorm",
 }
 
@@ -124,14 +124,7 @@ DENSE: tuple[Target, ...] = (
         runs_in="transformers, vLLM, SGLang and, if its heads are of the hidden size together, llama.cpp",
         placement="output",
         qk_norm=True,
-        names={
-            **GLOBAL_NAMES,
-            **ATTENTION_NAMES,
-            **QK_NORM_NAMES,
-            "attention.output_norm": LAYER + "post_attention_layernorm",
-            **MLP_NAMES,
-            "mlp.output_norm": LAYER + "post_feedforward_layernorm",
-        },
+        names=_OUTPUT_NAMES,
         layer_kinds="rotates in windows, if there are",
         window_period="sliding_window_pattern",
     ),
@@ -143,7 +136,7 @@ DENSE: tuple[Target, ...] = (
         qk_norm=True,
         whole_qk_norm=True,
         whole_heads=True,
-        names=_OLMO_NAMES,
+        names=_OUTPUT_NAMES,
         settings={"attention_bias": False},
     ),
     Target(
@@ -155,7 +148,7 @@ DENSE: tuple[Target, ...] = (
         whole_qk_norm=True,
         whole_heads=True,
         layer_kinds="rotates everywhere",
-        names=_OLMO_NAMES,
+        names=_OUTPUT_NAMES,
         settings={"attention_bias": False},
         rope_labels=("sliding_attention", "full_attention"),
     ),
