@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_periln.checkpoints.manifest import Manifest
 from megatron_periln.checkpoints.reader import NORM_BEFORE_EXPERTS
@@ -121,7 +122,8 @@ def load_model(path: Path, config: GPTModelConfig, absent: tuple[str, ...] = ())
 
 def _find_norms_before_experts(state: dict[str, Any], path: Path) -> None:
     """Ask for the norm before a layer's experts by the name that it has in a checkpoint."""
-    there = dist_checkpointing.load_tensors_metadata(str(path))
+    # Megatron's own reading of names takes a fix that only training applies.
+    there = FileSystemReader(path).read_metadata().state_dict_metadata
     for sharded in state.values():
         if isinstance(sharded, ShardedTensor) and sharded.key not in there:
             sharded.key = sharded.key.replace(*NORM_BEFORE_EXPERTS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,18 @@ def test_checkpoints_of_transformer_engine_are_exported(single_process, tmp_path
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in dist_checkpointing.load_tensors_metadata(str(path))
     said = []
     export(saved.folder, tmp_path / "model", ExportOptions(), say=said.append)
+    assert parity(said) <= 1e-5
+
+
+def test_a_mixture_is_exported_without_the_fixes_of_training(saved, monkeypatch, tmp_path):
+    """Tools apply none of them; the negative control is Megatron's own reading of a checkpoint's names."""
+    fixed = TorchDistLoadShardedStrategy.load_tensors_metadata
+    monkeypatch.setattr(TorchDistLoadShardedStrategy, "load_tensors_metadata", fixed.__wrapped__)
+    checkpoint = saved(SIGMOID)
+    with pytest.raises(TypeError, match="strides"):
+        dist_checkpointing.load_tensors_metadata(str(checkpoint.folder / "iter_0000007"))
+    said = []
+    export(checkpoint.folder, tmp_path / "model", ExportOptions(), say=said.append)
     assert parity(said) <= 1e-5
 
 
