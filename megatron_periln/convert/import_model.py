@@ -18,6 +18,7 @@ from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import architecture_of, read_config
 from megatron_periln.convert.megatron_flags import flag_file, model_arguments
 from megatron_periln.convert.safetensors_folder import Tensors
+from megatron_periln.convert.source.memory_names import under_names_of_files
 from megatron_periln.convert.source.tensors import check_tensors
 from megatron_periln.convert.targets import Target
 from megatron_periln.convert.weights import VOCABULARY_TABLES, imported_tensor, without_scales
@@ -82,7 +83,7 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
     """
     config, target, said = read_config(model)
     source = architecture_of(config, target)
-    tensors = Tensors(model)
+    tensors = under_names_of_files(Tensors(model), source, target, said)
     check_tensors(tensors, source, target, said)
     dtype = options.dtype or tensors[target.tensor_name("embedding.weight")].dtype
     architecture = without_scales(source)
@@ -107,7 +108,7 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
             path = save_model(folder, args, built)
             del built
         if options.verify:
-            _check_parity(model, path, args, source, target, dtype, say)
+            _check_parity(model, path, args, tensors, source, target, dtype, say)
         else:
             say("The logits were not compared (--no-verify)")
     say(f"Wrote {output}. Go on training with these flags, as @{output / FLAG_FILE}:")
@@ -136,6 +137,7 @@ def _check_parity(
     model: Path,
     path: Path,
     args: Namespace,
+    tensors: Tensors,
     source: Architecture,
     target: Target,
     dtype: torch.dtype,
@@ -155,7 +157,7 @@ def _check_parity(
         return
     with single_process():
         exact = build_model(megatron_config(args))
-        _fill(exact, Tensors(model), source, target)
+        _fill(exact, tensors, source, target)
         parity_check.require_parity(
             parity_check.compare(
                 parity_check.megatron_outputs(exact, sample).of_ids(source.vocab_size), expected

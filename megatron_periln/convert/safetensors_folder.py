@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["INDEX", "Layout", "Tensors", "finalize_shards", "write_tensors"]
+__all__ = ["INDEX", "Layout", "Part", "Tensors", "finalize_shards", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -108,6 +109,14 @@ class Layout(NamedTuple):
     shape: list[int]
 
 
+class Part(NamedTuple):
+    """What a name stands for: a stored tensor, or rows of one of the matrices that it holds."""
+
+    stored: str
+    matrix: int | None = None
+    rows: slice = slice(None)
+
+
 class Tensors:
     """The tensors of a folder of safetensors files, each read when asked for.
 
@@ -132,6 +141,19 @@ class Tensors:
             raise UsageError(f"{index} names {missing[0]}, which is not there; download the model again")
         self._files = {file: self._open(file) for file in sorted(files)}
         self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+        self._parts = {name: Part(name) for name in self._file_of}
+
+    def under(self, parts: Mapping[str, Part]) -> Tensors:
+        """Return the same files' tensors under other names, those alone that are given.
+
+        Parameters
+        ----------
+        parts
+            What each name stands for.
+        """
+        other = copy.copy(self)
+        other._parts = dict(parts)
+        return other
 
     def _open(self, file: str) -> safe_open:
         try:
@@ -140,10 +162,10 @@ class Tensors:
             raise UsageError(f"{self.folder / file} can't be read: {error}; download it again") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._parts)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._parts
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the tensor called ``name``.
@@ -153,22 +175,31 @@ class Tensors:
         UsageError
             If there is none.
         """
-        if name not in self._file_of:
+        if name not in self._parts:
             raise UsageError(f"{self.folder} has no tensor {name}, which its configuration promises")
-        return self._files[self._file_of[name]].get_tensor(name)
+        part = self._parts[name]
+        handle = self._files[self._file_of[part.stored]]
+        if part.matrix is None:
+            return handle.get_tensor(part.stored)
+        return handle.get_slice(part.stored)[part.matrix, part.rows]
 
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        return self.folder / self._file_of[name]
+        return self.folder / self._file_of[self._parts[name].stored]
 
     def layout(self, name: str) -> Layout:
         """Return a tensor's dtype and shape, without reading it."""
-        part = self._files[self._file_of[name]].get_slice(name)
-        return Layout(part.get_dtype(), list(part.get_shape()))
+        part = self._parts[name]
+        stored = self._files[self._file_of[part.stored]].get_slice(part.stored)
+        shape = list(stored.get_shape())
+        if part.matrix is not None:
+            shape = [len(range(*part.rows.indices(shape[1]))), *shape[2:]]
+        return Layout(stored.get_dtype(), shape)
 
     def equal(self, one: str, other: str) -> bool:
         """Tell whether two tables hold the same, some rows of each at a time."""
-        parts = [self._files[self._file_of[name]].get_slice(name) for name in (one, other)]
+        names = [self._parts[name].stored for name in (one, other)]
+        parts = [self._files[self._file_of[name]].get_slice(name) for name in names]
         rows, *_ = shape = parts[0].get_shape()
         return shape == parts[1].get_shape() and all(
             torch.equal(*(part[start : start + _ROWS] for part in parts)) for start in range(0, rows, _ROWS)

@@ -171,6 +171,7 @@ DENSE: tuple[Target, ...] = (
             "mlp.output_norm": "model.layers.{next}.input_layernorm",
             "last.mlp.output_norm": "model.norm",
         },
+        in_memory={"block_sparse_moe": "mlp"},
         zeros={LAYER + "block_sparse_moe.gate.weight": 1},
         settings={
             "num_local_experts": 1,

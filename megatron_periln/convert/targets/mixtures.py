@@ -2,7 +2,8 @@
 
 What each computes was read from its modeling file in transformers 5.23; tests/convert compares it
 with Megatron's. In memory transformers 5 has the weights of a layer's experts as one tensor; in files each
-expert has its own, as in transformers 4.
+expert has its own, as in transformers 4. What was written as it is in memory is read by
+`megatron_periln.convert.source.memory_names`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ MIXTURES: tuple[Target, ...] = (
             "mlp.expert_bias": LAYER + "moe.router.expert_bias",
             "mlp.output_norm": LAYER + "post_ffn_norm",
         },
+        in_memory={
+            "moe.router.expert_bias": "mlp.gate.e_score_correction_bias",
+            "post_attn_norm": "post_self_attn_layernorm",
+            "post_ffn_norm": "post_mlp_layernorm",
+        },
     ),
     Target(
         name="mixtral",
@@ -110,6 +116,7 @@ MIXTURES: tuple[Target, ...] = (
             "mlp.experts.up": LAYER + "block_sparse_moe.experts.{expert}.w3",
             "mlp.experts.down": LAYER + "block_sparse_moe.experts.{expert}.w2",
         },
+        in_memory={"block_sparse_moe": "mlp"},
         settings={"sliding_window": None},
     ),
     Target(

@@ -107,6 +107,9 @@ class Target:
         the layer's index, ``{next}`` for that of the layer after it, ``{expert}`` for the expert's. A neutral
         name that starts with ``last.`` is that of the last layer. What is no module's weight or bias has its
         whole name.
+    in_memory
+        Parts of the tensors' names in files, and what transformers has for them in memory, if that is another
+        name. Folders have these names if they were written with ``save_original_format=False``.
     zeros
         Tensors of zeros beside: names, and their rows of ``hidden_size``.
     settings
@@ -145,6 +148,7 @@ class Target:
     embedding_norm: bool = False
     mixture: Mixture | None = None
     names: Mapping[str, str]
+    in_memory: Mapping[str, str] = field(default_factory=dict)
     zeros: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_layers_settings: tuple[str, ...] = ()
