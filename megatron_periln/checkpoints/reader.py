@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,7 @@ class Checkpoint:
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: Mapping[str, Any] = metadata.state_dict_metadata
+        self._parts: dict[str, _Parts] = {}
         self.dtype: torch.dtype = self._entry(_EMBEDDING).properties.dtype
 
     def read(self, name: str, layer: int | None = None, expert: int | None = None) -> Tensor:
@@ -106,7 +110,9 @@ class Checkpoint:
             offsets[dimension], sizes[dimension] = index, 1
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         target = torch.empty(sizes, dtype=entry.properties.dtype, device="cpu")
-        plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [region]))
+        if key not in self._parts:
+            self._parts[key] = _Parts(entry)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, self._parts[key].at(indices), [region]))
         self._reader.read_data(plan, _Into(target))
         return target.reshape(sizes[len(indices) :])
 
@@ -162,6 +168,32 @@ def _what_is_there(folder: Path) -> str:
         "there is no checkpoint; give the folder that --save wrote, which holds "
         "latest_checkpointed_iteration.txt"
     )
+
+
+class _Parts:
+    """The parts in which a tensor was saved, by where they lie.
+
+    torch looks through all of them at each reading: of a layer's experts they are one an expert of every
+    layer, all of which are read.
+    """
+
+    def __init__(self, entry: TensorStorageMetadata) -> None:
+        self._entry = entry
+        self._by_place: dict[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    def at(self, indices: list[int]) -> TensorStorageMetadata:
+        """Return the tensor as if it had been saved with no parts but those at an index, or several."""
+        count = len(indices)
+        if count not in self._by_place:
+            places = self._by_place[count] = defaultdict(list)
+            for part in self._entry.chunks:
+                for place in product(*map(range, part.offsets[:count], _ends(part)[:count])):
+                    places[place].append(part)
+        return replace(self._entry, chunks=self._by_place[count].get(tuple(indices), []))
+
+
+def _ends(part: ChunkStorageMetadata) -> list[int]:
+    return [offset + size for offset, size in zip(part.offsets, part.sizes, strict=True)]
 
 
 class _Into(DefaultLoadPlanner):

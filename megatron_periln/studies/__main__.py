@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -109,8 +110,9 @@ def _task_of_array() -> str:
 
 def train(study: Study, folders: list[RunFolder], jobs: int, *, share_gpus: bool = False) -> list[str]:
     """Run those of ``folders`` that are not done; return the names of those that failed."""
+    known: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        folder.refuse_other_data()
+        folder.refuse_other_data(known)
     left = [folder for folder in folders if folder.read()["status"] not in DONE]
     if not left:
         return []

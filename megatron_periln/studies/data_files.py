@@ -21,20 +21,27 @@ _FILES = (
 )
 
 
-def data_files(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+def data_files(
+    flags: Sequence[str], known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return what tells the files that flags name from others, by dataset or file.
 
     Datasets by the checksums in their sidecars, else by sizes and times; a tokenizer's files by these. What
-    is not there is left out: a name on a hub, a weight of a blend.
+    is not there is left out: a name on a hub, a weight of a blend. ``known`` is taken as it is, and added to:
+    runs of a study mostly have the same data.
     """
+    known = {} if known is None else known
     found: dict[str, dict[str, Any]] = {}
     for flag, value in _values(flags):
-        if flag in _DATASETS and Path(f"{value}.idx").exists() and Path(f"{value}.bin").exists():
+        if value in known and flag in (*_DATASETS, *_FILES):
+            found[value] = known[value]
+        elif flag in _DATASETS and Path(f"{value}.idx").exists() and Path(f"{value}.bin").exists():
             found[value] = content_of(value)
         elif flag in _FILES and Path(value).exists():
             path = Path(value)
             files = sorted(inner for inner in path.iterdir() if inner.is_file()) if path.is_dir() else [path]
             found[value] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    known |= found
     return found
 
 

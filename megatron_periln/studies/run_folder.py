@@ -56,8 +56,13 @@ class RunFolder:
             )
         return state
 
-    def refuse_other_data(self) -> None:
+    def refuse_other_data(self, known: dict[str, dict[str, Any]] | None = None) -> None:
         """Refuse a run whose data or tokenizer have changed: what was trained is of those before.
+
+        Parameters
+        ----------
+        known
+            Of `data_files`.
 
         Raises
         ------
@@ -65,7 +70,7 @@ class RunFolder:
             Naming them.
         """
         before = self.read().get("data", {})
-        if changed := changed_since(before, data_files(self.run.flags)):
+        if before and (changed := changed_since(before, data_files(self.run.flags, known))):
             raise UsageError(
                 f"{self.path}: holds a run on what {', '.join(changed)} held then, and it has changed; give "
                 "another --output, or remove that folder"

@@ -35,7 +35,7 @@ def collect(study: Study, folders: Sequence[RunFolder], command: str) -> dict[st
         own flags, the index of its ``made``, and those of earlier attempts made of something else
         (``made_before``); ``profiles``, statistics by depth of each run.
     """
-    made: list[dict[str, Any]] = []
+    made = _Made()
     runs, profiles = [], []
     for folder in folders:
         state = folder.read()
@@ -49,7 +49,7 @@ def collect(study: Study, folders: Sequence[RunFolder], command: str) -> dict[st
         "about": study.about,
         "command": command,
         "flags": shlex.join(study.flags),
-        "made": made,
+        "made": made.list,
         "summary": summarize(runs),
         "runs": runs,
         "profiles": profiles,
@@ -57,7 +57,7 @@ def collect(study: Study, folders: Sequence[RunFolder], command: str) -> dict[st
 
 
 def _row(
-    folder: RunFolder, state: dict[str, Any], record: Run | None, shared: int, made: list[dict[str, Any]]
+    folder: RunFolder, state: dict[str, Any], record: Run | None, shared: int, made: _Made
 ) -> dict[str, Any]:
     """Return what became of a run; its first ``shared`` flags are those of every run."""
     run = folder.run
@@ -67,16 +67,24 @@ def _row(
         row["measures"] = measure(record, folder.log)
     if state["status"] == "pending":
         return row
-    last, *before = [_index(attempt, made) for attempt in (state, *state.get("earlier", ()))]
+    last, *before = [made.index(attempt) for attempt in (state, *state.get("earlier", ()))]
     return row | {"made": last} | ({"made_before": before} if before else {})
 
 
-def _index(attempt: dict[str, Any], made: list[dict[str, Any]]) -> int:
-    """Return the index of what an attempt was made of, which is added if it is new."""
-    about = {key: attempt.get(key) for key in ("commit", "versions", "machine")}
-    if about not in made:
-        made.append(about)
-    return made.index(about)
+class _Made:
+    """What runs were made of, each once."""
+
+    def __init__(self) -> None:
+        self.list: list[dict[str, Any]] = []
+        self._indices: dict[str, int] = {}
+
+    def index(self, attempt: dict[str, Any]) -> int:
+        """Return the index of what an attempt was made of, which is added if it is new."""
+        about = {key: attempt.get(key) for key in ("commit", "versions", "machine")}
+        index = self._indices.setdefault(json.dumps(about, sort_keys=True), len(self.list))
+        if index == len(self.list):
+            self.list.append(about)
+        return index
 
 
 def summarize(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_periln.checkpoints import reader
 from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.errors import UsageError
@@ -29,6 +31,22 @@ def test_tensors_are_read_whole(trained, single_process):
                 assert torch.equal(tensor, whole[layer]), name
         elif not name.startswith("optimizer"):
             assert torch.equal(checkpoint.read(name), whole), name
+
+
+def test_each_part_is_looked_at_once(trained, single_process, monkeypatch):
+    """torch looks through all that a tensor was saved in; of a layer that is those of all layers."""
+    looked_at = []
+
+    def looking(key, entry, regions):
+        looked_at.append(len(entry.chunks))
+        return create_read_items_for_chunk_list(key, entry, regions)
+
+    monkeypatch.setattr(reader, "create_read_items_for_chunk_list", looking)
+    checkpoint = Checkpoint(trained)
+    for layer in range(4):
+        checkpoint.read("mlp.linear_fc1.weight", layer)
+    parts = checkpoint._tensors["decoder.layers.mlp.linear_fc1.weight"].chunks
+    assert sum(looked_at) == len(parts) >= 8
 
 
 def test_export_of_tensor_and_pipeline_parallel_checkpoint(trained, single_process, tmp_path):

@@ -5,7 +5,9 @@ import struct
 
 import pytest
 
+from megatron_periln.data.indexed.content import content_of
 from megatron_periln.errors import UsageError
+from megatron_periln.studies import data_files as module
 from megatron_periln.studies.__main__ import train
 from megatron_periln.studies.data_files import data_files
 from megatron_periln.studies.run_folder import RunFolder
@@ -69,3 +71,14 @@ def test_data_that_are_elsewhere_are_no_others(finished, tmp_path):
     folder._write(state)
     write(tmp_path / "two", [6, 7])
     assert train(study, [folder], 1) == []
+
+
+def test_data_of_many_runs_are_looked_at_once(finished, tmp_path, monkeypatch):
+    study, folder = finished
+    asked = []
+    monkeypatch.setattr(module, "content_of", lambda prefix: asked.append(prefix) or content_of(prefix))
+    assert train(study, [folder] * 5, 1) == []
+    assert len(asked) == 2
+    write(tmp_path / "two", [4, 5, 6])
+    with pytest.raises(UsageError, match=r"and it has changed"):
+        train(study, [folder], 1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,9 +46,9 @@ def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
         raise InexpressibleError("model_type word: words that are not in the vocabulary have no pieces")
     if model.space_is_suffix and model.dummy_prefix:
         raise InexpressibleError("treat_whitespace_as_suffix: there is no normalizer that appends a space")
-    texts = [piece.text for piece in model.pieces]
-    if len(set(texts)) < len(texts):
-        double = next(text for text in texts if texts.count(text) > 1)
+    counts = Counter(piece.text for piece in model.pieces)
+    if counts.total() > len(counts):
+        double = next(text for text, count in counts.items() if count > 1)
         raise InexpressibleError(f"two pieces of one text, {double!r}")
     space = _SPACE if model.escape_spaces else " "
     return {

@@ -155,7 +155,9 @@ def whole_lines(stream: BinaryIO, chunk_bytes: int, limit: int) -> Iterator[tupl
         end = part.rfind(b"\n") + 1
         if not end:
             size += len(part)
-            unfinished = [*unfinished, part] if size <= limit else []
+            unfinished.append(part)
+            if size > limit:
+                unfinished.clear()
             continue
         if size > limit:
             first = part.find(b"\n") + 1

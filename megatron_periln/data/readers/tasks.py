@@ -32,18 +32,22 @@ def cut_into_sources(inputs: Sequence[InputFile], keys: Sequence[str], chunk_byt
     """
     found: list[Source] = []
     texts: list[InputFile] = []
+    texts_bytes = 0
 
     def end_texts() -> None:
+        nonlocal texts_bytes
         if texts:
-            found.append(TextFiles(tuple(file.path for file in texts), sum(file.bytes for file in texts)))
+            found.append(TextFiles(tuple(file.path for file in texts), texts_bytes))
             texts.clear()
+            texts_bytes = 0
 
     for file in inputs:
         if file.format == "text":
             if len(keys) > 1:
                 raise PreprocessError(f"{file.path}: plain text has no keys: give one --json-keys")
             texts.append(file)
-            if sum(text.bytes for text in texts) >= chunk_bytes:
+            texts_bytes += file.bytes
+            if texts_bytes >= chunk_bytes:
                 end_texts()
             continue
         end_texts()

@@ -68,3 +68,25 @@ def test_shards_are_even() -> None:
 def test_tasks_of_one_partition_are_whole() -> None:
     part = ByteRange("file", 0, 1)
     assert list(to_tasks([part, part], 1, 10)) == [Task(part), Task(part)]
+
+
+def test_sizes_of_texts_are_added_up_once() -> None:
+    """However many of them are less than a chunk."""
+
+    class File:
+        format = "text"
+        asked = 0
+
+        def __init__(self, number: int) -> None:
+            self.path = f"{number}.txt"
+
+        @property
+        def bytes(self) -> int:
+            File.asked += 1
+            return 1
+
+    (texts, rest) = cut_into_sources([File(number) for number in range(300)], ["text"], 200)  # type: ignore[misc]
+    assert isinstance(texts, TextFiles)
+    assert isinstance(rest, TextFiles)
+    assert [(len(part.paths), part.weight) for part in (texts, rest)] == [(200, 200), (100, 100)]
+    assert File.asked == 300
