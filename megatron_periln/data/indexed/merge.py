@@ -32,6 +32,7 @@ from megatron_periln.data.indexed.sidecar import (
     Sidecar,
     check_counts,
     is_sidecar,
+    reference,
     sha256_of,
     sidecar_path,
     utc_now,
@@ -45,6 +46,7 @@ __all__ = ["Merged", "append_file", "find_datasets", "merge_datasets", "merge_si
 
 COPY_BLOCK = 1 << 23
 """Bytes copied at a time where the kernel cannot copy."""
+_BESIDE = "copy that of its own run there, or remove the sidecars"
 _CANNOT_COPY_RANGE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
@@ -194,13 +196,13 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
     """
     paths = [sidecar_path(dataset.prefix) for dataset in datasets]
     sidecars = []
-    inputs: dict[Any, dict[str, Any]] = {}
+    inputs = _Inputs()
     for path, dataset in zip(paths, datasets, strict=True):
         if path.exists():
             sidecar = Sidecar.read(path)
             check_counts(sidecar, dataset)
-            inputs.update((item["path"], item) for item in sidecar.inputs)
-            # Each part of one run lists all inputs, twice: held once, not once a part.
+            inputs.add(path, sidecar)
+            # Parts of one run written by earlier versions all list all inputs: held once, not once a part.
             sidecars.append(replace(sidecar, inputs=[], plan={}))
     first_path = next((path for path in paths if path.exists()), None)
     for path, sidecar in zip((path for path in paths if path.exists()), sidecars, strict=True):
@@ -227,7 +229,7 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
         bytes_read=sum(sidecar.bytes_read for sidecar in sidecars),
         skipped=dict(skipped),
         json_key=_join(sidecar.json_key for sidecar in sidecars),
-        inputs=list(inputs.values()),
+        inputs=inputs.of_all(),
         sha256={},
         versions={
             name: _join(sidecar.versions[name] for sidecar in sidecars if name in sidecar.versions)
@@ -237,7 +239,42 @@ def merge_sidecars(datasets: Sequence[IndexArrays], command: Sequence[str]) -> S
         created=utc_now(),
         format_version=FORMAT_VERSION,
         plan={},
+        parts=1,
+        listed_in={},
     )
+
+
+class _Inputs:
+    """The inputs of several datasets; what lists them for others is read once."""
+
+    def __init__(self) -> None:
+        self._by_path: dict[str, dict[str, Any]] = {}
+        self._read: dict[Path, dict[str, str]] = {}
+
+    def of_all(self) -> list[dict[str, Any]]:
+        return list(self._by_path.values())
+
+    def add(self, path: Path, sidecar: Sidecar) -> None:
+        if not sidecar.listed_in:
+            self._list(path, sidecar)
+            return
+        other = path.parent / sidecar.listed_in["file"]
+        try:
+            if other not in self._read:
+                self._list(other, Sidecar.read(other))
+        except PreprocessError as error:
+            raise PreprocessError(
+                f"{path}: its inputs are listed in another sidecar: {error}; {_BESIDE}"
+            ) from error
+        if self._read.get(other) != sidecar.listed_in:
+            raise PreprocessError(
+                f"{path}: its inputs are listed in {other.name}, and there is another run's; {_BESIDE}"
+            )
+
+    def _list(self, path: Path, sidecar: Sidecar) -> None:
+        self._by_path.update((item["path"], item) for item in sidecar.inputs)
+        if sidecar.parts > 1:
+            self._read[path] = reference(path, sidecar.plan)
 
 
 def append_file(source: Path, target: BinaryIO) -> None:

@@ -18,7 +18,16 @@ from megatron_periln.data.output_files import indented_json, writing
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import replacing
 
-__all__ = ["FORMAT_VERSION", "Sidecar", "check_counts", "is_sidecar", "sha256_of", "sidecar_path", "utc_now"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Sidecar",
+    "check_counts",
+    "is_sidecar",
+    "reference",
+    "sha256_of",
+    "sidecar_path",
+    "utc_now",
+]
 
 FORMAT_VERSION = 1
 
@@ -35,7 +44,11 @@ _TOKENIZER: dict[str, Any] = {
 _INPUT: dict[str, Any] = {"path": str, "bytes": int}
 # What grows with the number of input files. It stands last, so that others need not read it.
 _LISTS: dict[str, type] = {"command": list, "inputs": list, "plan": dict}
+_INPUT_OF_PLAN = "the input"
+_LATER: dict[str, type] = {"plan": dict, "listed_in": dict}
+"""Fields that earlier versions did not write."""
 _HEAD_BYTES = 1 << 16
+_LISTED_IN: dict[str, Any] = {"file": str, "plan_sha256": str}
 _SHA256: dict[str, Any] = {"bin": str, "idx": str}
 
 
@@ -76,6 +89,10 @@ class Sidecar:
         What decided the bytes, by name; empty where several datasets were merged, and in older sidecars.
     parts
         How many datasets its run wrote for the key: more than one with ``--max-bin-size``.
+    listed_in
+        Where a run wrote several datasets for a key, all but the first have no ``command``, ``inputs`` and
+        ``plan``, but here the ``file`` that has, the first one's sidecar in the same folder, and the
+        ``plan_sha256`` of its plan: were the inputs listed in each, they would be datasets times inputs.
     """
 
     documents: int
@@ -95,6 +112,7 @@ class Sidecar:
     format_version: int = FORMAT_VERSION
     plan: dict[str, Any] = field(default_factory=dict)
     parts: int = 1
+    listed_in: dict[str, str] = field(default_factory=dict)
 
     def write_to(self, path: Path) -> None:
         """Write to ``path`` as indented JSON.
@@ -106,6 +124,7 @@ class Sidecar:
         """
         fields = dict(vars(self))
         lists = {name: fields.pop(name) for name in _LISTS}
+        lists |= _inputs_once(self.inputs, self.plan)
         with path.open("wb") as stream:
             stream.writelines(chain(indented_json({**fields, **lists}), [b"\n"]))
 
@@ -151,7 +170,8 @@ class Sidecar:
             raise PreprocessError(f"{path}: malformed JSON: {error}; preprocess the corpus again") from error
         if not isinstance(content, dict):
             raise PreprocessError(f"{path}: not a JSON object, so not the sidecar of a dataset")
-        content.setdefault("plan", {})
+        for name, kind in _LATER.items():
+            content.setdefault(name, kind())
         version = content.get("format_version")
         if type(version) is int and version > FORMAT_VERSION:
             raise PreprocessError(
@@ -163,7 +183,48 @@ class Sidecar:
         _check_fields(path, content["sha256"], _SHA256, "sha256.")
         for number, item in enumerate(content["inputs"]):
             _check_fields(path, item, _INPUT, f"inputs[{number}].")
+        if content["listed_in"]:
+            _check_fields(path, content["listed_in"], _LISTED_IN, "listed_in.")
+        content |= _inputs_twice(content["inputs"], content["plan"])
         return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+
+
+def reference(path: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Return ``listed_in`` of a sidecar whose command, inputs and plan stand in that at ``path``."""
+    # Sorted, and as JSON, so that what was read from a file has the same.
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    return {"file": path.name, "plan_sha256": digest.hexdigest()}
+
+
+def _inputs_once(inputs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """Return the two lists as a file has them: what the plan says of an input stands with the input."""
+    files = plan.get(_INPUT_OF_PLAN)
+    if not files or len(files) != len(inputs):
+        return {}
+    try:
+        merged = [
+            {"path": path, "bytes": size, "format": form, "modified": modified}
+            for path, form, size, modified in files
+        ]
+    except TypeError:  # no files
+        return {}
+    if any(
+        {"path": one["path"], "bytes": one["bytes"]} != item for one, item in zip(merged, inputs, strict=True)
+    ):
+        return {}
+    rest = {name: value for name, value in plan.items() if name != _INPUT_OF_PLAN}
+    return {"inputs": merged, "plan": rest}
+
+
+def _inputs_twice(inputs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what `_inputs_once` has joined."""
+    if not plan or _INPUT_OF_PLAN in plan or not inputs or not all("modified" in item for item in inputs):
+        return {}
+    files = [[item["path"], item.get("format"), item["bytes"], item["modified"]] for item in inputs]
+    return {
+        "inputs": [{"path": item["path"], "bytes": item["bytes"]} for item in inputs],
+        "plan": {_INPUT_OF_PLAN: files, **plan},
+    }
 
 
 def _summary(path: Path) -> Any:
@@ -172,7 +233,7 @@ def _summary(path: Path) -> Any:
     content = {name: kind() for name, kind in _LISTS.items()}
     if found:
         content |= json.loads(head + b"}")
-    if content.keys() >= {field.name for field in dataclasses.fields(Sidecar)}:
+    if content.keys() | _LATER.keys() >= {field.name for field in dataclasses.fields(Sidecar)}:
         return content
     return json.loads(path.read_text(encoding="utf-8"))  # of an earlier version, or no sidecar
 

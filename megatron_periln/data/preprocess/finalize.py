@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from megatron_periln.data.indexed.format import BLOCK, DTYPES, HEADER, MAGIC, VERSION
 from megatron_periln.data.indexed.index_arrays import IndexArrays
-from megatron_periln.data.indexed.sidecar import Sidecar, check_counts, sha256_of, sidecar_path, utc_now
+from megatron_periln.data.indexed.sidecar import (
+    Sidecar,
+    check_counts,
+    reference,
+    sha256_of,
+    sidecar_path,
+    utc_now,
+)
 from megatron_periln.data.output_files import writing
 from megatron_periln.data.preprocess.journal import Dataset, Size
 from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
@@ -210,6 +217,12 @@ def _sidecars(plan: Plan, outputs: PartialOutputs, encoder: str) -> dict[Dataset
         "encoder": encoder,
     }
     created, versions, parts = utc_now(), _versions(), Counter(key for key, _ in sizes)
+    lists: dict[str, Any] = {
+        "inputs": [{"path": file.path, "bytes": file.bytes} for file in plan.inputs],
+        "command": plan.command,
+        "plan": plan.identity(outputs.dtype),
+    }
+    elsewhere = _listed_in_the_first(plan, lists["plan"])
     return {
         dataset: Sidecar(
             documents=size.documents,
@@ -221,16 +234,23 @@ def _sidecars(plan: Plan, outputs: PartialOutputs, encoder: str) -> dict[Dataset
             tokenizer=tokenizer,
             append_eod=plan.append_eod,
             json_key=dataset[0],
-            inputs=[{"path": file.path, "bytes": file.bytes} for file in plan.inputs],
             sha256={},
             versions=versions,
-            command=plan.command,
             created=created,
-            plan=plan.identity(outputs.dtype),
             parts=parts[dataset[0]],
+            **(elsewhere[dataset[0]] if dataset[1] else lists),
         )
         for dataset, size in sizes.items()
     }
+
+
+def _listed_in_the_first(plan: Plan, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the sidecars of a key's further datasets have where the first one's has the lists."""
+    nothing: dict[str, Any] = {"inputs": [], "command": [], "plan": {}}
+    if not plan.max_bin_size:
+        return {}
+    firsts = {key: sidecar_path(plan.dataset_prefix(key, 0)) for key in plan.keys}
+    return {key: {**nothing, "listed_in": reference(path, identity)} for key, path in firsts.items()}
 
 
 def _versions() -> dict[str, str]:
@@ -282,10 +302,14 @@ def check_finished(plan: Plan) -> str:
         If Megatron cannot read one.
     """
     now = plan.identity(token_dtype(plan.tokenizer.vocab_size))
+    elsewhere = _listed_in_the_first(plan, now)
     prefixes = [prefix for key in plan.keys for prefix in _finished_prefixes(plan, key)]
     for prefix in prefixes:
         sidecar = Sidecar.read(sidecar_path(prefix))
         changed = difference(sidecar.plan, now) if sidecar.plan else "nothing tells how it was made"
+        if sidecar.listed_in:
+            same = sidecar.listed_in in [lists["listed_in"] for lists in elsewhere.values()]
+            changed = None if same else f"it belongs to another {sidecar.listed_in.get('file')}"
         if not plan.rereadable:
             changed = "a pipe cannot be read again to compare"
         if changed:

@@ -103,6 +103,27 @@ def test_no_end_of_document(path: Path) -> None:
     assert Sidecar.read(edited(path, tokenizer=tokenizer)).tokenizer["eod"] is None
 
 
+def test_inputs_stand_there_once(path: Path) -> None:
+    """What the plan says of each, too."""
+    inputs = [{"path": f"in/{number}.jsonl", "bytes": number} for number in range(3)]
+    plan = {"the input": [[item["path"], "jsonl", item["bytes"], 7] for item in inputs], "--shard": [0, 1]}
+    sidecar = dataclasses.replace(SIDECAR, inputs=inputs, plan=plan)
+    sidecar.write(path)
+    assert path.read_text().count("in/1.jsonl") == 1
+    assert Sidecar.read(path) == sidecar
+    edited(path, inputs=inputs, plan=plan)  # of an earlier version
+    assert Sidecar.read(path) == sidecar
+
+
+def test_an_older_summary_has_no_list_elsewhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read to its first list as well."""
+    MANY.write(path)
+    path.write_text(path.read_text().replace('\n  "listed_in": {},', ""))
+    assert "listed_in" not in path.read_text()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read whole"))
+    assert Sidecar.read_summary(path) == dataclasses.replace(MANY, command=[], inputs=[], plan={})
+
+
 def test_an_older_one_has_no_plan(path: Path) -> None:
     content = json.loads(path.read_text())
     del content["plan"]
@@ -111,7 +132,8 @@ def test_an_older_one_has_no_plan(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [field.name for field in dataclasses.fields(Sidecar) if field.name != "plan"]
+    "name",
+    [field.name for field in dataclasses.fields(Sidecar) if field.name not in ("plan", "listed_in")],
 )
 def test_missing_field(path: Path, name: str) -> None:
     content = json.loads(path.read_text())
@@ -140,6 +162,7 @@ def test_missing_field(path: Path, name: str) -> None:
         ({"inputs": [{"path": "a", "bytes": 1}, {"path": "b"}]}, "field 'inputs[1].bytes' is missing"),
         ({"inputs": ["a"]}, "field 'inputs' is [\"a\"], not a list"),
         ({"format_version": 2}, "format version 2, only 1 and older can be read; update megatron-periln"),
+        ({"listed_in": {"file": "a"}}, "field 'listed_in.plan_sha256' is missing"),
         ({"plan": "p"}, "field 'plan' is \"p\", not an object"),
         ({"format_version": "1"}, "field 'format_version' is \"1\", not an integer"),
     ],

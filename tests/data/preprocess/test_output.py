@@ -207,7 +207,10 @@ def test_sidecar(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch)
     assert (sidecar["tokens"], sidecar["dtype"]) == (sum(sizes), "uint16")
     assert sidecar["skipped"] == {}
     paths = [*inputs[:3], "texts/a.txt", inputs[4]]
-    assert sidecar["inputs"] == [{"path": path, "bytes": os.stat(path).st_size} for path in paths]  # noqa: PTH116
+    stats = {path: os.stat(path) for path in paths}  # noqa: PTH116
+    assert [(one["path"], one["bytes"], one["modified"]) for one in sidecar["inputs"]] == [
+        (path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()
+    ]
     assert sidecar["command"] == ["preprocess_data.py", "--input", *inputs, *flags]
     for suffix in ("bin", "idx"):
         data = Path(f"out_text_document.{suffix}").read_bytes()

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,6 +71,32 @@ def test_size_limit(tmp_path: Path, inputs: list[object], run: Callable, limit: 
     sidecars = [json.loads(Path(f"{prefix}.json").read_text()) for prefix in prefixes]
     assert sum(sidecar["documents"] for sidecar in sidecars) == len(TEXTS)
     assert all(sidecar["tokens"] * 2 == size for sidecar, size in zip(sidecars, sizes, strict=True))
+
+
+def test_inputs_are_listed_once(tmp_path: Path, inputs: list[object], run: Callable) -> None:
+    """In the first dataset's sidecar, and there once: else they are datasets times inputs, twice."""
+    flags = [*inputs, "--output-prefix", tmp_path / "out", "--tokenizer-type", "NullTokenizer"]
+    assert run(*flags, "--max-bin-size", 300)[0] == 0
+    paths = sorted(tmp_path.glob("out*.json"))
+    assert len(paths) > 5
+    first, *others = [path.read_text() for path in paths]
+    assert first.count("a.jsonl") == 2  # in the command, too
+    assert not any("a.jsonl" in other for other in others)
+    prefixes = [path.with_suffix("") for path in paths]
+    code, stderr = run(*flags, "--max-bin-size", 300, "--resume")
+    assert (code, "Nothing to do" in stderr) == (0, True)
+    merge = ("--overwrite", "--output-prefix", tmp_path / "merged", "--inputs")
+    assert run_tool("merge_datasets", *merge, *prefixes).code == 0
+    assert Sidecar.read(tmp_path / "merged.json").inputs == Sidecar.read(paths[0]).inputs
+    assert len(Sidecar.read(paths[0]).inputs) == 9
+
+    whole = Sidecar.read(paths[0])
+    replace(whole, plan={**whole.plan, "--append-eod": False}).write(paths[0])
+    message = refusal("merge_datasets", tmp_path, *merge, *prefixes)
+    assert f"{paths[1]}: its inputs are listed in {paths[0].name}, and there is another run's" in message
+    paths[0].unlink()
+    message = refusal("merge_datasets", tmp_path, *merge, prefixes[1])
+    assert f"{paths[1]}: its inputs are listed in another sidecar: {paths[0]}: cannot be read" in message
 
 
 def test_size_limit_of_several_keys(tmp_path: Path, run: Callable) -> None:
