@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = ["AXES", "PREPROCESS", "WORDS", "Axis", "documents"]
 
+LINE = 100
 WORDS = "a few words of a text that goes on, and some more of them in a sentence.\n"
 
 
@@ -33,6 +34,12 @@ class Axis:
         Of Python, which is run in a checkout; ``{folder}`` and ``{size}`` are replaced.
     stock
         The same of Megatron's, where it has a tool or code for that.
+    stock_name
+        Whose that is.
+    prepare
+        The same of what is run before it, and not measured: what depends on the checkout.
+    changed
+        Whether what is run changes the input, so that each needs its own.
     """
 
     name: str
@@ -40,6 +47,9 @@ class Axis:
     make: Callable[[Path, int], None]
     arguments: tuple[str, ...]
     stock: tuple[str, ...] = ()
+    stock_name: str = "Megatron's"
+    prepare: tuple[str, ...] = ()
+    changed: bool = False
 
 
 def small_files(folder: Path, size: int) -> None:
@@ -122,7 +132,12 @@ def checkpoints(folder: Path, size: int) -> None:
 def journal(folder: Path, size: int) -> None:
     """Write what a run of so many chunks leaves when it is killed."""
     (partial := folder / "out.partial").mkdir()
-    (partial / "run.json").write_text("{}")
+    write_journal(partial, size, "{}")
+
+
+def write_journal(partial: Path, size: int, identity: str) -> None:
+    """Write the same of a run whose bytes are decided by ``identity``."""
+    (partial / "run.json").write_text(identity)
     arrays = [np.arange(100, dtype=np.uint16), np.array([60, 40], np.int32), np.array([1, 1], np.int64)]
     checksum = 0
     for suffix, array in zip((".bin", ".lengths", ".documents"), arrays, strict=True):
@@ -139,6 +154,13 @@ def journal(folder: Path, size: int) -> None:
     }
     with (partial / "journal").open("w") as stream:
         stream.writelines(json.dumps({"number": number, **chunk}) + "\n" for number in range(size))
+
+
+def lines(folder: Path, size: int) -> None:
+    """Write lines of `LINE` bytes each."""
+    line = json.dumps({"text": ""}) + "\n"
+    text = json.dumps({"text": "x" * (LINE - len(line))}) + "\n"
+    (folder / "in.jsonl").write_text(text * size)
 
 
 def run_of_steps(folder: Path, size: int) -> None:
@@ -203,11 +225,53 @@ folder = Path(sys.argv[1]); Manifest.of(folder, sums=True).write(folder)"""
 _TIDY = """import sys; from pathlib import Path
 from megatron_periln.checkpoints.guard import tidy
 tidy(Path(sys.argv[1]))"""
-_JOURNAL = """import sys; from pathlib import Path; import numpy
-from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
-outputs = PartialOutputs(Path(sys.argv[1]) / "out.partial", numpy.dtype(numpy.uint16), {})
-outputs.open(resume=True, overwrite=False); list(outputs.newly_final()); outputs.close()
+_PARTIAL_OUTPUTS = """try:
+    from megatron_periln.data.preprocess import partial_outputs, plan
+    PartialOutputs = partial_outputs.PartialOutputs
+except ImportError:  # before these had folders
+    from megatron_periln.data import outputs, plan
+    PartialOutputs = outputs.Outputs
+"""
+_JOURNAL = f"""import sys; from pathlib import Path; import numpy
+{_PARTIAL_OUTPUTS}
+outputs = PartialOutputs(Path(sys.argv[1]) / "out.partial", numpy.dtype(numpy.uint16), {{}})
+outputs.open(resume=True, overwrite=False)
+if hasattr(outputs, "newly_final"):
+    list(outputs.newly_final())
+outputs.close()
 assert len(outputs.records) == int(sys.argv[2])"""
+# The tool with chunks of a line each, which are else of 4 MB.
+_IN_LINES = f"""import runpy, sys; from pathlib import Path
+{_PARTIAL_OUTPUTS}
+_, checkout, size, *sys.argv = sys.argv
+plan.CHUNK_BYTES = plan._CHUNK_BYTES = {LINE}
+"""
+_RUN = "runpy.run_path(str(Path(checkout, sys.argv[0])), run_name='__main__')"
+_KILLED = f"""{_IN_LINES}
+import json; from growth_axes import write_journal
+def killed(outputs, **_):
+    outputs.folder.mkdir()
+    write_journal(outputs.folder, int(size), json.dumps({{**outputs._identity, "encoder": None}}))
+    raise SystemExit
+PartialOutputs.open = killed
+{_RUN}"""
+_ROWS = """import sys; from pathlib import Path
+from megatron_periln.data.readers.inputs import find_inputs
+from megatron_periln.data.readers.shared_buffers import lending
+from megatron_periln.data.readers.tasks import cut_into_sources
+from megatron_periln.data.readers.together import together
+characters = 0
+with lending(4, 16 << 20):
+    for source in together(cut_into_sources(find_inputs([sys.argv[1]]), ["text"], 4 << 20), 4 << 20):
+        for chunk in source.chunks(1 << 28):
+            characters += sum(len(document.content["text"]) for document in chunk.raw_documents(1 << 28))
+print(characters)"""
+_PYARROW = """import sys; from pathlib import Path; from pyarrow.parquet import ParquetFile
+characters = 0
+for path in Path(sys.argv[1]).iterdir():
+    for batch in ParquetFile(path).iter_batches(columns=["text"], use_threads=False):
+        characters += sum(len(row["text"]) for row in batch.to_pylist())
+print(characters)"""
 _RESUMED_MONITOR = """import json, sys; from pathlib import Path
 from megatron_periln.monitor.record import RunRecord
 path = Path(sys.argv[1]) / "monitor.jsonl"
@@ -218,13 +282,16 @@ _LAYERS = """import sys; from pathlib import Path
 from megatron.training import global_vars
 from torch.utils.tensorboard import SummaryWriter
 from megatron_periln.monitor.record import RunRecord
-from megatron_periln.monitor.statistics import STATISTICS
+try:
+    from megatron_periln.monitor.statistics import STATISTICS
+except ImportError:  # before these had a file
+    from megatron_periln.monitor.schema import STATISTICS
 from megatron_periln.monitor.tensorboard import Board
 out, layers = Path(sys.argv[1]), list(range(int(sys.argv[2])))
 global_vars._GLOBAL_TENSORBOARD_WRITER = SummaryWriter(str(out / "tensorboard"))
 names = "version name placement num_layers hidden_size parameters flags started".split()
 record, board = RunRecord.open(out / "monitor.jsonl", dict.fromkeys(names), 0), Board()
-for interval in range(1, 101):
+for interval in range(1, 21):
     values = {name: [1.0 + layer / interval for layer in layers] for name in STATISTICS}
     record.layers(interval, layers, values); board.layers(interval, layers, values)"""
 
@@ -233,6 +300,7 @@ def _start(code: str, samples: str = "10000") -> tuple[str, ...]:
     return ("-c", _START, "{folder}", "{out}", code, samples)
 
 
+_LINES = ("-c", _IN_LINES + _RUN, "{checkout}", "{size}")
 _BLEND, _STOCK_BLEND = _start("ours"), _start("stock")
 
 AXES = (
@@ -241,7 +309,28 @@ AXES = (
     Axis("kB of one document, tokenizers", 100, long_document, (*PREPROCESS, "--encoder", "tokenizers")),
     Axis("kB of one document, gigatoken", 1000, long_document, (*PREPROCESS, "--encoder", "gigatoken")),
     Axis("MB of a Parquet row group", 2, row_group, PREPROCESS),
-    Axis("chunks of a journal, resumed", 1000, journal, ("-c", _JOURNAL, "{folder}", "{size}")),
+    Axis(
+        "MB of a Parquet row group, read as texts",
+        4,
+        row_group,
+        ("-c", _ROWS, "{folder}"),
+        ("-c", _PYARROW, "{folder}"),
+        "pyarrow's, once",
+    ),
+    Axis("chunks of a journal, opened", 1000, journal, ("-c", _JOURNAL, "{folder}", "{size}"), changed=True),
+    Axis(
+        "chunks of a journal, the tool resumed",
+        1000,
+        lines,
+        (*_LINES, *PREPROCESS, "--resume"),
+        prepare=("-c", _KILLED, *_LINES[2:], *PREPROCESS),
+    ),
+    Axis(
+        "files, each a dataset (--max-bin-size)",
+        10,
+        small_files,
+        (*_LINES, *PREPROCESS, "--max-bin-size", "1"),
+    ),
     Axis("datasets, merged", 10, prefixes, _MERGE, ("-c", _STOCK_MERGE, "{folder}", "{out}")),
     Axis("documents, training's start", 50_000, one_prefix, _BLEND, _STOCK_BLEND),
     Axis("prefixes, training's start", 10, blend, _BLEND, _STOCK_BLEND),
@@ -251,11 +340,15 @@ AXES = (
         ten_prefixes,
         *(_start("ours", "{size}"), _start("stock", "{size}")),
     ),
-    Axis("files of a checkpoint, manifest", 100, checkpoint, ("-c", _MANIFEST, "{folder}")),
+    Axis("files of a checkpoint, manifest", 100, checkpoint, ("-c", _MANIFEST, "{folder}"), changed=True),
     Axis("checkpoints, tidied", 10, checkpoints, ("-c", _TIDY, "{folder}")),
-    Axis("layers, 100 recorded intervals with TensorBoard", 6, nothing, ("-c", _LAYERS, "{out}", "{size}")),
+    Axis("layers, 20 recorded intervals with TensorBoard", 6, nothing, ("-c", _LAYERS, "{out}", "{size}")),
     Axis(
-        "steps, monitor's file resumed", 10_000, run_of_steps, ("-c", _RESUMED_MONITOR, "{folder}", "{size}")
+        "steps, monitor's file resumed",
+        10_000,
+        run_of_steps,
+        ("-c", _RESUMED_MONITOR, "{folder}", "{size}"),
+        changed=True,
     ),
     Axis("steps, report", 10_000, run_of_steps, _REPORT),
 )

@@ -1,9 +1,11 @@
 """What the monitor costs: step time relative to training without it, measured side by side in one run.
 
 Whole training steps (Megatron's schedule, gradient reduction and Adam) of one GPT in one process.
-Steps without a monitor, steps between two intervals, steps that record the layers, and steps that write
-them to TensorBoard too take turns, so that they share whatever the machine is doing. A run at interval N
-takes N - 1 steps of the second kind and one of the last. Prints a table and writes JSON.
+Steps without a monitor, steps between two intervals, steps that record the layers in the monitor's file,
+and steps that write them to TensorBoard too take turns, so that they share whatever the machine is doing.
+A run at interval N takes N - 1 steps of the second kind and one of a recording kind. Of each the time by the
+clock and the CPU time of all threads, TensorBoard's until its event is in its file. Prints a table and
+writes JSON.
 
     python benchmarks/monitor_cost.py --device cpu
     python benchmarks/monitor_cost.py --hidden-size 2048 --num-layers 24 --seq-length 4096 --bf16
@@ -19,13 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import command, machine
 from one_process import build_gpt, start_megatron
 
 INTERVALS = (1, 10, 100)
+FILE, TENSORBOARD = "file", "file and TensorBoard"
 
 
 def build(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -74,8 +77,15 @@ def build_monitor(options: argparse.Namespace, folder: str) -> Any:
     return RunMonitor(argparse.Namespace(**{**vars(options), **arguments}))
 
 
-def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int], float]]:
-    """Return three kinds of training steps; each takes the iteration and returns its seconds."""
+class Taken(NamedTuple):
+    """What a step took, in seconds."""
+
+    clock: float
+    cpu: float
+
+
+def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int], Taken]]:
+    """Return the kinds of training steps; each takes the iteration and returns what it took."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import global_vars
 
@@ -95,10 +105,10 @@ def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int]
     def schedule(**arguments: Any) -> Any:
         return get_forward_backward_func()(**arguments)
 
-    def step(iteration: int, *, monitored: bool, recorded: bool, tensorboard: bool = False) -> float:
+    def step(iteration: int, *, monitored: bool, recorded: bool, tensorboard: bool = False) -> Taken:
         global_vars._GLOBAL_TENSORBOARD_WRITER = writer if tensorboard else None
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = Taken(time.perf_counter(), time.process_time())
         run = schedule
         if monitored:
             monitor.is_due = lambda _: recorded
@@ -120,14 +130,22 @@ def steps(options: argparse.Namespace, monitor: Any) -> dict[str, Callable[[int]
             total = sum(microbatch["lm loss"] for microbatch in losses)
             monitor.end(iteration, {"lm loss": total[0] / total[1]}, norm, 1e-4)
         torch.cuda.synchronize()
-        return time.perf_counter() - start
+        if tensorboard:
+            writer.flush()  # what its thread does is of this step
+        return Taken(time.perf_counter() - start.clock, time.process_time() - start.cpu)
 
     return {
         "no monitor": lambda i: step(i, monitored=False, recorded=False),
         "between intervals": lambda i: step(i, monitored=True, recorded=False),
-        "layers recorded": lambda i: step(i, monitored=True, recorded=True),
-        "and TensorBoard": lambda i: step(i, monitored=True, recorded=True, tensorboard=True),
+        FILE: lambda i: step(i, monitored=True, recorded=True),
+        TENSORBOARD: lambda i: step(i, monitored=True, recorded=True, tensorboard=True),
     }
+
+
+def quartiles(mine: list[Taken], others: list[Taken], what: str) -> list[float]:
+    """Return those of the ratios of steps of the same turn, by the clock or the CPU."""
+    ratios = [getattr(one, what) / getattr(other, what) for one, other in zip(mine, others, strict=True)]
+    return statistics.quantiles(ratios, n=4)
 
 
 def main() -> None:
@@ -151,38 +169,56 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     start_megatron(options.device, options.micro_batch_size, options.num_microbatches)
+    from megatron.training.global_vars import get_tensorboard_writer
+
     with tempfile.TemporaryDirectory() as folder:
         monitor = build_monitor(options, folder)
+        writer = get_tensorboard_writer()
         kinds = steps(options, monitor)
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        taken: dict[str, list[Taken]] = {name: [] for name in kinds}
         for turn in range(options.rounds + 3):
             for place, (name, step) in enumerate(kinds.items()):
-                taken = step(1 + turn * len(kinds) + place)
+                seconds = step(1 + turn * len(kinds) + place)
                 if turn >= 3:
-                    seconds[name].append(taken)
+                    taken[name].append(seconds)
         monitor.close()
+        writer.close()  # whose thread would write where there is no folder any more
 
-    baseline = seconds["no monitor"]
-    results: list[dict[str, Any]] = []
-    for name, taken in seconds.items():
-        ratios = [mine / none for mine, none in zip(taken, baseline, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results.append({"step": name, "ms": 1e3 * statistics.median(taken), "over_none": [low, middle, high]})
-    _, between, _, recorded = (row["over_none"][1] for row in results)
-    intervals = {interval: ((interval - 1) * between + recorded) / interval for interval in INTERVALS}
-    print(f"{'step':<20}{'ms':>10}{'over none':>12}{'quartiles':>20}")
+    results = [
+        {
+            "step": name,
+            "ms": 1e3 * statistics.median(step.clock for step in mine),
+            "cpu_ms": 1e3 * statistics.median(step.cpu for step in mine),
+            "over_none": quartiles(mine, taken["no monitor"], "clock"),
+            "cpu_over_none": quartiles(mine, taken["no monitor"], "cpu"),
+            "cpu_over_file": quartiles(mine, taken[FILE], "cpu"),
+        }
+        for name, mine in taken.items()
+    ]
+    of = {row["step"]: row for row in results}
+    between = of["between intervals"]["over_none"][1]
+    at_intervals = {
+        name: {n: ((n - 1) * between + of[name]["over_none"][1]) / n for n in INTERVALS}
+        for name in (FILE, TENSORBOARD)
+    }
+    columns = {"ms": 9, "over none": 11, "quartiles": 18, "CPU ms": 9, "CPU over none": 15, "over file": 11}
+    print(f"{'step':<22}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for row in results:
         low, middle, high = row["over_none"]
-        print(f"{row['step']:<20}{row['ms']:>10.1f}{middle:>12.4f}{f'{low:.3f} .. {high:.3f}':>20}")
-    for interval, ratio in intervals.items():
-        print(f"{f'at interval {interval}':<20}{'':>10}{ratio:>12.4f}")
+        print(
+            f"{row['step']:<22}{row['ms']:>9.1f}{middle:>11.4f}{f'{low:.3f} .. {high:.3f}':>18}"
+            f"{row['cpu_ms']:>9.1f}{row['cpu_over_none'][1]:>15.4f}{row['cpu_over_file'][1]:>11.4f}"
+        )
+    for name, ratios in at_intervals.items():
+        for interval, ratio in ratios.items():
+            print(f"{f'{name}, interval {interval}':<31}{ratio:>11.4f}")
     if options.output:
         report = {
             "device": machine(),
             "command": command(),
             "settings": {key: str(value) for key, value in vars(options).items()},
             "results": results,
-            "over_none_at_interval": intervals,
+            "over_none_at_interval": at_intervals,
         }
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ def heat_map(history: Sequence[Sequence[float | None] | Floats]) -> Bytes:
     return _colors()[_cells(history)].repeat(_PIXELS, axis=0).repeat(_PIXELS, axis=1)
 
 
+@functools.cache  # for small models it would be most of a map's time
 def _colors() -> Bytes:
     """Return grey, of what has no logarithm, and the scale, ``[256, 3]``."""
     shares = np.linspace(0, 1, 255)
