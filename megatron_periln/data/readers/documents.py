@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import orjson
@@ -24,6 +25,10 @@ __all__ = [
 ]
 
 Value = str | list[str]
+
+
+_SEVERAL = 20
+"""Keys of a document that an error names: it stands in the journal, once for each bad document."""
 
 
 class Place(NamedTuple):
@@ -218,7 +223,8 @@ def _decode(data: bytes, unit: str) -> str:
 
 def _value(document: Mapping[str, object], key: str) -> Value:
     if key not in document:
-        there = ", ".join(map(repr, document)) or "none"
+        there = ", ".join(map(repr, islice(document, _SEVERAL))) or "none"
+        there += f" and {len(document) - _SEVERAL:,} more" if len(document) > _SEVERAL else ""
         raise _WrongError(
             "missing key", f"no key {key!r}; the keys there are: {there}; choose with --json-keys"
         )

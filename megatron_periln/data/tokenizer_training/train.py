@@ -194,8 +194,10 @@ def _lines(texts: Iterable[bytes]) -> Iterator[str]:
 
 
 def _check_special(tokens: Sequence[str]) -> None:
-    for place, token in enumerate(tokens):
+    seen = set[str]()
+    for token in tokens:
         if not token.strip():
             raise PreprocessError("--special-tokens: a token is empty or white space")
-        if token in tokens[:place]:
+        if token in seen:
             raise PreprocessError(f"--special-tokens: {token} is there twice, or one that is always there")
+        seen.add(token)

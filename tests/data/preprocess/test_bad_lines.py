@@ -46,6 +46,10 @@ def bad_line(
             b'{"body": "a", "id": 1}\n',
             "no key 'text'; the keys there are: 'body', 'id'; choose with --json-keys",
         ),
+        (
+            b"{" + b", ".join(b'"k%d": 0' % number for number in range(30)) + b"}\n",
+            "'k18', 'k19' and 10 more; choose with --json-keys",
+        ),
         (b'{"text": null}\n', "key 'text' has null; it must be a string or a list of strings"),
         (b'{"text": 1.5}\n', "key 'text' has a number;"),
         (b'{"text": true}\n', "key 'text' has a boolean;"),
