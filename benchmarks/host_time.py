@@ -46,6 +46,7 @@ def _contestants(device: str) -> dict[str, Step]:
         "norm_add": lambda x, r, w, b: kernels.norm_add(x, None, r, w, None, *last),
         "norm_add, LayerNorm, bias": lambda x, r, w, b: kernels.norm_add(x, b, r, w, w, *last),
         "norm_add, dropout": lambda x, r, w, b: kernels.norm_add(x, None, r, w, None, EPS, False, 0.1, True),
+        "norm_add, learned scales": _learned(device),
         "norm_add_norm": lambda x, r, w, b: kernels.norm_add_norm(
             x, None, r, w, None, *last, b, None, EPS, x.dtype
         ),
@@ -53,6 +54,16 @@ def _contestants(device: str) -> dict[str, Step]:
     if device == "cuda":
         contestants |= _transformer_engine(add)
     return contestants
+
+
+def _learned(device: str) -> Step:
+    """Return `kernels.norm_add` with two learned scales, the same in all calls of a chain."""
+    import torch
+
+    from megatron_periln.norms import kernels
+
+    scales = [torch.ones(1, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(2)]
+    return lambda x, r, w, b: kernels.norm_add(x, None, r, w, None, EPS, False, 0.0, True, *scales)
 
 
 def _transformer_engine(add: Step) -> dict[str, Step]:

@@ -41,7 +41,7 @@ REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
 
 @dataclass(frozen=True)
 class Variant:
-    """What a model may ask of the kernels."""
+    """What a model may ask of the kernels; learned scales are one ``number`` each, or one a ``channel``."""
 
     name: str
     dtype: str = "*bf16"
@@ -51,10 +51,11 @@ class Variant:
     dropout: bool = False
     with_next: bool = False
     scales: bool = False
+    learned: str = ""
 
     def launch_config(self, hidden_size: int) -> LaunchConfig:
         """Return its launch config for rows of this length."""
-        plain = not (self.layer_norm or self.sublayer_bias or self.dropout)
+        plain = not (self.layer_norm or self.sublayer_bias or self.dropout or self.learned)
         return choose_launch_config(hidden_size, plain, self.with_next)
 
     def takes(self, hidden_size: int) -> bool:
@@ -76,6 +77,10 @@ VARIANTS = (
     Variant(
         "all and next, scaled", layer_norm=True, sublayer_bias=True, dropout=True, with_next=True, scales=True
     ),
+    Variant("RMSNorm, learned", learned="number"),
+    Variant("all, learned", layer_norm=True, sublayer_bias=True, dropout=True, learned="number"),
+    Variant("RMSNorm, gates", learned="channel"),
+    Variant("all, gates", layer_norm=True, sublayer_bias=True, dropout=True, learned="channel"),
 )
 
 
@@ -119,6 +124,7 @@ def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]
         "sublayer_output_stride": "i32",
         "dropout": "fp32",
         "dropout_scale": "fp32",
+        "scales_per_channel": variant.learned == "channel",
         "weight_offset": 0.0,
         "hidden": hidden_size,
         "block": config.block,
@@ -135,6 +141,12 @@ def arguments(kernel: Any, variant: Variant, hidden_size: int) -> dict[str, Any]
         types |= {"sublayer_bias_partials": "*fp32" if variant.sublayer_bias else None}
     if variant.scales:
         types |= {"residual_scale": "fp32", "output_scale": "fp32", "grad_residual": variant.residual}
+    if variant.learned:
+        scale = "*fp32" if variant.learned == "channel" else variant.dtype
+        types |= {"residual_scales": scale, "output_scales": scale, "grad_residual": variant.residual}
+        if not forward:
+            types |= {"residual": variant.residual, "residual_stride": "i32", "bias": bias}
+            types |= {"scale_partials": "*fp32"}
     if variant.with_next:
         mean = types["mean"]
         types |= {"next_weight": variant.dtype, "next_mean": mean, "next_rstd": "*fp32"}

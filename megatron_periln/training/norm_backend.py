@@ -11,6 +11,7 @@ from megatron_periln.errors import RankError, UsageError
 from megatron_periln.norms import kernels
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.norms.kernels.self_test import find_failure
+from megatron_periln.norms.placement import NormPlacement
 
 __all__ = ["choose_norm_backend"]
 
@@ -43,8 +44,17 @@ def choose_norm_backend(args: Namespace) -> None:
         _self_test(args, choice.backend)
     if args.rank == 0:
         print(f"norm backend: {choice}", flush=True)
-        if choice.backend.learned is not None and placement_of(args).learned:
-            print(f"learned scales: {choice.backend.learned.name}, not the Triton kernels", flush=True)
+        if choice.backend.name == "triton" and (placement := placement_of(args)).learned:
+            print(f"learned scales: {_who_learns(placement)}", flush=True)
+
+
+def _who_learns(placement: NormPlacement) -> str:
+    """Say whether the Triton kernels compute a placement's learned scales, or PyTorch beside them."""
+    if placement.learned == "gpas":
+        return "not in the Triton kernels, as gpas acts on the sum"
+    if placement.output is False:
+        return "not in the Triton kernels, which are those of output norms"
+    return f"in the Triton kernels{'' if placement.output is True else ' where output norms stand'}"
 
 
 def _self_test(args: Namespace, backend: kernels.Backend) -> None:
@@ -63,6 +73,7 @@ def _self_test(args: Namespace, backend: kernels.Backend) -> None:
         zero_centered_gamma=args.layernorm_zero_centered_gamma,
         with_next=args.fuse_pre_mlp_norm,
         scaled=(placement.residual_scale, placement.output_scale) != (1.0, 1.0),
+        learned=placement.learned,
     )
     if failure is not None:
         raise RankError(

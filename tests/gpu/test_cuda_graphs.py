@@ -11,7 +11,7 @@ from tests.models import small
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process")]
 
 STEPS, RATE = 5, 0.05
-WAYS = [(placement, False) for placement in small.PLACEMENTS] + [("peri", True)]
+WAYS = [(placement, False) for placement in [*small.PLACEMENTS, "gated-peri"]] + [("peri", True)]
 
 
 @pytest.fixture(autouse=True)

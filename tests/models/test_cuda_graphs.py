@@ -116,6 +116,7 @@ def test_no_backend_has_the_host_wait(backend, monkeypatch):
     try:
         assert replays_equal_steps(layer_of("peri", hidden_dropout=0.2))
         assert replays_equal_steps(layer_of("post", hidden_dropout=0.2))
+        assert replays_equal_steps(layer_of("gated-peri", hidden_dropout=0.2))
     finally:
         kernels.backends._compiled.cache_clear()
         kernels.choose_backend.cache_clear()

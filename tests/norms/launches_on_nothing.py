@@ -24,13 +24,17 @@ CASES = {
     "RMSNorm": {"dtype": BF16, "stream": BF16},
     "all": {"dtype": BF16, "stream": FP32, "bias": True, "sublayer_bias": True, "dropout": 0.25},
     "all and next": {"dtype": BF16, "stream": BF16, "bias": True, "sublayer_bias": True, "next": True},
+    "learned": {"dtype": BF16, "stream": BF16, "bias": True, "learned": 1},
+    "gates": {"dtype": BF16, "stream": BF16, "learned": 128},
 }
 
 
 class Call:
     """The tensors of one call, and its plan."""
 
-    def __init__(self, dtype, stream, bias=False, sublayer_bias=False, dropout=0.0, next=False, hidden=128):
+    def __init__(
+        self, dtype, stream, bias=False, sublayer_bias=False, dropout=0.0, next=False, learned=0, hidden=128
+    ):
         def vector(given):
             return torch.ones(hidden, dtype=dtype) if given else None
 
@@ -38,6 +42,8 @@ class Call:
         self.x, self.residual = torch.ones(shape, dtype=dtype), torch.ones(shape, dtype=stream)
         self.weight = vector(True)
         self.others = (vector(sublayer_bias), vector(bias), vector(next), vector(next and bias))
+        self.scales = [torch.ones(learned, dtype=FP32) for _ in range(2 * bool(learned))]
+        self.others += (*self.scales,)
         options = (1e-5, 0.0, dropout, *((1e-3, dtype) if next else ()))
         self.plan = fused._plan_for(self.x, self.residual, self.weight, self.others, options)
         self.out = torch.empty_like(self.residual)
@@ -52,13 +58,16 @@ class Call:
         self.grad, self.grad_normed = torch.ones_like(self.out), torch.ones_like(self.x) if next else None
         self.results = torch.empty_like(self.x), torch.empty_like(self.out)
         parameters = len(self.backward.parameters)
-        self.partials = torch.empty(parameters * self.backward.programs * hidden)
+        self.partials = torch.empty(self.backward._all_partials)
+        self.of_scales = self.partials[self.backward._scale_partials_at :] if learned else None
+        self.scale_sums = torch.empty(2 * learned)
         self.sums = torch.empty(parameters * hidden, dtype=dtype)
 
     def saved(self):
         kept = self.out if self.normed is not None else None
         tensors = (self.x, self.weight, self.statistics, self.others[0], self.seed, kept, self.others[2])
-        return plans.Saved(*tensors)
+        learned = (self.others[1], self.residual, *self.scales) if self.scales else ()
+        return plans.Saved(*tensors, *learned)
 
     def run(self, what):
         if what == "forward":
@@ -68,12 +77,14 @@ class Call:
         elif what == "backward":
             gradients = (self.grad, self.grad_normed, *self.results, self.partials)
             self.backward._write(self.saved(), *gradients)
-        else:
+        elif what == "sum":
             self.backward._reduce(self.partials, self.sums)
+        else:
+            launcher = self.launcher("sum_of_scales")
+            self.backward._launch_sum(launcher, self.of_scales, self.scale_sums, self.plan.scale_size)
 
     def launcher(self, what):
-        names = {"forward": self.plan, "backward": self.backward, "sum": self.backward}
-        return getattr(names[what], f"_{what}")
+        return getattr(self.plan if what == "forward" else self.backward, f"_{what}")
 
 
 def compiled(launcher):
@@ -115,7 +126,7 @@ def same_launches():
     results = {}
     for name, options in CASES.items():
         call = Call(**options)
-        for what in ("forward", "backward", "sum"):
+        for what in ("forward", "backward", "sum", *["sum_of_scales"] * bool(call.scales)):
             triton_s, first = by_names(call, what), watched(call, what)
             again = watched(call, what)
             found = call.launcher(what).relaunch is not None

@@ -30,7 +30,7 @@ def results(tmp_path_factory):
 def test_no_shipped_configuration_spills_or_uses_atomics(results):
     process, rows = results
     with_next = [size for size in HIDDEN_SIZES if size <= MAX_NORM_ADD_NORM_HIDDEN_SIZE]
-    assert len(rows) == 2 * (7 * len(HIDDEN_SIZES) + 4 * len(with_next))
+    assert len(rows) == 2 * (11 * len(HIDDEN_SIZES) + 4 * len(with_next))
     assert [row for row in rows if row["spills"] or row["atomics"]] == []
     assert process.returncode == 0, process.stderr
 

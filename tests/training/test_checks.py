@@ -145,6 +145,32 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     assert short_forms_for_torchrun(["--monitor"]) == ["--monitor"]
 
 
+@pytest.mark.parametrize(
+    ("placement", "rule", "words"),
+    [
+        ("gated-peri", None, "in the Triton kernels"),
+        ("peri", '{"output": "mlp", "learned": "scales"}', "in the Triton kernels where output norms stand"),
+        ("post", '{"learned": "scales"}', "not in the Triton kernels, which are those of output norms"),
+        ("gpas", None, "not in the Triton kernels, as gpas acts on the sum"),
+    ],
+)
+def test_who_computes_learned_scales_is_said(placement, rule, words, monkeypatch, capsys):
+    tested = []
+    monkeypatch.setattr(norm_backend, "find_failure", lambda *_, **options: tested.append(options))
+    model = {"hidden_size": 64, "params_dtype": torch.float32, "normalization": "RMSNorm", "norm_rule": rule}
+    off = dict.fromkeys(
+        ["fp32_residual_connection", "layernorm_zero_centered_gamma", "fuse_pre_mlp_norm"], False
+    )
+    args = argparse.Namespace(norm_backend="triton", norm_placement=placement, rank=0, **model, **off)
+    try:
+        norm_backend.choose_norm_backend(args)
+    finally:
+        kernels.use_backend("auto")
+    assert f"learned scales: {words}\n" in capsys.readouterr().out
+    learned = "gates" if placement == "gated-peri" else "scales"
+    assert [options["learned"] for options in tested] == [learned] * ("peri" in placement)
+
+
 def test_kernels_that_are_off_on_a_rank_are_refused(monkeypatch):
     monkeypatch.setattr(
         norm_backend, "find_failure", lambda *_, **__: "fails here: RuntimeError: no such thing"

@@ -13,6 +13,7 @@ from megatron_periln.norms.kernels.backends import (
     add_norm,
     backend_for,
     choose_backend,
+    gate_scales,
     gpas,
     norm,
     norm_add,
@@ -20,7 +21,6 @@ from megatron_periln.norms.kernels.backends import (
     use_backend,
 )
 from megatron_periln.norms.kernels.launch_config import MAX_NORM_ADD_NORM_HIDDEN_SIZE
-from megatron_periln.norms.kernels.reference import gate_scales
 
 __all__ = [
     "BACKENDS",

@@ -5,8 +5,7 @@ backend   what runs
 ========  ==================================================================================
 torch     `reference`, plain PyTorch
 compile   `compiled`: ``torch.compile`` of `reference`
-triton    `fused` for the output norm, alone or with the next; `compiled` for the others, and where scales
-          are learned
+triton    `fused` for the output norm, alone or with the next; `compiled` for the others
 auto      triton on a GPU that can run it, else compile; torch on the CPU
 ========  ==================================================================================
 """
@@ -36,6 +35,7 @@ __all__ = [
     "add_norm",
     "backend_for",
     "choose_backend",
+    "gate_scales",
     "gpas",
     "has_triton",
     "norm",
@@ -70,8 +70,7 @@ class Backend:
     norm_add_norm: NormAddNorm
     add: NormAdd = reference.add
     gpas: Callable[[Tensor, Tensor], Tensor] = reference.gpas
-    # Who computes with learned scales, if it is another.
-    learned: Backend | None = None
+    gate_scales: Callable[[Tensor], tuple[Tensor, Tensor]] = reference.gate_scales
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,7 @@ def _by_backend[**P, R](specification: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(specification)
     def compute(*args: P.args, **kwargs: P.kwargs) -> R:
-        backend = backend_for(cast(Tensor, args[0]))
-        if backend.learned is not None and isinstance(args[-1], Tensor):
-            backend = backend.learned
-        return getattr(backend, specification.__name__)(*args, **kwargs)
+        return getattr(backend_for(cast(Tensor, args[0])), specification.__name__)(*args, **kwargs)
 
     return compute
 
@@ -109,6 +105,7 @@ norm_add_norm = _by_backend(reference.norm_add_norm)
 add_norm = _by_backend(reference.add_norm)
 add = _by_backend(reference.add)
 gpas = _by_backend(reference.gpas)
+gate_scales = _by_backend(reference.gate_scales)
 
 
 def use_backend(name: str) -> None:
@@ -179,8 +176,7 @@ def _named(name: str) -> Backend:
     from megatron_periln.norms.kernels import fused  # imports Triton: a second, which --help does without
 
     rest = _TORCH if fused.INTERPRETED else _compiled()
-    fastest = replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
-    return replace(fastest, learned=rest)
+    return replace(rest, name="triton", norm_add=fused.norm_add, norm_add_norm=fused.norm_add_norm)
 
 
 @functools.cache
@@ -193,6 +189,7 @@ def _compiled() -> Backend:
         compile_for_both_passes(reference.norm_add_norm),
         compile_for_both_passes(reference.add),
         compile_for_both_passes(reference.gpas),
+        compile_for_both_passes(reference.gate_scales),
     )
 
 

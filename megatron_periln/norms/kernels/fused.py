@@ -3,8 +3,9 @@
 And with the next norm, if asked for. `fused_rows` has the mathematics, `plans` how the kernels are launched.
 
 Kept for the backward pass: the sublayer output, the parameters, one or two numbers a row and the seed of
-dropout; no normed or dropped copy. Parameter gradients are summed in a fixed order, without atomics, so that
-the same step gives the same bits.
+dropout; no normed or dropped copy. For learned scales the residual stream too, which the input norm before
+it keeps anyway. Parameter gradients are summed in a fixed order, without atomics, so that the same step gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_periln.norms.kernels.launch_config import (
     choose_launch_config,
 )
 from megatron_periln.norms.kernels.plans import Options, Others, Plan, Saved
+from megatron_periln.norms.kernels.reference import Scale
 
 __all__ = ["INTERPRETED", "multiprocessors", "norm_add", "norm_add_norm"]
 
@@ -46,9 +48,9 @@ def _plan_for(
     sublayer_output: Tensor, residual: Tensor, weight: Tensor, others: Others, options: tuple[Any, ...]
 ) -> Plan:
     """Return the plan for calls like this one; ``options`` are `Options`, not yet named."""
-    sublayer_bias, bias, next_weight, next_bias = others
+    sublayer_bias, bias, next_weight, next_bias, *scales = others
     shape = sublayer_output.shape
-    plain = sublayer_bias is None and bias is None and options[2] == 0
+    plain = sublayer_bias is None and bias is None and options[2] == 0 and not scales
     config = choose_launch_config(shape[-1], plain, next_weight is not None)
     key = (
         shape,
@@ -60,6 +62,7 @@ def _plan_for(
         bias is None,
         None if next_weight is None else next_weight.dtype,
         next_bias is None,
+        *[None if scale is None else (scale.shape, scale.dtype) for scale in scales],
         options,
         config,
         sublayer_output.get_device(),
@@ -94,7 +97,7 @@ class _NormAdd(torch.autograd.Function):
         weight: Tensor,
         *others: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        sublayer_bias, bias, next_weight, next_bias = others or _NO_OTHERS
+        sublayer_bias, bias, next_weight, next_bias, *scales = others or _NO_OTHERS
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
         statistics = residual.new_empty(plan.statistics_size, dtype=plan.compute_dtype)
         seed = normed = None
@@ -104,7 +107,11 @@ class _NormAdd(torch.autograd.Function):
             normed = torch.empty_like(out, dtype=plan.options.next_dtype)
         kept_out = None if normed is None else out
         saved = Saved(sublayer_output, weight, statistics, sublayer_bias, seed, kept_out, next_weight)
-        ctx.save_for_backward(*(saved if others or seed is not None else saved[:3]))
+        if scales:
+            needed = any(ctx.needs_input_grad[-2:])
+            saved = Saved(*saved[:7], bias if needed else None, residual if needed else None, *scales)
+        n_kept = len(saved) if scales else 7 if others or seed is not None else 3
+        ctx.save_for_backward(*saved[:n_kept])
         ctx.plan = plan
         if plan.n_rows:
             plan.forward(residual, bias, next_bias, saved, out, normed)
@@ -119,7 +126,8 @@ class _NormAdd(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_out: Tensor, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
     needed, saved = ctx.needs_input_grad, Saved(*ctx.saved_tensors)
-    if grad_normed is None and not needed[1] and not any(needed[3:]):  # the residual's alone
+    learned = ctx.plan.scale_size
+    if grad_normed is None and not learned and not needed[1] and not any(needed[3:]):  # the residual's alone
         scale = ctx.plan.options.residual_scale
         return None, None, grad_out if scale is None else scale * grad_out, *(None for _ in needed[3:])
     return tuple(ctx.plan.backward(needed).gradients(saved, grad_out, grad_normed))
@@ -131,9 +139,26 @@ _backward_once = once_differentiable(_backward)
 # --- The functions.
 
 
-def _scales(*scales: float) -> tuple[float | None, ...]:
-    """Return scales as the kernels take them: without those that are 1 they have no operation for them."""
-    return tuple(None if scale == 1.0 else float(scale) for scale in scales)
+def _scales(
+    residual_scale: Scale, output_scale: Scale
+) -> tuple[tuple[float | None, ...], tuple[Tensor | None, ...]]:
+    """Return constant scales, then learned ones, as the kernels take them: for 1 they have no operation.
+
+    Raises
+    ------
+    ValueError
+        If one is learned and the other is not.
+    """
+    scales = (residual_scale, output_scale)
+    learned = tuple(scale for scale in scales if isinstance(scale, Tensor))
+    if len(learned) == 1:
+        raise ValueError("the Triton kernels take two scales that are constants, or two that are learned")
+    return tuple(None if learned or scale == 1.0 else float(scale) for scale in scales), learned
+
+
+def _is_learned(*scales: Scale) -> bool:
+    """Tell whether one is a tensor, which no comparison may have the host wait for."""
+    return any(isinstance(scale, Tensor) for scale in scales)
 
 
 def norm_add(
@@ -146,8 +171,8 @@ def norm_add(
     zero_centered_gamma: bool,
     dropout: float,
     training: bool,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> Tensor:
     """`megatron_periln.norms.kernels.reference.norm_add`, fused.
 
@@ -158,7 +183,7 @@ def norm_add(
     Raises
     ------
     ValueError
-        If a row is longer than `MAX_NORM_ADD_HIDDEN_SIZE`.
+        If a row is longer than `MAX_NORM_ADD_HIDDEN_SIZE`, or one scale is learned and the other is not.
     """
     hidden_size = sublayer_output.shape[-1]
     if hidden_size > MAX_NORM_ADD_HIDDEN_SIZE:
@@ -166,11 +191,13 @@ def norm_add(
             f"the Triton kernels take a hidden size of {MAX_NORM_ADD_HIDDEN_SIZE} at most, not {hidden_size}"
         )
     options: tuple[Any, ...] = (eps, float(zero_centered_gamma), dropout if training else 0.0)
-    if residual_scale != 1.0 or output_scale != 1.0:
-        options = (*options, None, None, *_scales(residual_scale, output_scale))
-    others = (sublayer_bias, bias, None, None)
+    others: Others = (sublayer_bias, bias, None, None)
+    learned: Others = ()
+    if _is_learned(residual_scale, output_scale) or residual_scale != 1.0 or output_scale != 1.0:
+        constants, learned = _scales(residual_scale, output_scale)
+        options, others = (*options, None, None, *constants), (*others, *learned)
     plan = _plan_for(sublayer_output, residual, weight, others, options)
-    if sublayer_bias is None and bias is None:
+    if sublayer_bias is None and bias is None and not learned:
         return _NormAdd.apply(plan, sublayer_output, residual, weight)
     return _NormAdd.apply(plan, sublayer_output, residual, weight, *others)
 
@@ -189,15 +216,16 @@ def norm_add_norm(
     next_bias: Tensor | None,
     next_eps: float,
     next_dtype: torch.dtype,
-    residual_scale: float = 1.0,
-    output_scale: float = 1.0,
+    residual_scale: Scale = 1.0,
+    output_scale: Scale = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`megatron_periln.norms.kernels.reference.norm_add_norm`, fused; dropout as in `norm_add`.
 
     Raises
     ------
     ValueError
-        If a row is longer than `MAX_NORM_ADD_NORM_HIDDEN_SIZE`.
+        If a row is longer than `MAX_NORM_ADD_NORM_HIDDEN_SIZE`, or a scale is learned: of the longest rows
+        registers would not hold the sums for it.
     """
     hidden_size = sublayer_output.shape[-1]
     if hidden_size > MAX_NORM_ADD_NORM_HIDDEN_SIZE:
@@ -206,8 +234,10 @@ def norm_add_norm(
             f"{MAX_NORM_ADD_NORM_HIDDEN_SIZE} at most, not {hidden_size}"
         )
     dropout = dropout if training else 0.0
-    scales = _scales(residual_scale, output_scale)
-    options = (eps, float(zero_centered_gamma), dropout, next_eps, next_dtype, *scales)
+    constants, learned = _scales(residual_scale, output_scale)
+    if learned:
+        raise ValueError("the Triton kernels with the next norm take scales that are constants")
+    options = (eps, float(zero_centered_gamma), dropout, next_eps, next_dtype, *constants)
     others = (sublayer_bias, bias, next_weight, next_bias)
     plan = _plan_for(sublayer_output, residual, weight, others, options)
     return _NormAdd.apply(plan, sublayer_output, residual, weight, *others)

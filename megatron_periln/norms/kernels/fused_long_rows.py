@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_periln.norms.kernels.triton_rows import is_kept, load_rows, load_vector, store_rows
+from megatron_periln.norms.kernels.triton_rows import (
+    is_kept,
+    load_rows,
+    load_scale,
+    load_vector,
+    store_rows,
+    store_sums_of_all,
+)
 
 __all__ = ["long_norm_add_backward", "long_norm_add_forward"]
 
@@ -31,6 +38,8 @@ def long_norm_add_forward(
     normed: tl.tensor,
     next_mean: tl.tensor,
     next_rstd: tl.tensor,
+    residual_scales: tl.tensor,
+    output_scales: tl.tensor,
     n_rows: tl.tensor,
     sublayer_output_stride: tl.tensor,
     residual_stride: tl.tensor,
@@ -40,6 +49,7 @@ def long_norm_add_forward(
     dropout_scale: tl.tensor,
     residual_scale: tl.tensor,
     output_scale: tl.tensor,
+    scales_per_channel: tl.constexpr,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -88,6 +98,9 @@ def long_norm_add_forward(
         stream = load_rows(residual, row, columns, residual_stride, mask, compute_dtype)
         if residual_scale is not None:
             stream *= residual_scale
+        if output_scales is not None:
+            y *= load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
+            stream *= load_scale(residual_scales, columns, hidden, scales_per_channel, compute_dtype)
         store_rows(out, row, columns, hidden, mask, stream + y)
 
 
@@ -107,6 +120,11 @@ def long_norm_add_backward(
     next_mean: tl.tensor,
     next_rstd: tl.tensor,
     grad_residual: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    residual_scales: tl.tensor,
+    output_scales: tl.tensor,
+    scale_partials: tl.tensor,
     sublayer_bias_partials: tl.tensor,
     weight_partials: tl.tensor,
     bias_partials: tl.tensor,
@@ -116,10 +134,12 @@ def long_norm_add_backward(
     grad_out_stride: tl.tensor,
     sublayer_output_stride: tl.tensor,
     grad_normed_stride: tl.tensor,
+    residual_stride: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
     residual_scale: tl.tensor,
     output_scale: tl.tensor,
+    scales_per_channel: tl.constexpr,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -128,6 +148,8 @@ def long_norm_add_backward(
     stages: tl.constexpr,
 ) -> None:
     """Write ``grad_sublayer_output``; program ``i`` adds to row ``i`` of the sums ``[programs, hidden]``."""
+    residual_scale_sum = tl.zeros((1, block), compute_dtype)
+    output_scale_sum = tl.zeros((1, block), compute_dtype)
     # In strides of the grid, for the order of the sums: see `norm_add_backward`.
     for index in tl.range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = index + tl.arange(0, 1)
@@ -151,6 +173,8 @@ def long_norm_add_backward(
                 grad_out, row, columns, grad_out_stride, (columns < hidden)[None, :], compute_dtype
             )
             grad = _of_output(grad, seed, row, columns, dropout, dropout_scale, output_scale)
+            if output_scales is not None:
+                grad *= load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
             weighted = grad * (load_vector(weight, columns, hidden, compute_dtype) + weight_offset)
             products += weighted * normalized
             weights += weighted
@@ -177,8 +201,31 @@ def long_norm_add_backward(
                 store_rows(
                     grad_residual, row, columns, hidden, (columns < hidden)[None, :], grad * residual_scale
                 )
+            if residual_scales is not None:
+                a = load_scale(residual_scales, columns, hidden, scales_per_channel, compute_dtype)
+                store_rows(grad_residual, row, columns, hidden, (columns < hidden)[None, :], grad * a)
+            factor = load_vector(weight, columns, hidden, compute_dtype) + weight_offset
+            if scale_partials is not None:
+                stream = load_rows(
+                    residual, row, columns, residual_stride, (columns < hidden)[None, :], compute_dtype
+                )
+                of_residual = grad * stream  # d a = Σ (gradient of out) residual
             grad = _of_output(grad, seed, row, columns, dropout, dropout_scale, output_scale)
-            weighted = grad * (load_vector(weight, columns, hidden, compute_dtype) + weight_offset)
+            if scale_partials is not None:
+                y = normalized * factor
+                if bias is not None:
+                    y += load_vector(bias, columns, hidden, compute_dtype)
+                of_output = grad * y  # d b = Σ (gradient of out, dropped) (x̂ weight + bias)
+                if scales_per_channel:
+                    _accumulate(scale_partials, columns, hidden, of_residual)
+                    second = tl.num_programs(0).to(tl.int64) * hidden
+                    _accumulate(scale_partials + second, columns, hidden, of_output)
+                else:
+                    residual_scale_sum += of_residual
+                    output_scale_sum += of_output
+            if output_scales is not None:
+                grad *= load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
+            weighted = grad * factor
             grad_x = weighted - normalized * mean_product
             if mean is not None:
                 grad_x -= mean_weighted
@@ -192,6 +239,8 @@ def long_norm_add_backward(
                 _accumulate(sublayer_bias_partials, columns, hidden, grad_x)
         # The next row adds to the same sums: what any thread has written must be there for all to read.
         tl.debug_barrier()
+    if scale_partials is not None and not scales_per_channel:
+        store_sums_of_all(scale_partials, residual_scale_sum, output_scale_sum)
 
 
 @triton.jit

@@ -13,14 +13,23 @@ times ``b`` and dropped likewise, and ``h = g weight``, the backward pass is
     d weight = Σ g x̂,   d bias = Σ g,   d sublayer_bias = Σ d sublayer_output      over all rows
     d residual = a times the gradient of out, which is not written where a is 1
 
+Where ``a`` and ``b`` are learned, of one number each or of one a channel,
+
+    d a = Σ (gradient of out) residual
+    d b = Σ (gradient of out, dropped) (x̂ weight + bias) = weight (Σ g x̂) / b + bias (Σ g) / b
+
+over all rows, and over channels if they are numbers. So the sums for ``weight`` and ``bias`` give that of
+``b``, taken before ``b`` is multiplied with; that of ``a`` has the stream read again.
+
 The next norm, which only the residual add divides from this one, reads ``out`` while it is at hand. Backward,
 what passes through it is the same formula, and adds to the gradient of ``out``.
 
 `fused_long_rows` has the kernels for rows that don't fit. In both an argument that is None
-(``sublayer_bias``, ``bias``, ``seed`` without dropout, ``mean`` for RMSNorm, ``a`` and ``b`` that are 1, what
-belongs to the next norm, the sums of parameters that need no gradient) is a constant to the compiler, which
-leaves out what is done with it: one source makes a kernel for each combination, and none asks at run time.
-Tensors come first, in the order in which `plans` gives their addresses.
+(``sublayer_bias``, ``bias``, ``seed`` without dropout, ``mean`` for RMSNorm, ``a`` and ``b`` as numbers or
+as tensors, both where they are 1, what belongs to the next norm, the sums of parameters that need no
+gradient) is a constant to the compiler, which leaves out what is done with it: one source makes a kernel for
+each combination, and none asks at run time. Tensors come first, in the order in which `plans` gives their
+addresses.
 """
 
 from __future__ import annotations
@@ -28,7 +37,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_periln.norms.kernels.triton_rows import is_kept, load_rows, load_vector, store_rows
+from megatron_periln.norms.kernels.triton_rows import (
+    is_kept,
+    load_rows,
+    load_scale,
+    load_vector,
+    store_rows,
+    store_sums_of_all,
+)
 
 __all__ = ["norm_add_backward", "norm_add_forward"]
 
@@ -49,6 +65,8 @@ def norm_add_forward(
     normed: tl.tensor,
     next_mean: tl.tensor,
     next_rstd: tl.tensor,
+    residual_scales: tl.tensor,
+    output_scales: tl.tensor,
     n_rows: tl.tensor,
     sublayer_output_stride: tl.tensor,
     residual_stride: tl.tensor,
@@ -58,6 +76,7 @@ def norm_add_forward(
     dropout_scale: tl.tensor,
     residual_scale: tl.tensor,
     output_scale: tl.tensor,
+    scales_per_channel: tl.constexpr,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -92,6 +111,9 @@ def norm_add_forward(
         y *= output_scale
     if residual_scale is not None:
         stream *= residual_scale
+    if output_scales is not None:
+        y *= load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
+        stream *= load_scale(residual_scales, columns, hidden, scales_per_channel, compute_dtype)
     total = (stream + y).to(out.dtype.element_ty)  # out = a residual + b dropout(y), rounded once
     store_rows(out, rows, columns, hidden, mask, total)
     if normed is not None:
@@ -124,6 +146,11 @@ def norm_add_backward(
     next_mean: tl.tensor,
     next_rstd: tl.tensor,
     grad_residual: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    residual_scales: tl.tensor,
+    output_scales: tl.tensor,
+    scale_partials: tl.tensor,
     sublayer_bias_partials: tl.tensor,
     weight_partials: tl.tensor,
     bias_partials: tl.tensor,
@@ -133,10 +160,12 @@ def norm_add_backward(
     grad_out_stride: tl.tensor,
     sublayer_output_stride: tl.tensor,
     grad_normed_stride: tl.tensor,
+    residual_stride: tl.tensor,
     dropout: tl.tensor,
     dropout_scale: tl.tensor,
     residual_scale: tl.tensor,
     output_scale: tl.tensor,
+    scales_per_channel: tl.constexpr,
     weight_offset: tl.constexpr,
     hidden: tl.constexpr,
     block: tl.constexpr,
@@ -146,10 +175,14 @@ def norm_add_backward(
 ) -> None:
     """Write ``grad_sublayer_output``, and from program ``i`` row ``i`` of the sums ``[programs, hidden]``.
 
-    With ``grad_normed`` or ``residual_scale``, ``grad_residual`` is written too; without, it is ``grad_out``.
+    With ``grad_normed`` or ``a``, ``grad_residual`` is written too; without, it is ``grad_out``. The sums
+    for learned scales, ``scale_partials``, are ``[2, programs]`` or ``[2, programs, hidden]``: ``a``'s first.
     """
     columns = tl.arange(0, block)
     factor = load_vector(weight, columns, hidden, compute_dtype) + weight_offset
+    if output_scales is not None:  # so g has none of it below
+        factor *= load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
+        a = load_scale(residual_scales, columns, hidden, scales_per_channel, compute_dtype)
     # Parameter gradients stay in registers, one sum for each element of a tile, while the program walks over
     # its tiles. Those that aren't asked for are never added to, and the compiler drops them.
     weight_sum = tl.zeros((tile_rows, block), compute_dtype)
@@ -157,6 +190,7 @@ def norm_add_backward(
     sublayer_bias_sum = tl.zeros((tile_rows, block), compute_dtype)
     next_weight_sum = tl.zeros((tile_rows, block), compute_dtype)
     next_bias_sum = tl.zeros((tile_rows, block), compute_dtype)
+    residual_scale_sum = tl.zeros((tile_rows, block), compute_dtype)
     # In strides of the grid: which rows a program adds, and in which order, depends on the size of the grid
     # alone. `num_stages` above 1 would have the next tile copied into shared memory meanwhile.
     step = tl.num_programs(0) * tile_rows
@@ -168,6 +202,8 @@ def norm_add_backward(
         # sums between warps, nor across stores. With LayerNorm registers don't suffice for that.
         if mean is None:
             x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
+            if scale_partials is not None:
+                stream = load_rows(residual, rows, columns, residual_stride, mask, compute_dtype)
         # Rows from `n_rows` on have rstd 0 and gradient 0, and add nothing to any sum.
         r = tl.load(rstd + rows, mask=rows < n_rows, other=0.0)[:, None]
         if grad_normed is not None:
@@ -187,7 +223,7 @@ def norm_add_backward(
                 grad_z -= (tl.sum(weighted, 1) / hidden)[:, None]
             # Masked columns aren't 0 by now, and would count in the means below.
             grad = tl.where(mask, grad + grad_z * next_r, 0.0)
-            if residual_scale is None:
+            if residual_scale is None and residual_scales is None:
                 store_rows(grad_residual, rows, columns, hidden, mask, grad)
             if next_weight_partials is not None:
                 next_weight_sum += above * z  # d next_weight = Σ grad_normed ẑ
@@ -195,8 +231,14 @@ def norm_add_backward(
                 next_bias_sum += above  # d next_bias = Σ grad_normed
         if residual_scale is not None:
             store_rows(grad_residual, rows, columns, hidden, mask, grad * residual_scale)
+        if residual_scales is not None:
+            store_rows(grad_residual, rows, columns, hidden, mask, grad * a)
         if mean is not None:
             x = load_rows(sublayer_output, rows, columns, sublayer_output_stride, mask, compute_dtype)
+            if scale_partials is not None:
+                stream = load_rows(residual, rows, columns, residual_stride, mask, compute_dtype)
+        if scale_partials is not None:
+            residual_scale_sum += grad * stream  # d a = Σ (gradient of out) residual
         if sublayer_bias is not None:
             x += load_vector(sublayer_bias, columns, hidden, compute_dtype)
         if mean is not None:
@@ -213,12 +255,28 @@ def norm_add_backward(
             grad_x -= (tl.sum(weighted, 1) / hidden)[:, None]
         grad_x *= r
         store_rows(grad_sublayer_output, rows, columns, hidden, mask, grad_x)
-        if weight_partials is not None:
+        if weight_partials is not None or scale_partials is not None:
             weight_sum += grad * normalized  # d weight = Σ g x̂
-        if bias_partials is not None:
+        if bias_partials is not None or bias is not None:
             bias_sum += grad  # d bias = Σ g
         if sublayer_bias_partials is not None:
             sublayer_bias_sum += grad_x  # d sublayer_bias = Σ d x
+    if scale_partials is not None:
+        # d b = Σ (gradient of out, dropped) (x̂ weight + bias), of sums that have no b yet
+        output_scale_sum = weight_sum * (load_vector(weight, columns, hidden, compute_dtype) + weight_offset)
+        if bias is not None:
+            output_scale_sum += bias_sum * load_vector(bias, columns, hidden, compute_dtype)
+        if scales_per_channel:
+            of_residual = scale_partials + tl.program_id(0).to(tl.int64) * hidden + columns
+            of_output = of_residual + tl.num_programs(0).to(tl.int64) * hidden
+            tl.store(of_residual, tl.sum(residual_scale_sum, 0), mask=columns < hidden)
+            tl.store(of_output, tl.sum(output_scale_sum, 0), mask=columns < hidden)
+        else:
+            store_sums_of_all(scale_partials, residual_scale_sum, output_scale_sum)
+    if output_scales is not None:
+        b = load_scale(output_scales, columns, hidden, scales_per_channel, compute_dtype)
+        weight_sum *= b
+        bias_sum *= b
     row = tl.program_id(0).to(tl.int64) * hidden
     if weight_partials is not None:
         tl.store(weight_partials + row + columns, tl.sum(weight_sum, 0), mask=columns < hidden)

@@ -24,6 +24,7 @@ def find_failure(
     zero_centered_gamma: bool,
     with_next: bool,
     scaled: bool = False,
+    learned: str = "",
 ) -> str | None:
     """Return what is wrong with a backend's output norm, None if nothing is.
 
@@ -35,18 +36,23 @@ def find_failure(
         Those of a model.
     scaled
         Whether it has scales of the residual stream and of what is added.
+    learned
+        What it learns, as a placement says: ``scales`` of one number each, or of one a channel, of ``gates``.
     """
     generator = torch.Generator().manual_seed(1)
     rows, vector = (_ROWS, hidden_size), (hidden_size,)
     sublayer_output, residual, grad = (torch.randn(rows, generator=generator).to(dtype) for _ in range(3))
     weight, bias = (torch.rand(vector, generator=generator).to(dtype) for _ in range(2))
-    scales = (0.5, 2.0) if scaled else ()
+    constants = (0.5, 2.0) if scaled else ()
     inputs = [sublayer_output, residual.to(residual_dtype), weight, *([bias] if layer_norm else [])]
+    if size := {"scales": 1, "gates": hidden_size}.get(learned, 0):
+        inputs += [torch.rand(size, generator=generator).to(dtype) + 0.5 for _ in range(2)]
 
     def results(backend: Backend, tensors: list[Tensor], next_dtype: torch.dtype) -> list[Tensor]:
         leaves = [tensor.requires_grad_() for tensor in tensors]
         sublayer_output, residual, weight = leaves[:3]
         bias = leaves[3] if layer_norm else None
+        scales = leaves[-2:] if size else constants
         arguments = (sublayer_output, None, residual, weight, bias, _EPS, zero_centered_gamma, 0.0, True)
         outs: tuple[Tensor, ...]
         if with_next:

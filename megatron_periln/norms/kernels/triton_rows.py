@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["SUM_TILE", "is_kept", "load_rows", "load_vector", "store_rows", "sum_partials"]
+__all__ = [
+    "SUM_TILE",
+    "is_kept",
+    "load_rows",
+    "load_scale",
+    "load_vector",
+    "store_rows",
+    "store_sums_of_all",
+    "sum_partials",
+]
 
 SUM_TILE = {"tile_rows": 64, "tile_columns": 16}
 
@@ -45,6 +54,30 @@ def load_vector(
 ) -> tl.tensor:
     """Read a parameter as ``[1, columns]``; 0 beyond ``hidden``."""
     return tl.load(pointer + columns, mask=columns < hidden, other=0.0).to(compute_dtype)[None, :]
+
+
+@triton.jit
+def load_scale(
+    pointer: tl.tensor,
+    columns: tl.tensor,
+    hidden: tl.constexpr,
+    per_channel: tl.constexpr,
+    compute_dtype: tl.constexpr,
+) -> tl.tensor:
+    """Read a learned scale: one number, or as ``[1, columns]`` one a channel."""
+    if per_channel:
+        scale = load_vector(pointer, columns, hidden, compute_dtype)
+    else:
+        scale = tl.load(pointer).to(compute_dtype)
+    return scale
+
+
+@triton.jit
+def store_sums_of_all(sums: tl.tensor, first: tl.tensor, second: tl.tensor) -> None:
+    """Write the sums of two tiles, this program's of ``[2, programs]``."""
+    pointer = sums + tl.program_id(0)
+    tl.store(pointer, tl.sum(tl.sum(first, 0), 0))
+    tl.store(pointer + tl.num_programs(0), tl.sum(tl.sum(second, 0), 0))
 
 
 @triton.jit

@@ -88,7 +88,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "output norm",
         "the sublayer's output, the weight, and one or two fp32 numbers a row; with --fuse-pre-mlp-norm the "
-        "sum instead of the norm's input",
+        "sum instead of the norm's input; the residual stream too for learned scales",
         "megatron_periln/norms/kernels/fused.py, _NormAdd.forward",
     ),
     Rule(
@@ -158,7 +158,7 @@ def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.
 class _NormAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, residual: Tensor, weight: Tensor, *others: Tensor | None) -> Any:
-        """``others`` are the sublayer's bias, the norm's, and the next norm's weight and bias."""
+        """``others`` are the sublayer's bias, the norm's, the next norm's weight and bias, learned scales."""
         next_weight = others[2] if len(others) > 2 else None
         rows = residual.numel() // residual.shape[-1]
         layer_norm = others[1] is not None
@@ -166,6 +166,7 @@ class _NormAdd(torch.autograd.Function):
         total = torch.empty_like(residual)
         statistics = residual.new_empty(rows * numbers, dtype=torch.float32)
         kept = [] if next_weight is None else [total]
+        kept += [residual] if len(others) > 4 else []
         ctx.save_for_backward(output, weight, statistics, *kept)
         ctx.given = [None if other is None else (other.shape, other.dtype) for other in others]
         if next_weight is None:
@@ -203,8 +204,9 @@ def _norm(x: Tensor, weight: Tensor, bias: Any, eps: float, zero_centered: bool,
     return _normed(x, weight, bias, dtype)
 
 
-def _norm_add(output: Tensor, of: Any, residual: Tensor, weight: Tensor, bias: Any, *_: Any) -> Any:
-    return _NormAdd.apply(output, residual, weight, of, bias)
+def _norm_add(output: Tensor, of: Any, residual: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Any:
+    learned = [scale for scale in rest if isinstance(scale, Tensor)]
+    return _NormAdd.apply(output, residual, weight, of, bias, *([None, None, *learned] if learned else []))
 
 
 def _norm_add_norm(output: Tensor, of: Any, residual: Tensor, weight: Tensor, bias: Any, *rest: Any) -> Any:
