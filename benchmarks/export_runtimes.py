@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from machine import command, machine
 from runtimes.environments import llama_cpp, python_of
-from runtimes.table import KINDS, TARGETS, tables
+from runtimes.table import KINDS, TARGETS, TOKENIZED, tables
 from tokenizers import Tokenizer
 
 ARRAYS = {"logits", "ids", "continuations", "continued_texts"}
@@ -173,7 +173,8 @@ def cells(runtime: Runtime, args: argparse.Namespace) -> Iterator[tuple[str, str
     for number, kind in enumerate(KINDS):
         parts = runtime.every_kind if number else runtime.parts
         if parts and kind in args.kinds:
-            yield from ((target, kind, parts) for target in args.targets)
+            targets = [target for target in args.targets if not number or target in TOKENIZED]
+            yield from ((target, kind, parts) for target in targets)
 
 
 def run(runtime: Runtime, args: argparse.Namespace, results: Results) -> None:

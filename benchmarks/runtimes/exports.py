@@ -30,6 +30,7 @@ prepare_for_megatron()
 cpu.activate(hide_gpu=True)
 
 import torch  # noqa: E402
+from table import KINDS, TOKENIZED  # noqa: E402
 
 import megatron_periln.training.run  # noqa: E402, F401
 from megatron_periln import pretrain  # noqa: E402
@@ -59,10 +60,10 @@ TARGETS = {
     "llama": "--norm-placement pre" + WITHOUT_BIASES,
     "qwen3": "--norm-placement pre --qk-layernorm" + WITHOUT_BIASES,
     "exaone4": "--norm-placement output --qk-layernorm" + WITHOUT_BIASES,
+    "olmo2": "--norm-placement output --qk-layernorm --whole-qk-norm" + WITHOUT_BIASES,
     "minimax": "--norm-placement post --embedding-norm" + WITHOUT_BIASES,
 }
 """What makes a model one of each target."""
-KINDS = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "TikTokenizer")
 
 
 def forked(what: Callable[[], object], log: Path) -> None:
@@ -238,7 +239,8 @@ def main() -> None:
     args = parser.parse_args()
     for kind in args.kinds:
         for target in args.targets:
-            make(args.work.resolve(), target, kind)
+            if kind == KINDS[0] or target in TOKENIZED:
+                make(args.work.resolve(), target, kind)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ os.environ.update(
 import numpy as np
 from child import answer, once
 from vllm import LLM, SamplingParams
+from vllm.tokenizers import get_tokenizer
 
 
 @once
@@ -34,8 +35,8 @@ def logits(job):
 
 
 def ids(job):
-    """Return those of vLLM's own tokenizer."""
-    tokenizer = model(job).get_tokenizer()
+    """Return those of the tokenizer that an engine takes, without an engine."""
+    tokenizer = get_tokenizer(job["folder"], runner_type="generate")
     return [list(tokenizer.encode(text)) for text in job["texts"]]
 
 

@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["KINDS", "TARGETS", "tables"]
+__all__ = ["KINDS", "TARGETS", "TOKENIZED", "tables"]
 
-TARGETS = ("glm4", "hyperclovax", "lfm3", "llama", "qwen3", "exaone4", "minimax")
+TARGETS = ("glm4", "hyperclovax", "lfm3", "llama", "qwen3", "exaone4", "olmo2", "minimax")
+TOKENIZED = ("glm4", "llama")
+"""The targets with a tokenizer of every kind: AutoTokenizer of transformers 5 takes ``tokenizer.json`` as it
+is for the one, and rebuilds it by its class for the other."""
 KINDS = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "TikTokenizer")
 _LONGEST = 190
 Cell = dict[str, Any]
@@ -46,6 +49,9 @@ def named(name: str, found: dict[str, Cell]) -> str:
     """Return a runtime's name with the versions that it ran in."""
     versions = next((cell["versions"] for cell in found.values() if cell.get("versions")), {})
     shown = ", ".join(f"{package} {number.partition('+')[0]}" for package, number in versions.items())
+    said = " ".join(word for cell in found.values() for word in cell.get("gguf", {}).get("said", []))
+    if match := re.search(r"in llama\.cpp \(([^)]*)\)", said):
+        shown = match[1]
     return f"{name} ({shown})" if shown else name
 
 
@@ -92,7 +98,7 @@ def by_kind(found: dict[str, dict[str, Cell]], kind: str) -> str:
         return gguf_ids(cells)
     worst = max(counted.values(), key=lambda cell: cell["other_ids"])
     texts, other, special = (worst[name] for name in ("texts", "other_ids", "other_ids_with_special_tokens"))
-    targets = "" if len(counted) == 1 else f", {len(counted)} targets"
+    targets = of_targets(list(counted))
     if not other:
         return f"equal on {texts:,}{targets}"
     if other == special:
@@ -102,13 +108,19 @@ def by_kind(found: dict[str, dict[str, Cell]], kind: str) -> str:
 
 def gguf_ids(cells: dict[str, Cell]) -> str:
     """Return the same of what tools/export_gguf.py said."""
-    told = [
-        said
-        for cell in cells.values()
+    told = {
+        target: said
+        for target, cell in cells.items()
         for said in cell.get("gguf", {}).get("said", [])
         if said.startswith("Tokenizer")
-    ]
-    if told and (match := re.search(r"ids equal on ([\d,]+) texts, ([\d,]+) tokens", told[0])):
+    }
+    first = next(iter(told.values()), "")
+    if match := re.search(r"ids equal on ([\d,]+) texts, ([\d,]+) tokens", first):
         equal = sum(int(number.replace(",", "")) for number in match.groups())
-        return f"equal on {equal:,}" + ("" if len(told) == 1 else f", {len(told)} targets")
+        return f"equal on {equal:,}{of_targets(list(told))}"
     return "refused" if any("gguf_error" in cell for cell in cells.values()) else ""
+
+
+def of_targets(names: Sequence[str]) -> str:
+    """Return of which targets it is said."""
+    return f", {' and '.join(names)}" if len(names) <= len(TOKENIZED) else f", {len(names)} targets"
