@@ -5,7 +5,7 @@
 (`megatron_gradients`), so that every parameter can be compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class Shape:
     rope: bool = True
     tied: bool = False
     qk_norm: bool = False
+    own: dict = field(default_factory=dict)  # by the kind of norm, its (weight, epsilon, zero-centered)
 
     @property
     def head_dim(self):
@@ -39,20 +40,23 @@ class Shape:
 
 
 class Norm(nn.Module):
-    def __init__(self, shape, eps, size=None):
+    def __init__(self, shape, eps, size=None, kind=None):
         super().__init__()
-        self.eps, self.zero_centered_gamma = eps, shape.zero_centered_gamma
+        has_weight, own_eps, centered = shape.own.get(kind, (True, None, None))
+        self.eps = eps if own_eps is None else own_eps
+        self.zero_centered_gamma = shape.zero_centered_gamma if centered is None else centered
         size = size or shape.hidden_size
-        self.weight = nn.Parameter(torch.zeros(size) + (not shape.zero_centered_gamma))
-        self.bias = nn.Parameter(torch.zeros(size)) if shape.normalization == "LayerNorm" else None
+        self.subtracts_mean = shape.normalization == "LayerNorm"
+        self.weight = nn.Parameter(torch.zeros(size) + (not self.zero_centered_gamma)) if has_weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if has_weight and self.subtracts_mean else None
 
     def forward(self, x):
-        gain = 1 + self.weight if self.zero_centered_gamma else self.weight
-        if self.bias is None:
-            return gain * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        centered = x - x.mean(-1, keepdim=True)
-        variance = centered.square().mean(-1, keepdim=True)
-        return gain * centered / (variance + self.eps).sqrt() + self.bias
+        if self.subtracts_mean:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        if self.weight is not None:
+            x = (1 + self.weight if self.zero_centered_gamma else self.weight) * x
+        return x if self.bias is None else x + self.bias
 
 
 def rotate(x):
@@ -111,8 +115,14 @@ class Layer(nn.Module):
         super().__init__()
         self.shape, self.number = shape, number
         output_eps = shape.eps if shape.output_eps is None else shape.output_eps
-        self.attention_input_norm, self.mlp_input_norm = Norm(shape, shape.eps), Norm(shape, shape.eps)
-        self.attention_output_norm, self.mlp_output_norm = Norm(shape, output_eps), Norm(shape, output_eps)
+        self.attention_input_norm, self.mlp_input_norm = (
+            Norm(shape, shape.eps, kind="input") for _ in range(2)
+        )
+        after_add = shape.placement in ("post", "deepnorm", "keel", "mix-ln", "hybrid-norm")
+        kind = "after_add" if after_add else "output"
+        self.attention_output_norm, self.mlp_output_norm = (
+            Norm(shape, output_eps, kind=kind) for _ in range(2)
+        )
         self.attention, self.mlp = Attention(shape), MLP(shape)
         for norm in (self.attention_output_norm, self.mlp_output_norm):
             for name in ("residual_scale", "output_scale", "gate"):  # which some rules learn
@@ -164,9 +174,9 @@ class ReferenceGPT(nn.Module):
         self.shape = shape
         self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.positions = nn.Embedding(shape.max_positions, shape.hidden_size)
-        self.embedding_norm = Norm(shape, shape.eps)
+        self.embedding_norm = Norm(shape, shape.eps, kind="embedding")
         self.layers = nn.ModuleList(Layer(shape, i + 1) for i in range(shape.num_layers))
-        self.final_norm = Norm(shape, shape.eps)
+        self.final_norm = Norm(shape, shape.eps, kind="final")
         self.unembedding = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tied:
             self.unembedding.weight = self.tokens.weight

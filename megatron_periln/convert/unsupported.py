@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,13 +107,14 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
     """Return what ``target`` doesn't support of ``architecture``; nothing if it computes the same."""
     found = []
     placement, name = architecture.placement, target.name
-    if placement.label != target.placement:
+    if placement.without_settings.label != target.placement:
         found.append(
             UnsupportedFeature(
                 f"its norm placement is {placement.label} and {name}'s is {target.placement}",
                 f"--norm-placement {target.placement}",
             )
         )
+    found += _unsupported_epsilons(target, architecture)
     if target.qk_norm is True and not architecture.qk_norm:
         found.append(
             UnsupportedFeature(f"it has no norm of queries and keys, and {name} has", "--qk-layernorm")
@@ -187,6 +188,22 @@ def unsupported_by(target: Target, architecture: Architecture) -> list[Unsupport
     return found
 
 
+def _unsupported_epsilons(target: Target, architecture: Architecture) -> Iterator[UnsupportedFeature]:
+    """Yield which norms have an epsilon of their own; that of output norms is folded into their input.
+
+    And the embedding's norm into the table, where the target has none.
+    """
+    given = architecture.placement.norms.given()
+    for kind in ("input", "after_add", "final", *(["embedding"] if target.embedding_norm else [])):
+        epsilon = given.get(kind, {}).get("epsilon", architecture.eps)
+        if epsilon != architecture.eps:
+            yield UnsupportedFeature(
+                f"its {kind} norm has an epsilon of {epsilon:g}, and {target.name} has one for all norms, "
+                f"{architecture.eps:g}",
+                f"no epsilon for {kind} in --norm-rule",
+            )
+
+
 def choose_target(architecture: Architecture, name: str = "auto") -> tuple[Target, str]:
     """Return the target for ``architecture``, and why it was chosen.
 
@@ -218,7 +235,8 @@ def choose_target(architecture: Architecture, name: str = "auto") -> tuple[Targe
         return target, (
             f"it computes {architecture.placement.name}{norms}, and runs in {target.runs_in}{others}"
         )
-    same_placement = [t.name for t in TARGETS.values() if t.placement == architecture.placement.label]
+    label = architecture.placement.without_settings.label
+    same_placement = [t.name for t in TARGETS.values() if t.placement == label]
     if not same_placement:
         raise UsageError(
             f"no target can express norm placement {architecture.placement.label}: there are those of pre, "

@@ -168,6 +168,9 @@ def _transpose_rotated(rows: Tensor, architecture: Architecture, blocks: int) ->
 
 _ROWS = 1 << 14  # of a table that are converted to fp32 at a time
 
+Read = Callable[..., Tensor]
+"""``Checkpoint.read``."""
+
 
 def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """Return ``tensor * factor`` in ``dtype``."""
@@ -186,16 +189,25 @@ def _normalized_table(
 
     Both act on each token's row by itself, so they can act on the table.
     """
+    eps = architecture.settings_of("embedding_norm").epsilon or architecture.eps
     result = torch.empty_like(table, dtype=dtype)
     for start in range(0, len(table), _ROWS):
         rows = table[start : start + _ROWS].float() * architecture.embedding_scale
-        result[start : start + _ROWS] = F.rms_norm(rows, norm_weight.shape, norm_weight, architecture.eps)
+        result[start : start + _ROWS] = F.rms_norm(rows, norm_weight.shape, norm_weight, eps)
     return result
 
 
-def _norm_weight(stored: Tensor, architecture: Architecture) -> Tensor:
-    """Return what a norm multiplies with: 1 more than is stored with zero-centered gamma."""
-    return stored.float() + 1 if architecture.zero_centered_gamma else stored.float()
+def _norm_weight(read: Read, architecture: Architecture, name: str, layer: int | None = None) -> Tensor:
+    """Return what a norm multiplies with, in fp32, by the neutral name of its weight.
+
+    That is 1 without weights, and 1 more than is stored with zero-centered ones.
+    """
+    settings = architecture.settings_of(name.removesuffix(".weight"))
+    if not settings.weight:
+        return torch.ones(architecture.hidden_size)
+    stored = read(_GLOBAL_NAMES[name]) if layer is None else read(_LAYER_NAMES[name], layer)
+    own = settings.zero_centered
+    return stored.float() + (architecture.zero_centered_gamma if own is None else own)
 
 
 def _order_rotary_pairs(tensors: dict[str, Tensor], architecture: Architecture, target: Target) -> None:
@@ -253,8 +265,6 @@ def _fill_biases(tensors: dict[str, Tensor], architecture: Architecture, target:
 
 # Export
 
-Read = Callable[..., Tensor]
-
 
 def is_exported_tied(architecture: Architecture, target: Target) -> bool:
     """Tell whether the exported model shares its embedding table with its output layer.
@@ -303,7 +313,7 @@ def _exported_embedding(
     if not architecture.placement.embedding:
         yield name, _scaled(table, architecture.embedding_scale, dtype)
         return
-    norm_weight = _norm_weight(read(_GLOBAL_NAMES["embedding_norm.weight"]), architecture)
+    norm_weight = _norm_weight(read, architecture, "embedding_norm.weight")
     if target.embedding_norm:
         yield name, _scaled(table, architecture.embedding_scale, dtype)
         yield target.tensor_name("embedding_norm.weight"), norm_weight.to(dtype)
@@ -313,11 +323,12 @@ def _exported_embedding(
 
 def _exported_layer(read: Read, architecture: Architecture, target: Target, layer: int) -> dict[str, Tensor]:
     """Return the tensors of one layer by neutral name, in fp32."""
-    names = _layer_parameters(architecture, layer)
-    tensors = {name: read(_LAYER_NAMES[name], layer).float() for name in names}
-    for name in tensors:
-        if "norm" in name:
-            tensors[name] = _norm_weight(tensors[name], architecture)
+    tensors = {
+        name: _norm_weight(read, architecture, name, layer)
+        if "norm" in name
+        else read(_LAYER_NAMES[name], layer).float()
+        for name in _layer_parameters(architecture, layer)
+    }
     for kind in ("weight", "bias"):
         if (fused := tensors.pop(f"attention.qkv.{kind}", None)) is not None:
             parts = zip(qkv_parts(architecture), split_qkv(fused, architecture), strict=True)
@@ -345,7 +356,7 @@ def _exported_output(
     read: Read, architecture: Architecture, target: Target, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     if architecture.placement.final:
-        norm_weight = _norm_weight(read(_GLOBAL_NAMES["final_norm.weight"]), architecture)
+        norm_weight = _norm_weight(read, architecture, "final_norm.weight")
         norm_weight = norm_weight * _tied_logit_factor(architecture, target)
         yield target.tensor_name("final_norm.weight"), norm_weight.to(dtype)
     if not is_exported_tied(architecture, target):

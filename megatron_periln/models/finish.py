@@ -41,7 +41,7 @@ def finish_model(model: GPTModel | HybridModel, placement: NormPlacement) -> Non
     fix_latent_attention(model)
     fix_delta_nets(model)
     if placement.embedding and model.pre_process:
-        EmbeddingNorm(model.config).attach(model)
+        EmbeddingNorm(model.config, placement.norms.embedding).attach(model)
     if placement.initial_scale != 1.0:
         scale_initial_weights(model, placement)
     check_slots(model, placement)

@@ -8,6 +8,7 @@ delta net. ``"*-" * L`` is the GPT of ``L`` layers. Upstream means HybridModel t
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -38,13 +39,14 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from megatron.training.models import hybrid as upstream
+from torch import nn
 
 from megatron_periln.models.finish import finish_model
 from megatron_periln.models.gpt import changed_config
 from megatron_periln.models.local_attention import complete_local_spec
-from megatron_periln.models.place_norms import place_norms
+from megatron_periln.models.place_norms import final_norm, place_norms
 from megatron_periln.models.specs import with_l2_norms, with_submodules
-from megatron_periln.norms import PERI, EngineInputNorm, NoNorm, NormPlacement
+from megatron_periln.norms import MODELS, PERI, EngineInputNorm, NoNorm, NormPlacement
 from megatron_periln.patches.model_building import final_norm_of_hybrid_stack
 
 __all__ = ["HybridModelBuilder", "HybridModelConfig", "local_stack_spec"]
@@ -167,11 +169,12 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
     return complete_local_spec(spec, config)
 
 
-def _final_norm(config: HybridModelConfig) -> type | None:
+def _final_norm(config: HybridModelConfig) -> Callable[..., nn.Module] | None:
     """Return the final norm of a hybrid stack, None for upstream's own, Transformer Engine's."""
     if not config.norm_placement.final:
         return NoNorm
+    norm = EngineInputNorm if config.transformer.fp32_residual_connection else None
     if config.transformer.transformer_impl == "local":
         (norm,) = complete_local_spec([WrappedTorchNorm], config.transformer)
-        return norm
-    return EngineInputNorm if config.transformer.fp32_residual_connection else None
+    own = config.norm_placement.norms.final != MODELS
+    return final_norm(norm or EngineInputNorm, config.norm_placement) if own else norm

@@ -24,6 +24,7 @@ from torch import nn
 from megatron_periln.models.residual_adds import SLOTS
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import (
+    MODELS,
     EngineInputNorm,
     FusedInputNorm,
     InputNorm,
@@ -36,7 +37,7 @@ from megatron_periln.norms import (
 from megatron_periln.norms.arguments import why_norms_stay_apart
 from megatron_periln.norms.formulas import Place
 
-__all__ = ["place_norms"]
+__all__ = ["final_norm", "place_norms"]
 
 # The linears whose input is the residual stream, and what each becomes when Transformer Engine
 # must not normalize that input. Other fused linears (q_up, kv_up) hold query and key norms.
@@ -121,16 +122,13 @@ def place_norms[Spec](
         changes: dict[str, Any] = {"layer_specs": [place(layer, first_layer=i) for i, layer in layers]}
         if isinstance(spec, TransformerBlockSubmodules):
             changes |= _norms_of_stream(spec, config, "layer_norm")
-            if not placement.final:
-                changes["layer_norm"] = NoNorm
+            changes |= _final_norm(spec, placement)
         return replace(spec, **changes)
     if isinstance(spec, MultiTokenPredictionLayerSubmodules):
         # A hybrid model has none here, but builds a stack of its own layers.
         changes = {"mtp_model_layer": spec.mtp_model_layer and place(spec.mtp_model_layer)}
         changes |= _norms_of_stream(spec, config, "enorm", "hnorm", "layer_norm")
-        if not placement.final:
-            changes["layer_norm"] = NoNorm
-        return replace(spec, **changes)
+        return replace(spec, **changes | _final_norm(spec, placement))
     if isinstance(spec, MambaLayerSubmodules):
         rules = _rules(placement, config, first_layer)
         bdas = _normed_bdas(spec, placement, config, rules)
@@ -141,9 +139,9 @@ def place_norms[Spec](
         rules = _rules(placement, config, first_layer)
         bdas = _normed_bdas(spec, placement, config, rules)
         placed = replace(spec, **bdas, **_without_input_norms(spec, placement, rules))
-        if placement.input_scale != 1.0:
-            return _with_scaled_input_norms(placed, rules)
-        if placement.input and config.fp32_residual_connection:
+        if _has_own_input_norms(placement):
+            placed = _with_own_input_norms(placed, placement, config, rules)
+        elif placement.input and config.fp32_residual_connection:
             placed = _with_norms_of_fp32_stream(placed, config)
         elif placement.input and placement.output and _wants_input_norms_apart(config):
             placed = _with_separate_input_norms(
@@ -151,7 +149,7 @@ def place_norms[Spec](
                 separate_norm,
                 "recompute_modules layernorm and fused_residual_rmsnorm want it by itself; drop them",
             )
-        return _with_fused_norm(placed) if fuse_pre_mlp_norm else placed
+        return _with_fused_norm(placed, placement) if fuse_pre_mlp_norm else placed
     if isinstance(spec, ModuleSpec) and spec.submodules is not None:
         return with_submodules(spec, place(spec.submodules, first_layer=first_layer))
     raise TypeError(f"place_norms takes a layer or block spec of Megatron's, not {spec!r}")
@@ -183,14 +181,37 @@ def _normed_bdas(
     return bdas
 
 
-def _input_norm_of_mamba(layer: MambaLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
-    """Return what changes for a placement without input norms; else it stays where upstream has it.
+def _final_norm(
+    spec: TransformerBlockSubmodules | MultiTokenPredictionLayerSubmodules, placement: NormPlacement
+) -> dict[str, Any]:
+    """Return what stands for a final norm that the placement has not, or with settings of its own."""
+    if not placement.final:
+        return {"layer_norm": NoNorm}
+    return {"layer_norm": final_norm(spec.layer_norm, placement)} if placement.norms.final != MODELS else {}
 
-    There it takes the stream in the parameters' dtype also if that is fp32: the layer rounds it before.
+
+def final_norm(of: Any, placement: NormPlacement) -> Callable[..., nn.Module]:
+    """Return what builds a final norm with the placement's settings, saved as ``of`` is."""
+    norm = EngineInputNorm if of in (*_ENGINE_NORMS, EngineInputNorm) else InputNorm
+    return functools.partial(norm, settings=placement.norms.final)
+
+
+def _input_norm_of_mamba(layer: MambaLayerSubmodules, placement: NormPlacement) -> dict[str, Any]:
+    """Return what changes for a placement without input norms, or with norms of our own.
+
+    Else it stays where upstream has it. There it takes the stream in the parameters' dtype also if that is
+    fp32: the layer rounds it before.
     """
-    if placement.input:
+    if not placement.input:
+        return {"norm": NoNorm, "mixer": _unfuse_input_norm(layer.mixer, _without_input_norm(placement))}
+    if not _has_own_input_norms(placement):
         return {}
-    return {"norm": NoNorm, "mixer": _unfuse_input_norm(layer.mixer, _without_input_norm(placement))}
+    keys = {"norm.": "mixer.in_proj.layer_norm_"}
+    return {
+        "norm": _own_input_norm(placement),
+        "mixer": _unfuse_input_norm(layer.mixer, _OWN_INPUT_NORM),
+        "sharded_state_dict_keys_map": {**layer.sharded_state_dict_keys_map, **keys},
+    }
 
 
 def _without_input_norm(placement: NormPlacement) -> str:
@@ -211,19 +232,35 @@ def _without_input_norms(
     return changes
 
 
-def _with_scaled_input_norms(layer: TransformerLayerSubmodules, rules: Rules) -> TransformerLayerSubmodules:
-    """Put a norm of ours, which multiplies what it gives, in the place of each input norm."""
-    apart = _with_separate_input_norms(
-        layer, ScaledInputNorm, "its scale wants that norm by itself; choose another norm placement"
-    )
-    norms = {True: "input_layernorm", False: "pre_mlp_layernorm"}
+_OWN_INPUT_NORM = "its rule wants that norm by itself; choose another norm placement"
+
+
+def _has_own_input_norms(placement: NormPlacement) -> bool:
+    """Tell whether its input norms are ours, as they are with a scale or with settings of their own."""
+    return placement.input_scale != 1.0 or placement.norms.input != MODELS
+
+
+def _own_input_norm(placement: NormPlacement, norm: type[InputNorm] = InputNorm) -> Callable[..., nn.Module]:
+    settings = placement.norms.input
+    return norm if settings == MODELS else functools.partial(norm, settings=settings)
+
+
+def _with_own_input_norms(
+    layer: TransformerLayerSubmodules, placement: NormPlacement, config: TransformerConfig, rules: Rules
+) -> TransformerLayerSubmodules:
+    """Put a norm of ours, with its scale and settings, in the place of each input norm."""
+    if config.fused_residual_rmsnorm:
+        raise ValueError(
+            "--fused-residual-rmsnorm computes input norms without a scale or settings of their own; drop it"
+        )
+    norm = _own_input_norm(placement, ScaledInputNorm if placement.input_scale != 1.0 else InputNorm)
+    apart = _with_separate_input_norms(layer, norm, _OWN_INPUT_NORM)
+    names = {True: "input_layernorm", False: "pre_mlp_layernorm"}
     sublayers = {True: layer.self_attention, False: layer.mlp}
-    scaled = {
-        norms[kind]: ScaledInputNorm
-        for kind, rule in rules.items()
-        if rule.input and sublayers[kind] is not IdentityOp
+    own = {
+        names[kind]: norm for kind, rule in rules.items() if rule.input and sublayers[kind] is not IdentityOp
     }
-    return replace(apart, **scaled)
+    return replace(apart, **own)
 
 
 def _check_fusion(
@@ -301,12 +338,15 @@ def _norms_of_stream(spec: Any, config: TransformerConfig, *names: str) -> dict[
     return {name: EngineInputNorm for name in names if getattr(spec, name) in _ENGINE_NORMS}
 
 
-def _with_fused_norm(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+def _with_fused_norm(
+    layer: TransformerLayerSubmodules, placement: NormPlacement
+) -> TransformerLayerSubmodules:
     unfused = _unfuse_input_norm(layer.mlp, "fuse_pre_mlp_norm computes that norm; do without one of the two")
     keys = layer.sharded_state_dict_keys_map
     if unfused is not layer.mlp:
         keys = {**keys, **_MLP_NORM_KEY}
-    return replace(layer, pre_mlp_layernorm=FusedInputNorm, mlp=unfused, sharded_state_dict_keys_map=keys)
+    norm = _own_input_norm(placement, FusedInputNorm)
+    return replace(layer, pre_mlp_layernorm=norm, mlp=unfused, sharded_state_dict_keys_map=keys)
 
 
 def _unfuse_input_norm(sublayer: Any, why: str) -> Any:

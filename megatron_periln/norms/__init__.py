@@ -14,8 +14,10 @@ from megatron_periln.norms.modules import (
     ScaledInputNorm,
 )
 from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement, SublayerRule
+from megatron_periln.norms.settings import MODELS, NormSettings
 
 __all__ = [
+    "MODELS",
     "OUTPUT",
     "PERI",
     "PLACEMENTS",
@@ -28,6 +30,7 @@ __all__ = [
     "NoNorm",
     "Norm",
     "NormPlacement",
+    "NormSettings",
     "NormedBiasDropoutAdd",
     "OutputNorm",
     "PlainAdd",

@@ -13,6 +13,7 @@ import yaml
 from megatron_periln.errors import UsageError
 from megatron_periln.norms.kernels import BACKENDS, MAX_NORM_ADD_NORM_HIDDEN_SIZE
 from megatron_periln.norms.placement import PLACEMENTS, NormPlacement
+from megatron_periln.norms.settings import NORM_KINDS
 
 __all__ = [
     "GROUP",
@@ -115,6 +116,7 @@ def placement_of(args: Namespace) -> NormPlacement:
     try:
         return (
             NormPlacement.named(name)
+            .with_options(embedding=embedding)  # which the rule's norms may have settings for
             .changed(_changes(args))
             .with_options(
                 embedding=embedding,
@@ -214,6 +216,11 @@ def why_rule_does_not_fit(args: Namespace, placement: NormPlacement) -> str | No
         "--use-megatron-fsdp starts parameters by itself, not at a rule's scales; drop one of them": (
             placement.learned and getattr(args, "use_megatron_fsdp", False)
         ),
+        "--init-model-with-meta-device leaves norms without weights as the memory was; drop it": (
+            getattr(args, "use_megatron_fsdp", False)
+            and args.init_model_with_meta_device
+            and not all(getattr(placement.norms, kind).weight for kind in NORM_KINDS)
+        ),
         "it norms queries and keys in the place of attention's input; give --qk-layernorm": (
             placement.name == "hybrid-norm" and not args.qk_layernorm
         ),
@@ -255,6 +262,9 @@ def why_norms_stay_apart(
         f"--norm-placement {placement.name} has not both norms": not (placement.input and placement.output),
         f"--norm-placement {placement.label} has not the same norms in every layer": not placement.same_norms,
         "--input-scale is not of its kernel": placement.input_scale != 1.0,
+        "zero_centered of --norm-rule is not the same for input and output norms, as in its kernel": (
+            placement.norms.input.zero_centered != placement.norms.output.zero_centered
+        ),
         f"--norm-placement {placement.label} learns scales, which are not of its kernel": placement.learned,
         "--hybrid-layer-pattern has no layers of attention and MLP": not whole_layers,
         "--recompute-modules layernorm recomputes that norm alone": "layernorm" in recomputed,

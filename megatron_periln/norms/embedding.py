@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_periln.norms.modules import Norm
+from megatron_periln.norms.settings import MODELS, NormSettings
 from megatron_periln.patches.transformer_layers import wrap_embedding_reads
 
 __all__ = ["EmbeddingNorm"]
@@ -32,8 +33,8 @@ class EmbeddingNorm(Norm):
     >>> EmbeddingNorm(config).attach(model)
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TransformerConfig, settings: NormSettings = MODELS) -> None:
+        super().__init__(config, settings=settings)
         self.bypassed = False
 
     def attach(self, model: GPTModel | HybridModel) -> None:

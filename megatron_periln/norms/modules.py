@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_periln.norms import kernels
 from megatron_periln.norms.placement import NormPlacement, SublayerRule
+from megatron_periln.norms.settings import MODELS, NormSettings
 
 __all__ = [
     "EngineInputNorm",
@@ -52,6 +53,8 @@ class NormParameters(nn.Module):
         Size of the last dimension; ``config.hidden_size`` by default.
     eps
         ``config.layernorm_epsilon`` by default.
+    settings
+        What the norm has of its own: where it gives an epsilon, or how weights are centered, that holds.
     initial_weight
         The factor that each element starts with, also with zero-centered gamma.
     trainable
@@ -62,7 +65,8 @@ class NormParameters(nn.Module):
     weight
         ``[hidden_size]``; with zero-centered gamma the factor is ``1 + weight``.
     bias
-        The bias of LayerNorm, ``[hidden_size]``; None for RMSNorm.
+        The bias of LayerNorm, ``[hidden_size]``; None for RMSNorm. Where the settings say that there are no
+        weights, both are buffers that stay at their start and are not saved.
 
     Raises
     ------
@@ -70,12 +74,16 @@ class NormParameters(nn.Module):
         If ``config.normalization`` is neither RMSNorm nor LayerNorm.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         config: TransformerConfig,
         hidden_size: int | None = None,
         eps: float | None = None,
         *,
+        settings: NormSettings = MODELS,
         initial_weight: float = 1.0,
         trainable: bool = True,
     ) -> None:
@@ -85,11 +93,18 @@ class NormParameters(nn.Module):
                 f"normalization is RMSNorm or LayerNorm for this norm, not {config.normalization!r}"
             )
         self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
-        self.eps = config.layernorm_epsilon if eps is None else eps
-        self.zero_centered_gamma = config.layernorm_zero_centered_gamma
+        self.eps = settings.epsilon or (config.layernorm_epsilon if eps is None else eps)
+        centered = settings.zero_centered
+        self.zero_centered_gamma = config.layernorm_zero_centered_gamma if centered is None else centered
         self.initial_weight = initial_weight
-        self.weight = self._parameter(config, trainable)
-        self.bias = self._parameter(config, trainable) if config.normalization == "LayerNorm" else None
+        for name in ("weight", "bias"):
+            if name == "bias" and config.normalization == "RMSNorm":
+                self.register_parameter(name, None)
+            elif settings.weight:
+                self.register_parameter(name, self._parameter(config, trainable))
+            else:
+                data = torch.empty(self.hidden_size, dtype=config.params_dtype)
+                self.register_buffer(name, data, persistent=False)
         self.reset_parameters()
 
     def _parameter(self, config: TransformerConfig, trainable: bool) -> nn.Parameter:
@@ -115,7 +130,9 @@ class NormParameters(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module for ``print(model)``."""
         kind = "RMSNorm" if self.bias is None else "LayerNorm"
-        return f"{kind}, {self.hidden_size}, eps={self.eps}, zero_centered_gamma={self.zero_centered_gamma}"
+        weights = "" if isinstance(self.weight, nn.Parameter) else ", no weights"
+        centered = f"zero_centered_gamma={self.zero_centered_gamma}"
+        return f"{kind}, {self.hidden_size}, eps={self.eps}, {centered}{weights}"
 
 
 class Norm(NormParameters):
@@ -286,7 +303,7 @@ class OutputNorm(NormParameters, _ScaledAdd):
     def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
         super().__init__(
             config,
-            eps=placement.output_norm_epsilon,
+            settings=placement.output_norm,
             initial_weight=placement.initial_output_weight(config.num_layers, config.is_hybrid_model),
             trainable=not placement.freeze_output_norm,
         )
@@ -366,7 +383,7 @@ class NormedBiasDropoutAdd(nn.Module):
     config
         The model's.
     placement
-        For the options of its output norms.
+        For the options and settings of its norms.
     rule
         Which norm stands here; `set_scales` sets the rest of it. By default that of the whole placement.
 
@@ -387,7 +404,7 @@ class NormedBiasDropoutAdd(nn.Module):
         if of.output:
             self.norm = OutputNorm(config, placement)
         else:
-            self.norm = PostNorm(config) if of.after_add else PlainAdd()
+            self.norm = PostNorm(config, settings=placement.norms.after_add) if of.after_add else PlainAdd()
         self.norm.learn(of.learned, config)
 
     def set_scales(self, rule: SublayerRule) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_periln.norms.formulas import Place, Value, check, evaluate, names_a_place
+from megatron_periln.norms.settings import NORM_KINDS, Norms, NormSettings
 
 __all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit", "SublayerRule"]
 
@@ -15,6 +16,8 @@ OutputNormInit = Literal["ones", "depth-scaled"]
 Learned = Literal["", "scales", "gates", "gpas"]
 
 _PARAMETERS_PER_NORM = {"RMSNorm": 1, "LayerNorm": 2}
+
+_NO_SETTINGS = Norms()
 
 _OF_A_SUBLAYER = ("input", "output", "after_add", "input_scale", "residual_scale", "output_scale")
 
@@ -90,6 +93,8 @@ class NormPlacement:
         A norm between the last layer and the output projection.
     embedding
         A norm on the embedding, before its dropout.
+    norms
+        What the norms of each kind have of their own: no weights, an epsilon, zero-centered weights.
     output_norm_init
         Output norms' weights start at 1 (``"ones"``) or at ``1/sqrt(num_layers)`` (``"depth-scaled"``,
         the initialization of Pangu Ultra, arXiv 2504.07866).
@@ -115,6 +120,7 @@ class NormPlacement:
     output_scale: Value = 1.0
     initial_scale: Value = 1.0
     learned: Learned = ""
+    norms: Norms = _NO_SETTINGS
     output_norm_init: OutputNormInit = "ones"
     freeze_output_norm: bool = False
     output_norm_epsilon: float | None = None
@@ -155,6 +161,28 @@ class NormPlacement:
             raise ValueError(
                 f"norm placement {self.name!r} has no output norm to initialize, freeze or give an "
                 "epsilon; choose peri or output, or drop the output-norm options"
+            )
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        """Raise a ValueError if norms have settings that are none of this placement's, or twice."""
+        output, options = self.norms.output, (self.output_norm_init, self.freeze_output_norm)
+        if absent := [
+            kind for kind in NORM_KINDS if self.norms.given().get(kind) and not getattr(self, kind)
+        ]:
+            raise ValueError(
+                f"norm placement {self.name!r} has no {absent[0].replace('_', ' ')} norm, of which norms has "
+                "settings; drop these, or choose another norm placement"
+            )
+        if not output.weight and options != ("ones", False):
+            raise ValueError(
+                f"norm placement {self.name!r}: its output norms have no weights to initialize or freeze; "
+                "drop --output-norm-init and --freeze-output-norm, or weight: false"
+            )
+        if output.epsilon is not None and self.output_norm_epsilon is not None:
+            raise ValueError(
+                f"norm placement {self.name!r}: --output-norm-epsilon and norms both give the output norms' "
+                "epsilon; give it once"
             )
 
     @staticmethod
@@ -204,17 +232,28 @@ class NormPlacement:
             )
         values: dict[str, Any] = {f: tuple(v) if isinstance(v, list) else v for f, v in changes.items()}
         for field, value in values.items():
+            if field == "norms":
+                continue
             if not isinstance(value, bool | int | float | str | tuple) or (
                 field == "final" and not isinstance(value, bool)
             ):
                 raise ValueError(f"a norm rule's {field} can't be {value!r}")
+        if "norms" in values:
+            values["norms"] = self._given_norms(values["norms"])
         return replace(self, **values)
+
+    def _given_norms(self, given: Any) -> Norms:
+        try:
+            return Norms.of(given)
+        except ValueError as error:
+            raise ValueError(f"norm placement {self.name!r}: {error}") from error
 
     def changes(self) -> dict[str, Any]:
         """Return what `changed` makes of the placement that has this one's name to get this one."""
         named = PLACEMENTS[self.name]
         mine = {field: getattr(self, field) for field in _CHANGEABLE}
-        return {field: value for field, value in mine.items() if value != getattr(named, field)}
+        changed = {field: value for field, value in mine.items() if value != getattr(named, field)}
+        return changed if "norms" not in changed else {**changed, "norms": self.norms.given()}
 
     def at(self, place: Place) -> SublayerRule:
         """Return the rule of one sublayer.
@@ -265,6 +304,11 @@ class NormPlacement:
         changes = (f"{field.replace('_', ' ')} {_text(value)}" for field, value in self.changes().items())
         return ", ".join([self.name, *changes])
 
+    @property
+    def without_settings(self) -> NormPlacement:
+        """The same placement, with the model's settings for all norms."""
+        return replace(self, norms=_NO_SETTINGS)
+
     def initial_output_weight(self, num_layers: int, hybrid: bool = False) -> float:
         """Return the output norms' initial weight in a model of ``num_layers`` layers.
 
@@ -280,17 +324,26 @@ class NormPlacement:
         ``2 * num_layers * hidden_size`` more than ``pre`` with RMSNorm, and ``hidden_size`` more
         with an embedding norm.
         """
-        of_sublayers = sum(rule.input + rule.output + rule.after_add for rule in self.rules(num_layers))
-        norms = of_sublayers + self.final + self.embedding
+        counts = {
+            kind: sum(getattr(rule, kind) for rule in self.rules(num_layers))
+            for kind in ("input", "output", "after_add")
+        }
+        counts |= {"final": self.final, "embedding": self.embedding}
+        norms = sum(count for kind, count in counts.items() if getattr(self.norms, kind).weight)
         learned = 2 * num_layers * {"": 0, "scales": 2, "gates": hidden_size, "gpas": 1}[self.learned]
         return norms * hidden_size * _PARAMETERS_PER_NORM[normalization] + learned
+
+    @property
+    def output_norm(self) -> NormSettings:
+        """What the output norms have of their own, with ``output_norm_epsilon``."""
+        return replace(self.norms.output, epsilon=self.norms.output.epsilon or self.output_norm_epsilon)
 
     def structure(self) -> str:
         """Return a short text of what decides which model a checkpoint holds."""
         return f"{self.label} ({'with' if self.embedding else 'without'} embedding norm)"
 
 
-_CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final")
+_CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final", "norms")
 
 
 def _goes_by_place(value: Value) -> bool:
@@ -302,8 +355,8 @@ def _adds_plainly(rule: SublayerRule | NormPlacement) -> bool:
     return not (rule.output or rule.after_add or rule.learned) and scales == (1.0, 1.0)
 
 
-def _text(value: Value) -> str:
-    return json.dumps(value) if isinstance(value, tuple) else str(value)
+def _text(value: Value | dict[str, Any]) -> str:
+    return json.dumps(value) if isinstance(value, tuple | dict) else str(value)
 
 
 PRE = NormPlacement(name="pre", input=True, output=False, after_add=False, final=True, embedding=False)

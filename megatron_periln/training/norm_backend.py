@@ -63,6 +63,7 @@ def _self_test(args: Namespace, backend: kernels.Backend) -> None:
     if not cpu.is_active():
         device = torch.device("cuda", args.local_rank % torch.cuda.device_count())
     placement = placement_of(args)
+    centered = placement.norms.output.zero_centered
     failure = find_failure(
         backend,
         device,
@@ -70,7 +71,7 @@ def _self_test(args: Namespace, backend: kernels.Backend) -> None:
         args.params_dtype,
         torch.float32 if args.fp32_residual_connection else args.params_dtype,
         layer_norm=args.normalization == "LayerNorm",
-        zero_centered_gamma=args.layernorm_zero_centered_gamma,
+        zero_centered_gamma=args.layernorm_zero_centered_gamma if centered is None else centered,
         with_next=args.fuse_pre_mlp_norm,
         scaled=(placement.residual_scale, placement.output_scale) != (1.0, 1.0),
         learned=placement.learned,

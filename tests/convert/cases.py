@@ -27,6 +27,14 @@ CASES = {
     "peri, output epsilon, zero-centered": Case(
         COMMON + UNTIED + "--norm-placement peri --output-norm-epsilon 0.05 --apply-layernorm-1p", "glm4"
     ),
+    "peri, norms of their own": Case(
+        COMMON
+        + UNTIED
+        + """--norm-placement peri --norm-rule '{"norms": {"input": {"zero_centered": true}, "final":
+        {"weight": false}, "output": {"weight": false, "epsilon": 0.05},
+        "embedding": {"zero_centered": true, "epsilon": 0.1}}}'""",
+        "glm4",
+    ),
     "peri, scales": Case(COMMON + MUP + UNTIED + "--norm-placement peri --add-qkv-bias", "glm4"),
     "peri, scales, tied": Case(COMMON + MUP + "--norm-placement peri --no-embedding-norm", "glm4", tied=True),
     "peri, biases, output epsilon": Case(

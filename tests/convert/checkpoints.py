@@ -54,7 +54,8 @@ def randomize(model):
             if parameter.dim() == 2:
                 noise /= parameter.size(1) ** 0.5
             elif parameter.dim() == 1 and "bias" not in name:
-                zero_centered = model.config.layernorm_zero_centered_gamma
+                norm, stock = model.get_submodule(name.rpartition(".")[0]), model.config
+                zero_centered = getattr(norm, "zero_centered_gamma", stock.layernorm_zero_centered_gamma)
                 noise = noise * 0.3 + (0 if zero_centered else 1)
             parameter.copy_(noise)
         for name, buffer in model.named_buffers():

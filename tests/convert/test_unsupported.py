@@ -93,6 +93,11 @@ def test_the_first_target_that_computes_the_same_is_chosen(changes, target):
         ),
         ("olmo2", {"whole_qk_norm": False}, ["of each head, and olmo2's over all together"]),
         ("exaone4", {"whole_qk_norm": True}, ["over all heads together, and exaone4's of each"]),
+        (
+            "glm4",
+            {"placement": PERI.placement.changed({"norms": {"input": {"epsilon": 0.1}}})},
+            ["its input norm has an epsilon of 0.1, and glm4 has one for all norms, 1e-05"],
+        ),
         ("glm4", {"attention_gate": True}, ["its attention is gated, and glm4's is not"]),
         (
             "afmoe",

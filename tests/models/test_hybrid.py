@@ -121,8 +121,9 @@ def symbol(request):
     return request.param
 
 
-def stateful(placement, symbol, **changes):
-    return hybrid(NormPlacement.named(placement), "modern", 2, pattern=f"{symbol}-*-", **STATEFUL, **changes)
+def stateful(placement, symbol, changed=None, **changes):
+    rule = NormPlacement.named(placement).changed(changed or {})
+    return hybrid(rule, "modern", 2, pattern=f"{symbol}-*-", **STATEFUL, **changes)
 
 
 @pytest.mark.parametrize("name", small.PLACEMENTS)

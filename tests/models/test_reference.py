@@ -38,6 +38,39 @@ FAMILIES = {
     },
 }
 EVERY = [*small.PLACEMENTS, *small.RULES]
+
+# Of a family and a placement, what norms have of their own: (weight, epsilon, zero-centered).
+RMS, LAYER, CENTERED = FAMILIES
+MUSE = {"embedding": (False, None, None), "input": (True, None, True), "output": (False, 0.05, None)}
+OWN = {
+    "muse": (RMS, "gated-peri", MUSE),
+    "peri": (
+        RMS,
+        "peri",
+        {
+            "input": (False, 0.3, None),
+            "output": (True, 0.05, True),
+            "embedding": (True, 0.1, True),
+            "final": (True, 0.2, True),
+        },
+    ),
+    "peri, LayerNorm": (LAYER, "peri", dict.fromkeys(("output", "final"), (False, 0.05, None))),
+    "output, centered": (CENTERED, "output", {"output": (True, None, False), "final": (False, None, None)}),
+    "post, LayerNorm": (LAYER, "post", {"after_add": (False, 0.1, None)}),
+    "mix-ln": (RMS, "mix-ln", {"after_add": (False, 0.1, None), "input": (True, 0.05, True)}),
+    "ln-scaling, centered": (CENTERED, "ln-scaling", {"input": (True, 0.05, False)}),
+}
+
+
+def given(own):
+    """Return settings as a rule's file has them."""
+    names = ("weight", "epsilon", "zero_centered")
+    return {
+        kind: {name: value for name, value in zip(names, of, strict=True) if value is not None}
+        for kind, of in own.items()
+    }
+
+
 LAYERS = {"mix-ln": 4}  # of which it has norms after the first one's sublayers
 cases = pytest.mark.parametrize(
     ("family", "placement"), [(f, p) for f in FAMILIES for p in small.PLACEMENTS], ids=str
@@ -45,13 +78,14 @@ cases = pytest.mark.parametrize(
 
 
 @functools.cache
-def megatron_and_shape(family, placement_name):
+def megatron_and_shape(family, placement_name, own_name=None):
     """Return (logits, loss, gradients), the state dict, and the reference's shape."""
-    options = FAMILIES[family]
+    options, own = FAMILIES[family], OWN[own_name][2] if own_name else {}
     placement = NormPlacement.named(placement_name)
     output_eps = options.get("output_eps") if placement.output else None
     embedding = placement.embedding != options.get("other_embedding_norm", False)
     placement = placement.with_options(embedding=embedding, output_norm_epsilon=output_eps)
+    placement = placement.changed({"norms": given(own)})
     gated, bias, rope, tied = (options.get(key, key == "rope") for key in ("gated", "bias", "rope", "tied"))
     transformer = small.transformer_config(
         num_layers=LAYERS.get(placement_name, small.LAYERS),
@@ -90,14 +124,15 @@ def megatron_and_shape(family, placement_name):
         rope=rope,
         tied=tied,
         qk_norm=transformer.qk_layernorm,
+        own=own,
     )
     results = {"logits": small.run(model, labels=False).detach(), "loss": small.run(model).mean().detach()}
     return {**results, **small.gradients(model)}, model.state_dict(), shape
 
 
-def errors(family, placement_name, mistake=None, **wrong):
+def errors(family, placement_name, mistake=None, own_name=None, **wrong):
     """Return ``{tensor: error}`` of Megatron against the reference; raise if they have other tensors."""
-    megatron, state_dict, shape = megatron_and_shape(family, placement_name)
+    megatron, state_dict, shape = megatron_and_shape(family, placement_name, own_name)
     megatron = dict(megatron)
     reference = ReferenceGPT(Shape(**{**vars(shape), **wrong})).double()
     load_megatron(reference, state_dict)
@@ -126,6 +161,24 @@ def test_logits_loss_and_every_gradient_equal_the_reference(family, placement):
     found = errors(family, placement)
     too_far = {name: error for name, error in found.items() if error > TOLERANCE}
     assert not too_far
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_norms_with_settings_of_their_own_equal_the_reference(own):
+    found = errors(*OWN[own][:2], own_name=own)
+    too_far = {name: error for name, error in found.items() if error > TOLERANCE}
+    assert not too_far
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_the_comparison_rejects_norms_without_one_of_their_settings(own):
+    """But for weights, which the comparison has no counterpart of where there should be none."""
+    family, placement, settings = OWN[own]
+    for kind, (has_weight, *others) in settings.items():
+        for place in (place for place, value in enumerate(others) if value is not None):
+            wrong = (has_weight, *(None if i == place else value for i, value in enumerate(others)))
+            found = errors(family, placement, own_name=own, own={**settings, kind: wrong})
+            assert max(found.values()) > MISTAKE, (kind, place)
 
 
 @cases

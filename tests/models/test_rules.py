@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_periln.errors import UsageError
@@ -14,8 +17,17 @@ from megatron_periln.models import GPTModelBuilder
 from megatron_periln.models.gpt import placed_layer_spec
 from megatron_periln.models.place_norms import place_norms
 from megatron_periln.models.residual_adds import check_calls, check_slots
-from megatron_periln.norms import PLACEMENTS, NoNorm, NormedBiasDropoutAdd, ScaledInputNorm, kernels
+from megatron_periln.norms import (
+    PLACEMENTS,
+    EngineInputNorm,
+    InputNorm,
+    NoNorm,
+    NormedBiasDropoutAdd,
+    ScaledInputNorm,
+    kernels,
+)
 from tests.models import small
+from tests.models.test_hybrid import stateful
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -278,3 +290,78 @@ def test_other_layers_have_the_rules_too(name, layers):
     gradients = small.gradients(model)
     check_calls(model)
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+WITHOUT = {"norms": {"output": {"weight": False}, "input": {"zero_centered": True, "epsilon": 0.1}}}
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_a_norm_without_weights_is_no_parameter_and_is_not_saved(normalization):
+    config = small.transformer_config(normalization=normalization)
+    model, peri = small.build(PERI.changed(WITHOUT), config), small.build("peri", config)
+    gone = {name for name in peri.state_dict() if "_bda.norm." in name}
+    assert model.state_dict().keys() == peri.state_dict().keys() - gone and gone
+    count = sum(parameter.numel() for parameter in model.parameters())
+    less = [rule.num_parameters(2, small.HIDDEN, normalization) for rule in (PERI, PERI.changed(WITHOUT))]
+    assert sum(parameter.numel() for parameter in peri.parameters()) - count == less[0] - less[1]
+    norm = model.decoder.layers[0].input_layernorm
+    assert norm.eps == 0.1 and not norm.weight.any()
+    norm = model.decoder.layers[0].mlp_bda.norm
+    norm.weight.zero_()
+    norm.reset_parameters()
+    assert torch.equal(norm.weight, torch.ones(small.HIDDEN)) and "no weights" in repr(norm)
+
+
+def test_weights_that_are_not_there_are_as_weights_of_1():
+    """With each backend that runs here, and with zero-centered weights everywhere else."""
+    settings = {"norms": {"output": {"weight": False}, "embedding": {"weight": False}}}
+    config = small.transformer_config(layernorm_zero_centered_gamma=True)
+    peri = small.build("peri", config)
+    expected = small.gradients(peri)
+    for backend, fuse in (("torch", False), ("torch", True), ("triton", False), ("triton", True)):
+        kernels.use_backend(backend)
+        try:
+            model = small.build(PERI.changed(settings), config, fuse_pre_mlp_norm=fuse)
+            found = small.gradients(model)
+        finally:
+            kernels.use_backend("auto")
+        assert found.keys() < expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], msg=f"{backend} {fuse} {name}")
+
+
+def test_input_norms_of_their_own_stand_before_the_linears_of_transformer_engine(te_specs):
+    """And are saved as those in the linears are."""
+    config = small.transformer_config()
+    placed = place_norms(te_specs(), PERI.changed(WITHOUT), config).submodules
+    norms = [placed.input_layernorm, placed.pre_mlp_layernorm]
+    assert [(norm.func, norm.keywords["settings"].epsilon) for norm in norms] == [(InputNorm, 0.1)] * 2
+    assert placed.self_attention.submodules.linear_qkv is te.TEColumnParallelLinear
+    assert get_submodules(placed.mlp).linear_fc1 is te.TEColumnParallelLinear
+    keys = placed.sharded_state_dict_keys_map
+    assert keys["input_layernorm."] == "self_attention.linear_qkv.layer_norm_"
+    assert keys["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
+    final = PERI.changed({"norms": {"final": {"epsilon": 0.2}}})
+    for norm, ours in ((te.TENorm, EngineInputNorm), (InputNorm, InputNorm)):
+        block = TransformerBlockSubmodules(layer_specs=[te_specs()], layer_norm=norm)
+        block = place_norms(block, final, config)
+        assert block.layer_norm.func is ours
+        assert block.layer_norm(config, hidden_size=8, eps=1e-5).eps == 0.2
+    config.fused_residual_rmsnorm = True
+    with pytest.raises(ValueError, match="--fused-residual-rmsnorm computes input norms without a scale"):
+        place_norms(te_specs(), PERI.changed(WITHOUT), config)
+
+
+@pytest.mark.parametrize("symbol", ["M", "G"])
+def test_layers_of_hybrid_models_have_such_norms_too(symbol):
+    final = {"final": {"weight": False, "epsilon": 0.2}}
+    model = stateful("peri", symbol, changed={"norms": {**WITHOUT["norms"], **final}})
+    state, sublayer = model.sharded_state_dict(), {"M": "mixer", "G": "self_attention"}[symbol]
+    keys = {tensor.key for name, tensor in state.items() if name.startswith("decoder.layers.0.")}
+    assert f"decoder.layers.0.{sublayer}.in_proj.layer_norm_weight" in keys
+    assert not any("_bda" in key for key in keys)
+    assert not any("final_norm" in name for name in state) and model.decoder.final_norm.eps == 0.2
+    layer = model.decoder.layers[0]
+    norm = layer.norm if symbol == "M" else layer.input_layernorm
+    assert norm.eps == 0.1 and norm.zero_centered_gamma
+    assert all(gradient.isfinite().all() for gradient in small.gradients(model).values())
