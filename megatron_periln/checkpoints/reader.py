@@ -31,8 +31,8 @@ from megatron_periln.megatron_arguments import megatron_arguments
 __all__ = ["NORM_BEFORE_EXPERTS", "Checkpoint"]
 
 NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
-"""The norm before a layer's experts in a checkpoint, as Megatron's local layers and Transformer Engine's name
-it."""
+"""The norm before an MLP in a checkpoint: in the first linear, where Megatron's local layers save that before
+experts too, and by itself, as Transformer Engine saves that."""
 
 _LAYERS = "decoder.layers."
 _EMBEDDING = "embedding.word_embeddings.weight"  # every GPT's; in the dtype of all its weights

@@ -52,7 +52,7 @@ class LayerKinds:
         count, skip = core.num_layers, core.window_attn_skip_freq
         unrotated = core.no_rope_freq or [0] * count  # a list, after the configuration was made
         windowed = (False,) * count
-        if core.window_size:
+        if core.window_size and core.window_size[0] >= 0:  # -1 is all tokens before
             windowed = _windowed(skip, count)
         return LayerKinds(
             windowed=windowed,

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 
+from megatron_periln.checkpoints.reader import NORM_BEFORE_EXPERTS
 from megatron_periln.models.residual_adds import SLOTS
 from megatron_periln.models.specs import with_submodules
 from megatron_periln.norms import (
@@ -57,7 +58,7 @@ _ATTENTION_NORM_KEYS = {
     linear: {"input_layernorm.": f"self_attention.{linear}.layer_norm_"}
     for linear in ("linear_qkv", "in_proj")
 }
-_MLP_NORM_KEY = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_MLP_NORM_KEY = dict([NORM_BEFORE_EXPERTS[::-1]])
 
 
 def place_norms[Spec](

@@ -24,6 +24,7 @@ from megatron_periln.monitor.layer_sums import (
 )
 from megatron_periln.monitor.statistics import STREAM_MAX_ABS, SUBLAYERS
 from megatron_periln.norms import NoNorm, NormedBiasDropoutAdd, OutputNorm, PlainAdd, PostNorm
+from megatron_periln.norms.kernels.reference import gpas_part
 from megatron_periln.patches.transformer_layers import replace_bda, without_graphs
 
 __all__ = ["recomputing", "watched"]
@@ -160,7 +161,7 @@ def _see_output(
     if norm is not None and (norm.scales or norm.gate is not None):
         of_stream, of_output = (torch.as_tensor(scale).to(stream) for scale in norm.scales or (1, 1))
         if norm.gate is not None:
-            left = 1 - torch.nn.functional.silu(norm.gate.float())
+            left = 1 - gpas_part(norm.gate.float())
             of_stream, of_output = of_stream * left, of_output * left
         added, stream = of_output * added, of_stream * stream
         means = of_stream.mean(), of_output.mean()

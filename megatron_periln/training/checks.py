@@ -358,6 +358,12 @@ MODEL: tuple[Check, ...] = (
         {"use_te_activation_func": False},
     ),
     Rule(
+        lambda args: args.multi_latent_attention and args.rope_type == "rope" and args.apply_rope_fusion,
+        "--rope-type rope: the fused kernel of --multi-latent-attention's rotary embeddings is of YaRN "
+        "alone; give --no-rope-fusion too",
+        {"apply_rope_fusion": False},
+    ),
+    Rule(
         lambda args: args.whole_qk_norm and not (args.qk_layernorm and args.normalization == "RMSNorm"),
         "--whole-qk-norm is an RMSNorm of queries and keys; give --qk-layernorm and --normalization RMSNorm",
     ),

@@ -1,5 +1,6 @@
 """Importing a model keeps what it computes, and exporting it again gives its files back."""
 
+import math
 import shlex
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from megatron_periln.convert import import_model as importing
 from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
 from megatron_periln.convert.parity_check import (
+    Outputs,
     checkpoint_outputs,
     compare,
     compare_logits,
@@ -76,6 +78,14 @@ def test_a_wrong_scaling_is_refused(single_process, tmp_path, monkeypatch, name,
     same_frequencies = replace(same_near, frequencies=expected.frequencies)
     assert "at far positions" in compare(same_frequencies, expected).excess
     assert compare(expected, expected).excess is None
+
+
+def test_a_model_that_rotates_nothing_has_other_frequencies_than_one_that_does():
+    rotated = Outputs(torch.ones(1, 2, 3), torch.ones(1, 2, 3), frequencies=torch.ones(2))
+    nothing = replace(rotated, frequencies=torch.empty(0))
+    for one, other in ((nothing, rotated), (rotated, nothing)):
+        assert compare(one, other).frequencies == math.inf
+    assert compare(nothing, nothing).excess is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

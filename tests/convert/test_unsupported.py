@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_kinds_of_layers_that_a_target_lacks(target, changes, reason):
     found = [each.reason for each in unsupported_by(TARGETS[target], replace(architecture, **changes))]
     assert len(found) == len(reason)
     assert all(part in each for part, each in zip(reason, found, strict=True))
+
+
+def test_a_window_of_all_tokens_before_is_none():
+    """As Megatron's attention and ours have it: -1 is infinite."""
+
+    def kinds(*window):
+        core = SimpleNamespace(
+            num_layers=2, window_size=window, window_attn_skip_freq=None, no_rope_freq=None
+        )
+        return LayerKinds.of(core)
+
+    assert kinds(-1, 0) == LayerKinds.all_plain(2) == kinds()
+    assert kinds(0, 0).window == 1
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_unsupported():

@@ -1,10 +1,13 @@
 """What a rank is planned to hold: against an H100's peaks, and against what is known of layouts."""
 
+import inspect
+
 import pytest
 import torch
 from megatron.core import parallel_state
 
 from megatron_periln.errors import UsageError
+from megatron_periln.norms.kernels import reference
 from megatron_periln.plan import ranks
 from megatron_periln.plan.model import engine, stages
 from megatron_periln.plan.model.chunks import Pass
@@ -152,3 +155,10 @@ def test_the_layers_of_a_layout():
     assert (first.layers, last.layers) == ((1, 3), (2, 2))
     even = plan(f"{SMALL} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", 2)[1]
     assert sum(each.parameters for each in even) == first.parameters + last.parameters
+
+
+@pytest.mark.parametrize("name", ["norm", "norm_add", "add_norm", "norm_add_norm", "add", "gpas"])
+def test_norms_of_the_plan_take_what_those_of_the_specification_take(name):
+    """Scales among them, which come last."""
+    given = inspect.signature(getattr(reference, name)).parameters
+    inspect.signature(getattr(engine._KERNELS, name)).bind(*given)

@@ -78,6 +78,7 @@ BUILT = {
     f"{EXPERTS} --swiglu": "local experts on one rank .* can't add biases; give --disable-bias-linear",
     f"{EXPERTS} --swiglu --expert-model-parallel-size 2": "or --no-bias-swiglu-fusion",
     f"{EXPERTS} --expert-model-parallel-size 2": "give --no-bias-gelu-fusion",
+    "--multi-latent-attention --rope-type rope": "is of YaRN alone; give --no-rope-fusion too",
     f"{WHOLE} --hybrid-override-pattern *-*-": "neither latent nor of a hybrid model",
     f"{WHOLE} {LAYERS}-path two.json": "neither .* or layers that differ; drop it",
     f"{WHOLE} --group-query-attention --num-query-groups 1 --tensor-model-parallel-size 2": (
@@ -91,6 +92,8 @@ FITTING = [
     "--num-experts 4 --swiglu --moe-router-topk 1 --moe-grouped-gemm",
     f"{LAYERS}-path two.json --te-precision-config-file recipe.yaml",
     f"{WHOLE} --num-attention-heads 4 --tensor-model-parallel-size 2",
+    "--multi-latent-attention --rope-type rope --no-rope-fusion",
+    "--multi-latent-attention",
 ]
 
 

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Scale", "add", "add_norm", "gate_scales", "gpas", "norm", "norm_add", "norm_add_norm"]
+__all__ = [
+    "Scale",
+    "add",
+    "add_norm",
+    "gate_scales",
+    "gpas",
+    "gpas_part",
+    "norm",
+    "norm_add",
+    "norm_add_norm",
+]
 
 Scale = float | Tensor
 """A constant, or a tensor: of one element, or of one a channel, ``[hidden]``."""
@@ -183,6 +193,11 @@ def add(
     return _weighted_sum(residual, y, residual_scale, output_scale).to(residual.dtype)
 
 
+def gpas_part(gate: Tensor) -> Tensor:
+    """Return ``SiLU(gate)``: which part of its input `gpas` takes off."""
+    return F.silu(gate)
+
+
 def gpas(x: Tensor, gate: Tensor) -> Tensor:
     """Return ``(1 - SiLU(gate)) x``, whose gradient reaches ``x`` as if it were ``x`` itself.
 
@@ -197,7 +212,7 @@ def gpas(x: Tensor, gate: Tensor) -> Tensor:
         A parameter of one element.
     """
     wide = _to_compute_dtype(x)
-    return (wide - F.silu(gate.to(wide.dtype)) * wide.detach()).to(x.dtype)
+    return (wide - gpas_part(gate.to(wide.dtype)) * wide.detach()).to(x.dtype)
 
 
 def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:

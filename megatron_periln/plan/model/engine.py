@@ -200,7 +200,9 @@ class _AddNorm(torch.autograd.Function):
         return torch.empty_like(output), torch.empty_like(residual), torch.empty_like(weight), *others
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Any, eps: float, zero_centered: bool, dtype: Any = None) -> Tensor:
+def _norm(
+    x: Tensor, weight: Tensor, bias: Any, eps: float, zero_centered: bool, dtype: Any = None, *_: Any
+) -> Tensor:
     return _normed(x, weight, bias, dtype)
 
 
