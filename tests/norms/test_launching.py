@@ -32,7 +32,8 @@ def test_a_relaunch_is_the_launch_that_triton_would_make(results):
         assert found, name
         assert is_same, name  # grid, threads, shared memory, stream, kernel, and each parameter
         assert count == 1, name
-        assert len(set(parameters)) > 2, name  # what is compared was read
+        width_is_compiled_in = name == "learned, sum_of_scales"
+        assert len(set(parameters)) > 2 - width_is_compiled_in, name  # what is compared was read
 
 
 LIKE_THE_FIRST = [0, 1]  # calls of Triton, launches
