@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,21 +34,12 @@ from megatron_periln.data.preprocess.partial_outputs import PartialOutputs
 from megatron_periln.data.preprocess.plan import Plan, difference, partial_folder, quarantine_file
 from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.data.readers.opening import number_lines
+from megatron_periln.data.tokenizers.cache import versions as versions_in_use
 from megatron_periln.data.tokenizers.encoders import token_dtype
 from megatron_periln.errors import PreprocessError
 from megatron_periln.files import sync
 
 __all__ = ["check_finished", "finalize_dataset", "finalize_run", "is_finished", "write_index"]
-
-_PACKAGES = (
-    "megatron-periln",
-    "megatron-core",
-    "gigatoken",
-    "tokenizers",
-    "transformers",
-    "sentencepiece",
-    "tiktoken",
-)
 
 
 def finalize_run(plan: Plan, outputs: PartialOutputs, checksums: dict[str, str], encoder: str) -> list[Path]:
@@ -216,7 +206,7 @@ def _sidecars(plan: Plan, outputs: PartialOutputs, encoder: str) -> dict[Dataset
         "eod": plan.tokenizer.eod,
         "encoder": encoder,
     }
-    created, versions, parts = utc_now(), _versions(), Counter(key for key, _ in sizes)
+    created, versions, parts = utc_now(), versions_in_use(), Counter(key for key, _ in sizes)
     lists: dict[str, Any] = {
         "inputs": [{"path": file.path, "bytes": file.bytes} for file in plan.inputs],
         "command": plan.command,
@@ -251,16 +241,6 @@ def _listed_in_the_first(plan: Plan, identity: dict[str, Any]) -> dict[str, dict
         return {}
     firsts = {key: sidecar_path(plan.dataset_prefix(key, 0)) for key in plan.keys}
     return {key: {**nothing, "listed_in": reference(path, identity)} for key, path in firsts.items()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _write_quarantine(path: Path, bad: Iterable[BadDocument]) -> None:
