@@ -12,6 +12,7 @@ import sys
 
 from megatron_periln import flag_files
 from megatron_periln.collector import paused
+from megatron_periln.endings.at_once import end_at_once
 from megatron_periln.errors import UsageError
 
 with paused():
@@ -70,3 +71,4 @@ def _on_the_cpu(arguments: list[str]) -> bool:
 
 if __name__ == "__main__":
     main()
+    end_at_once()

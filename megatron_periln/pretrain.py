@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_periln import flag_files
 from megatron_periln.collector import paused
+from megatron_periln.endings.at_once import end_at_once
 from megatron_periln.endings.children import be_a_child, end_children, keep_no_orphans
 from megatron_periln.endings.in_time import ends_in_time
 from megatron_periln.endings.launcher import end_with_launcher, wait_for_launcher
@@ -118,5 +119,7 @@ def main() -> None:
 if __name__ == "__main__":
     with ends_in_time():
         main()
+    if flag_files.device_of(sys.argv[1:]) == "cpu":  # profilers of GPUs write at the end of a process
+        end_at_once()
 elif __name__ == "__mp_main__":  # in a process that a rank spawns
     be_a_child()
