@@ -11,6 +11,7 @@ from pathlib import Path
 from jobs import run, say
 
 VOCABULARY = 4096
+"""Of the studies; the quickstart's models are smaller."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Data:
         return float(-(shares * np.log(shares)).sum())
 
 
-def prepare(folder: Path) -> Data:
+def prepare(folder: Path, vocabulary: int = VOCABULARY) -> Data:
     """Make the dataset in ``folder`` unless it is there."""
     data = Data(folder)
     if Path(f"{data.prefix}.idx").exists():
@@ -52,7 +53,7 @@ def prepare(folder: Path) -> Data:
     say("Gathering text: the sources of Python's standard library")
     _gather(folder / "stdlib.jsonl")
     say("Training a SentencePiece tokenizer on it")
-    _train_tokenizer(folder / "stdlib.jsonl", folder / "tokenizer")
+    _train_tokenizer(folder / "stdlib.jsonl", folder / "tokenizer", vocabulary)
     say("Tokenizing it into Megatron's indexed dataset")
     command = [sys.executable, "tools/preprocess_data.py", "--input", str(folder / "stdlib.jsonl")]
     command += ["--output-prefix", str(folder / "stdlib"), "--append-eod", "--overwrite"]
@@ -73,7 +74,7 @@ def _gather(path: Path) -> None:
     print(f"   {len(sources)} documents, {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
-def _train_tokenizer(text: Path, prefix: Path) -> None:
+def _train_tokenizer(text: Path, prefix: Path, vocabulary: int) -> None:
     """Train a byte-fallback BPE tokenizer that keeps white space."""
     import sentencepiece
 
@@ -83,7 +84,7 @@ def _train_tokenizer(text: Path, prefix: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
         model_prefix=str(prefix),
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
@@ -92,7 +93,7 @@ def _train_tokenizer(text: Path, prefix: Path) -> None:
         input_sentence_size=60_000,
         minloglevel=2,
     )
-    print(f"   {VOCABULARY} tokens: {prefix}.model")
+    print(f"   {vocabulary} tokens: {prefix}.model")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """What runs it."""
+        """What runs it; the launcher forks the ranks, which so import torch no second time."""
         launch = [sys.executable, "-m", "megatron_periln.launch", "--standalone"]
         launch += ["--nproc-per-node", str(self.ranks)]
         return [*launch, "-m", "megatron_periln.pretrain", *self.arguments]
@@ -90,16 +90,16 @@ class Board:
         if self.inline:
             self._print_all()
 
-    def show(self, name: str, line: str) -> None:
-        """Show the progress of a run."""
+    def show(self, name: str, line: str, *, always: bool = False) -> None:
+        """Show the progress of a run; ``always`` also where only some lines are shown."""
         with self.lock:
             self.lines[name] = line
             if self.inline:
                 print(f"\x1b[{len(self.lines)}A", end="")
                 self._print_all()
                 return
-            self.seen[name] += 1
-            if self.seen[name] % _SHOWN == 0:
+            self.seen[name] += not always
+            if always or self.seen[name] % _SHOWN == 0:
                 print(f"   {name:<8}{line}", flush=True)
 
     def _print_all(self) -> None:
@@ -112,18 +112,27 @@ def run(*commands: tuple[list[str], Path]) -> None:
     _together([partial(_finish, command, log) for command, log in commands])
 
 
-def train(*jobs: Job) -> None:
-    """Run training jobs at the same time, each on a line; exit with the last lines of one that fails."""
-    for job in jobs:
+def train(*runs: Sequence[Job]) -> None:
+    """Train at the same time, each run on a line, its jobs one after the other.
+
+    Exit with the last lines of a job that fails.
+    """
+    for job in (job for jobs in runs for job in jobs):
         print("   $ " + shlex.join(job.command), flush=True)
-    board = Board([job.name for job in jobs])
+    board = Board([jobs[0].name for jobs in runs])
 
-    def follow(job: Job, stop: threading.Event) -> None:
-        for line in _follow(job.command, job.log, stop):
-            if shown := job.progress.read(line):
-                board.show(job.name, shown)
+    def follow(jobs: Sequence[Job], stop: threading.Event) -> None:
+        for number, job in enumerate(jobs):
+            if number:
+                board.show(job.name, "stopped; resumes from its checkpoint", always=True)
+            for line in _follow(job.command, job.log, stop):
+                if shown := job.progress.read(line):
+                    board.show(job.name, shown)
+            if stop.is_set():
+                return
+        board.show(jobs[-1].name, f"done: validation loss {jobs[-1].progress.validation:.3f}", always=True)
 
-    _together([partial(follow, job) for job in jobs])
+    _together([partial(follow, jobs) for jobs in runs])
 
 
 def _finish(command: list[str], log: Path, stop: threading.Event) -> None:

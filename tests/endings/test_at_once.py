@@ -1,5 +1,6 @@
 """A process that ends at once has done all that others see of an end."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ print("as ever", end=" ")
 
 
 def run(program, *options, **kwargs):
-    return subprocess.run([sys.executable, *options, "-c", program], text=True, **kwargs)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, *options, "-c", program], text=True, env=buffered, **kwargs)
 
 
 def test_all_is_done_but_what_no_one_sees():

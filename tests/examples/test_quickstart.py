@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,11 +79,36 @@ def test_runs_train_at_the_same_time_each_on_its_line(tour, tmp_path, capsys):
         job(tour, "pre", tmp_path, wait.format(here, there) + "\n".join([ITERATION.format(1, 1)] * 4)),
         job(tour, "peri", tmp_path, wait.format(there, here) + "\n".join([ITERATION.format(2, 2)] * 4)),
     ]
-    tour["jobs"].train(*runs)
+    tour["jobs"].train(*([run] for run in runs))
     shown = capsys.readouterr().out.splitlines()
-    lines = [line.split()[0] for line in shown if line.endswith(("loss 1.000", "loss 2.000"))]
+    lines = [line.split()[0] for line in shown if line.endswith("s left") or "]" in line]
     assert sorted(lines) == ["peri", "pre"]  # of four each
     assert [one.progress.validation for one in runs] == [1, 2]
+    assert sorted(line.split()[0] for line in shown if "done: validation loss" in line) == ["peri", "pre"]
+
+
+def test_a_run_goes_on_beside_the_others(tour, tmp_path, capsys):
+    """The one that goes on lets the other end; either alone would wait forever."""
+    wait = "import os, time\nwhile not os.path.exists('{}'): time.sleep(0.01)\n"
+    here, there = (tmp_path / name for name in "ab")
+    first = job(tour, "peri", tmp_path, ITERATION.format(3, 3))
+    second = job(tour, "peri", tmp_path, f"open('{here}', 'w').close()\n{ITERATION.format(2, 2)}")
+    other = job(tour, "pre", tmp_path, wait.format(here) + f"open('{there}', 'w').close()")
+    tour["jobs"].train([other], [first, second])
+    shown = capsys.readouterr().out
+    assert there.exists() and second.log.read_text().count("iteration 1/ 4") == 2
+    assert (
+        "peri    stopped; resumes from its checkpoint" in shown
+        and "peri    done: validation loss 2.000" in shown
+    )
+
+
+def test_a_run_that_fails_does_not_go_on(tour, tmp_path):
+    broken = job(tour, "peri", tmp_path, "print('broken'); raise SystemExit(2)")
+    second = job(tour, "peri", tmp_path, f"open('{tmp_path / 'second'}', 'w')")
+    with pytest.raises(SystemExit, match="broken"):
+        tour["jobs"].train([broken, second])
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_run_that_fails_ends_the_others(tour, tmp_path):
@@ -92,7 +118,7 @@ def test_a_run_that_fails_ends_the_others(tour, tmp_path):
         job(tour, "peri", tmp_path, "print('broken'); raise SystemExit(2)"),
     ]
     with pytest.raises(SystemExit, match="broken"):
-        tour["jobs"].train(*runs)
+        tour["jobs"].train(*([run] for run in runs))
 
 
 def test_every_layer_is_recorded(trained):
@@ -102,9 +128,24 @@ def test_every_layer_is_recorded(trained):
 
 
 def test_the_summary_has_a_row_for_each_run(tour, trained):
-    lines = tour["quickstart"].summary({trained[1].parent: 3.25}).splitlines()
-    assert len(lines) == 2
+    lines = tour["quickstart"].summary({trained[1].parent: 3.25}, 4.5).splitlines()
+    assert len(lines) == 3
     assert lines[1].split()[:2] == ["peri", "3.250"]
+
+
+def test_what_the_summary_says_is_counted(tour, trained, tmp_path):
+    """Tokens are those of the record; the lowest validation loss is told beside the tokens' entropy."""
+    other = tmp_path / "pre"
+    shutil.copytree(trained[1].parent, other)
+    tokens = 2 * 8 * 128 / 1e6
+    for runs, best in (
+        ({trained[1].parent: 3.25, other: 3.5}, "peri"),
+        ({trained[1].parent: 4, other: 3.25}, "pre"),
+    ):
+        *_, said = tour["quickstart"].summary(runs, 4.5).splitlines()
+        assert said.split()[0] == best
+        assert f"after {tokens:.2f} million tokens" in said
+        assert "is 1.25 below 4.50" in said
 
 
 def test_the_doctor_knows_how_large_its_checkpoint_is(trained, monkeypatch):
