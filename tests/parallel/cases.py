@@ -84,6 +84,9 @@ VARIANTS = {
     "bf16": "--bf16",
     "zero-centered gamma": "--apply-layernorm-1p",
     "depth-scaled, epsilon": "--output-norm-init depth-scaled --output-norm-epsilon 1e-3",
+    "norms of Muse, distributed optimizer": "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
+    """--norm-rule '{"norms": {"embedding": {"weight": false}, "input": {"zero_centered": true}, """
+    """"output": {"weight": false, "epsilon": 1e-3}}}'""",
     # Muon's iteration is in bf16 by default, and of each rank's part of a matrix.
     "muon": "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high",
     "muon, distributed, bf16": "--optimizer muon --bf16 --use-distributed-optimizer",
@@ -166,6 +169,8 @@ def _cases():
     for rule in RULES:
         for layout in ("TP2+SP", "PP2", "DP2"):
             yield Case(rule, layout=layout, variant=distributed)
+    for layout in ("TP2+SP", "PP2", "DP2"):
+        yield Case("gated-peri", layout=layout, variant="norms of Muse, distributed optimizer")
     yield Case("mix-ln", layout="PP2xVPP2", variant=distributed)
     yield Case("gated-peri", layout="TP2+SP", options="full recompute", variant=distributed)
     yield Case("peri", layout="TP2xPP2+SP", variant="muon")
