@@ -71,4 +71,5 @@ def _on_the_cpu(arguments: list[str]) -> bool:
 
 if __name__ == "__main__":
     main()
-    end_at_once()
+    if _on_the_cpu(parse_args(sys.argv[1:]).training_script_args):
+        end_at_once()

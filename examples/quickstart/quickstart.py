@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -86,7 +87,7 @@ def summary(runs: Mapping[Path, float], entropy: float) -> str:
     lines = [f"   {'placement':<12}{'validation':>12}" + "".join(f"{name:>22}" for name in shown)]
     for row, validation in zip(table.rows, runs.values(), strict=True):
         lines.append(f"   {row[0]:<12}{validation:>12.3f}" + "".join(f"{row[i]:>22}" for i in columns))
-    best = min(runs, key=lambda folder: runs[folder])
+    best = min(runs, key=lambda folder: (math.isnan(runs[folder]), runs[folder]))
     tokens = loaded[list(runs).index(best)].run.steps.tokens.sum()
     lines.append(
         f"   {best.name} learned most: after {tokens / 1e6:.2f} million tokens its validation loss is "
@@ -109,7 +110,7 @@ def main() -> None:
 
     os.chdir(ROOT)
     started = time.time()
-    data = prepare(options.folder / "data", VOCABULARY)
+    data = prepare(options.folder / f"data-{VOCABULARY}", VOCABULARY)
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S")
     placements = list(dict.fromkeys(options.norm_placement))
     runs = train_all(placements, folder, data)

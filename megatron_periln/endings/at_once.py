@@ -16,13 +16,17 @@ def end_at_once() -> None:
 
     Threads are waited for, what is registered for the end is called, and what was printed is written.
     What is left out is what follows in Python: it looks through a million objects for garbage and frees what
-    it can, about half a second that the kernel doesn't need. A process that is profiled, traced or kept for
-    a prompt returns from here, and ends as Python does.
+    it can, about half a second that the kernel doesn't need. So a file that is neither closed nor flushed by
+    what opened it stays as it is, and a temporary file that goes with its object stays. A process that is
+    profiled, traced or kept for a prompt returns from here, and ends as Python does.
     """
     if _is_watched():
         return
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    for end in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            end()
+        except BaseException:  # such as an interrupt: Python tells it too, and ends with the same status
+            sys.excepthook(*sys.exc_info())
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

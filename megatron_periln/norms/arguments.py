@@ -148,7 +148,10 @@ def read_norm_rule(args: Namespace) -> None:
         raise UsageError(f"--norm-rule {given}: cannot be read: {reason}") from error
     if not isinstance(rule, dict):
         raise UsageError(f"--norm-rule {given}: has no names with values, such as residual_scale: 0.5")
-    args.norm_rule = json.dumps({str(name): value for name, value in rule.items()}, default=str)
+    try:
+        args.norm_rule = json.dumps({str(name): value for name, value in rule.items()}, default=str)
+    except (TypeError, ValueError) as error:  # a date as a name further in, a list in itself
+        raise UsageError(f"--norm-rule {given}: is no mapping of names to values: {error}") from error
 
 
 def _changes(args: Namespace) -> dict[str, Any]:

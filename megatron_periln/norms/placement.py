@@ -339,8 +339,9 @@ class NormPlacement:
         return replace(self.norms.output, epsilon=self.norms.output.epsilon or self.output_norm_epsilon)
 
     def structure(self) -> str:
-        """Return a short text of what decides which model a checkpoint holds."""
-        return f"{self.label} ({'with' if self.embedding else 'without'} embedding norm)"
+        """Return a short text of what decides which model a checkpoint holds: epsilons don't."""
+        label = replace(self, norms=self.norms.without_epsilons()).label
+        return f"{label} ({'with' if self.embedding else 'without'} embedding norm)"
 
 
 _CHANGEABLE = (*_OF_A_SUBLAYER, "initial_scale", "learned", "final", "norms")

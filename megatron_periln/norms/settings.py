@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 __all__ = ["MODELS", "NORM_KINDS", "NormSettings", "Norms"]
@@ -123,6 +123,10 @@ class Norms:
         """Return what `of` makes these settings of."""
         settings = {kind: getattr(self, kind).given() for kind in NORM_KINDS}
         return {kind: of_kind for kind, of_kind in settings.items() if of_kind}
+
+    def without_epsilons(self) -> Norms:
+        """Return the same settings, with the model's epsilon for all."""
+        return Norms(**{kind: replace(getattr(self, kind), epsilon=None) for kind in NORM_KINDS})
 
 
 NORM_KINDS = tuple(each.name for each in fields(Norms))

@@ -141,6 +141,7 @@ def test_what_the_summary_says_is_counted(tour, trained, tmp_path):
     for runs, best in (
         ({trained[1].parent: 3.25, other: 3.5}, "peri"),
         ({trained[1].parent: 4, other: 3.25}, "pre"),
+        ({trained[1].parent: float("nan"), other: 3.25}, "pre"),
     ):
         *_, said = tour["quickstart"].summary(runs, 4.5).splitlines()
         assert said.split()[0] == best

@@ -41,10 +41,29 @@ def test_a_file_gives_them_and_checkpoints_remember_them(tmp_path):
     set_placement(saved, placement)
     assert placement_of(saved) == placement
     assert placement.structure() == (
-        'gated-peri, norms {"input": {"zero_centered": true}, "output": {"weight": false, "epsilon": 1e-08}, '
+        'gated-peri, norms {"input": {"zero_centered": true}, "output": {"weight": false}, '
         '"embedding": {"weight": false}} (with embedding norm)'
     )
     assert {placement: 1}[placement_of(args)] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["norms:\n  2026-01-01: {}", "norms: &a {output: *a}"],
+    ids=["a date as a name", "a mapping in itself"],
+)
+def test_a_file_that_names_no_settings_is_refused(tmp_path, text):
+    file = tmp_path / "rule.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match="is no mapping of names to values"):
+        read_norm_rule(parse("--norm-rule", str(file)))
+
+
+def test_an_epsilon_is_no_structure():
+    """So that a checkpoint goes on with the same one by flag, and `--finetune` takes another."""
+    by_flag, by_rule = PERI.with_options(output_norm_epsilon=1e-6), {"output": {"epsilon": 1e-6}}
+    assert PERI.changed({"norms": by_rule}).structure() == by_flag.structure() == PERI.structure()
+    assert PERI.changed({"norms": {"output": {"weight": False}}}).structure() != PERI.structure()
 
 
 def test_what_is_not_given_is_the_models_and_no_change():

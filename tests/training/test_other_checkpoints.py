@@ -122,6 +122,10 @@ def test_a_placement_that_is_adopted_must_fit_the_flags(trained, refused):
     ("flags", "message"),
     [
         ("--output-norm-epsilon 1e-1", "epsilon of 1e-05, and this run asks for 0.1"),
+        (
+            """--norm-rule '{"norms": {"input": {"epsilon": 0.1}}}'""",
+            "an input norm epsilon of 1e-05, .* asks for 0.1; give --norm-rule with input's epsilon 1e-05",
+        ),
         ("--freeze-output-norm", "without --freeze-output-norm, .*drop that flag"),
     ],
 )

@@ -206,7 +206,7 @@ def _inputs_once(inputs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str
             {"path": path, "bytes": size, "format": form, "modified": modified}
             for path, form, size, modified in files
         ]
-    except TypeError:  # no files
+    except (TypeError, ValueError):  # no files
         return {}
     if any(
         {"path": one["path"], "bytes": one["bytes"]} != item for one, item in zip(merged, inputs, strict=True)

@@ -55,6 +55,12 @@ def versions() -> dict[str, str]:
             for entry in os.listdir(folder or "."):  # noqa: PTH208  half the time of Path.iterdir
                 if match := pattern.fullmatch(entry):
                     found.setdefault(match[1].lower().replace("_", "-"), match[2])
+    if missing := set(_PACKAGES) - found.keys():
+        from importlib import metadata  # a twentieth of a second of start-up that most don't need
+
+        for name in missing:  # none, or a checkout on the path, whose folder's name has no version
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
     return dict(sorted(found.items()))
 
 
