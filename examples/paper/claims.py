@@ -26,6 +26,11 @@ class Runs:
         self.profiles = [each for each in results["profiles"] if each["choices"].items() >= wanted.items()]
 
     @property
+    def finished(self) -> bool:
+        """Whether all finished, and there are any."""
+        return bool(self.runs) and all(run["status"] == "finished" for run in self.runs)
+
+    @property
     def diverged(self) -> str:
         """How many diverged, of how many."""
         return f"{sum(run['status'] == 'diverged' for run in self.runs)} of {len(self.runs)}"
@@ -182,6 +187,50 @@ def widths(results: Callable[[str], Results]) -> str:
     return "\n".join(lines)
 
 
+def rules(results: Callable[[str], Results]) -> str:
+    """Return the table of all rules, each beside Peri-LN: at its best rate, and over the rates that train.
+
+    A best rate has the lowest mean of those at which every seed finished. The lowest rate of all, at which
+    no model learns, is left out.
+    """
+    study = results("rules")
+    names, rates = (dict.fromkeys(run["choices"][key] for run in study["runs"]) for key in ("rule", "lr"))
+    learning = sorted(rates, key=float)[1:]
+    by_rate = {name: {rate: Runs(study, rule=name, lr=rate) for rate in learning} for name in names}
+    best = {
+        name: min(of_rates.items(), key=lambda item: (not item[1].finished, item[1].average()))
+        for name, of_rates in by_rate.items()
+    }
+    lines = [
+        "| rule | diverged | best rate | loss there | over Peri-LN's at its best | the same, mean of rates "
+        "| max \\|x\\| | variance, last layer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(by_rate, key=lambda name: (not best[name][1].finished, best[name][1].average())):
+        ends = [run["status"] for each in by_rate[name].values() for run in each.runs]
+        diverged, finished = ends.count("diverged"), ends.count("finished")
+        cells = [f"`{name}`", f"{diverged} of {diverged + finished}"]
+        rate, there = best[name]
+        if there.finished:
+            sizes = (there.by_seed(name).values() for name in ("largest_activation", "variance_at_end"))
+            others = ["0", "0"]
+            if name != "peri":
+                others = [there.over(best["peri"][1]), _over_rates(by_rate[name], by_rate["peri"])]
+            cells += [rate, there.mean(), *others, *(f"{statistics.fmean(size):,.3g}" for size in sizes)]
+        else:
+            cells += ["-"] * 6
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _over_rates(ours: dict[str, Runs], theirs: dict[str, Runs]) -> str:
+    """Return how much higher the mean loss over the rates is, seed by seed, if every run of both finished."""
+    if not all(runs.finished for runs in (*ours.values(), *theirs.values())):
+        return "-"
+    pairs = [(ours[rate].by_seed(), theirs[rate].by_seed()) for rate in ours]
+    return _spread((statistics.fmean(a[seed] - b[seed] for a, b in pairs) for seed in pairs[0][0]), "+.3f")
+
+
 def best_rate(losses: dict[float, float]) -> str:
     """Return where the parabola through the lowest loss and its neighbours, over log(rate), is lowest.
 
@@ -203,6 +252,7 @@ def main() -> None:
         print(f"{name}: {value}")
     print(variants(results))
     print(widths(results))
+    print(rules(results))
 
 
 if __name__ == "__main__":

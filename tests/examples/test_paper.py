@@ -145,7 +145,7 @@ def results():
 
 
 def test_tables_are_those_of_the_results(results):
-    assert results.keys() == {"learning_rate", "longer", "ablations", "surroundings", "width"}
+    assert results.keys() == {"learning_rate", "longer", "ablations", "surroundings", "width", "rules"}
     for name, of_study in results.items():
         assert of_study["summary"] == summarize(of_study["runs"])
         assert (PAPER / "results" / f"{name}.md").read_text() == markdown(of_study)
@@ -169,10 +169,12 @@ def test_the_page_states_what_was_measured(results, monkeypatch):
     numbers = claims.measurements(results.__getitem__).values()
     assert table in page
     assert claims.widths(results.__getitem__) in page
+    rules = claims.rules(results.__getitem__)
+    assert rules in page
     spread = re.compile(r"\d[\d,.e+]* ± \d[\d,.e+]*\d")
-    stated = spread.findall(page.replace(table, ""))
+    stated = spread.findall(page.replace(table, "").replace(rules, ""))
     assert len(stated) > 15
-    assert set(stated) <= set(spread.findall(" ".join([table, *numbers])))
+    assert set(stated) <= set(spread.findall(" ".join([table, rules, *numbers])))
 
 
 def test_the_best_rate_is_that_of_a_parabola(monkeypatch):
