@@ -65,7 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as compiled:
         for number in range(-1, options.rounds):  # the first round compiles
             for name, checkout in checkouts.items():
-                for launcher in LAUNCHERS:
+                for launcher in (
+                    LAUNCHERS if (checkout / "megatron_periln/launch.py").exists() else ["torchrun"]
+                ):
                     cpu, wall, step = measure(checkout, launcher, Path(compiled))
                     steps.add(step)
                     if number >= 0:
