@@ -9,7 +9,7 @@ from megatron_periln.convert.experts.architecture import Experts
 from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.rope_scaling import RopeScaling
 from megatron_periln.models import GPTModelConfig
-from megatron_periln.norms import MODELS, NormPlacement, NormSettings
+from megatron_periln.norms import MODELS, NORM_KINDS, NormPlacement, NormSettings
 
 __all__ = ["Architecture", "Rope"]
 
@@ -89,18 +89,14 @@ class Architecture:
     @property
     def output_eps(self) -> float:
         """Epsilon of the output norms."""
-        return self.placement.output_norm.epsilon or self.eps
+        return self.placement.settings_of("output").epsilon or self.eps
 
     def settings_of(self, norm: str) -> NormSettings:
         """Return what a norm has of its own, by its neutral name, such as ``attention.input_norm``."""
-        placement = self.placement
-        settings = {
-            "input_norm": placement.norms.input,
-            "output_norm": placement.output_norm if placement.output else placement.norms.after_add,
-            "embedding_norm": placement.norms.embedding,
-            "final_norm": placement.norms.final,
-        }
-        return settings.get(norm.rpartition(".")[2], MODELS)  # those of queries and keys have nothing
+        kind = norm.rpartition(".")[2].removesuffix("_norm")
+        if kind == "output" and not self.placement.output:
+            kind = "after_add"  # which the targets call by the same name
+        return self.placement.settings_of(kind) if kind in NORM_KINDS else MODELS  # of queries and keys
 
     @property
     def rotary_dim(self) -> int:

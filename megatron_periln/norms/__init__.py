@@ -14,10 +14,11 @@ from megatron_periln.norms.modules import (
     ScaledInputNorm,
 )
 from megatron_periln.norms.placement import OUTPUT, PERI, PLACEMENTS, POST, PRE, NormPlacement, SublayerRule
-from megatron_periln.norms.settings import MODELS, NormSettings
+from megatron_periln.norms.settings import MODELS, NORM_KINDS, NormSettings
 
 __all__ = [
     "MODELS",
+    "NORM_KINDS",
     "OUTPUT",
     "PERI",
     "PLACEMENTS",

@@ -303,7 +303,7 @@ class OutputNorm(NormParameters, _ScaledAdd):
     def __init__(self, config: TransformerConfig, placement: NormPlacement) -> None:
         super().__init__(
             config,
-            settings=placement.output_norm,
+            settings=placement.settings_of("output"),
             initial_weight=placement.initial_output_weight(config.num_layers, config.is_hybrid_model),
             trainable=not placement.freeze_output_norm,
         )

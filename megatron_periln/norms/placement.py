@@ -333,10 +333,12 @@ class NormPlacement:
         learned = 2 * num_layers * {"": 0, "scales": 2, "gates": hidden_size, "gpas": 1}[self.learned]
         return norms * hidden_size * _PARAMETERS_PER_NORM[normalization] + learned
 
-    @property
-    def output_norm(self) -> NormSettings:
-        """What the output norms have of their own, with ``output_norm_epsilon``."""
-        return replace(self.norms.output, epsilon=self.norms.output.epsilon or self.output_norm_epsilon)
+    def settings_of(self, kind: str) -> NormSettings:
+        """Return what the norms of a kind of `NORM_KINDS` have of their own, with ``output_norm_epsilon``."""
+        settings: NormSettings = getattr(self.norms, kind)
+        if kind == "output" and settings.epsilon is None:
+            return replace(settings, epsilon=self.output_norm_epsilon)
+        return settings
 
     def structure(self) -> str:
         """Return a short text of what decides which model a checkpoint holds: epsilons don't."""

@@ -13,7 +13,14 @@ from megatron_periln.checkpoints.intact import FLAG_GROUP
 from megatron_periln.errors import UsageError
 from megatron_periln.training.idle_flags import is_idle
 
-__all__ = ["MODEL_SETTINGS", "add_model_arguments", "adopt_model", "given_settings", "refuse_other_model"]
+__all__ = [
+    "MODEL_SETTINGS",
+    "add_model_arguments",
+    "adopt_model",
+    "given_settings",
+    "refuse_other_model",
+    "setting",
+]
 
 MODEL_SETTINGS = frozenset(
     [
@@ -166,7 +173,7 @@ def adopt_model(args: Namespace, saved: Namespace, given: dict[str, Any]) -> Non
         As `given_settings` returns it: what was given and differs is kept, for `refuse_other_model` to see.
     """
     for name in MODEL_SETTINGS:
-        value = given.get(name, _setting(saved, name))
+        value = given.get(name, setting(saved, name))
         if value is not _ABSENT:
             setattr(args, name, value)
     args.unpadded_vocab_size = args.unpadded_vocab_size or getattr(saved, "unpadded_vocab_size", None)
@@ -192,9 +199,9 @@ def refuse_other_model(args: Namespace, saved: Namespace | None, folder: str) ->
     if saved is None or args.allow_model_changes:
         return
     differences = [
-        f"{_flag(name)} {_shown(before)}, and here {_shown(_setting(args, name))}"
+        f"{_flag(name)} {_shown(before)}, and here {_shown(setting(args, name))}"
         for name in sorted(_comparable(args, saved))
-        if not _same(before := _setting(saved, name), _setting(args, name))
+        if not _same(before := setting(saved, name), setting(args, name))
     ]
     if differences:
         raise UsageError(
@@ -205,10 +212,10 @@ def refuse_other_model(args: Namespace, saved: Namespace | None, folder: str) ->
 
 def _comparable(args: Namespace, saved: Namespace) -> set[str]:
     names = {
-        name for name in MODEL_SETTINGS if _setting(saved, name) is not _ABSENT and not is_idle(name, args)
+        name for name in MODEL_SETTINGS if setting(saved, name) is not _ABSENT and not is_idle(name, args)
     }
     names -= {"heterogeneous_layers_config_path"}  # its content is compared
-    names -= {name for name in _DERIVED if _setting(saved, name) is None}
+    names -= {name for name in _DERIVED if setting(saved, name) is None}
     if args.moe_use_upcycling:  # a mixture, from a dense checkpoint
         names -= {name for name in names if name.startswith("moe_")} | {"num_experts", "ffn_hidden_size"}
     if args.position_embedding_type != "learned_absolute":
@@ -222,7 +229,7 @@ def _comparable(args: Namespace, saved: Namespace) -> set[str]:
     return names
 
 
-def _setting(args: Namespace, name: str) -> Any:
+def setting(args: Namespace, name: str) -> Any:
     """Return a setting in the one form in which it is compared, `_ABSENT` if it is not there."""
     value: Any = getattr(args, name, getattr(args, _FORMER.get(name, name), _ABSENT))
     if name == "spec" and isinstance(value, list | tuple) and value[-1] in _DEFAULT_STACKS:

@@ -11,10 +11,10 @@ from megatron_periln.checkpoints.sources import loads_from
 from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 from megatron_periln.norms.arguments import placement_flags, placement_of, set_placement
-from megatron_periln.norms.settings import NORM_KINDS, NormSettings
+from megatron_periln.norms.settings import NORM_KINDS
 from megatron_periln.training.batch_sizes import check_batch_sizes
 from megatron_periln.training.datasets import data_order
-from megatron_periln.training.model_settings import refuse_other_model
+from megatron_periln.training.model_settings import refuse_other_model, setting
 
 __all__ = [
     "adopt_saved_placement",
@@ -116,20 +116,17 @@ def _refuse_other_epsilon(
     args: Namespace, path: Path, saved: Namespace, placement: NormPlacement, theirs: NormPlacement
 ) -> None:
     for kind in NORM_KINDS:
-        own, its = (_own_epsilon(each, kind) for each in (placement, theirs))
-        now, before = own or args.layernorm_epsilon, its or saved.layernorm_epsilon
-        if own != its and now != before:
+        own, its = (each.settings_of(kind).epsilon for each in (placement, theirs))
+        if own == its:
+            continue
+        now, before = own or setting(args, "layernorm_epsilon"), its or setting(saved, "layernorm_epsilon")
+        if now != before:
             flag = "--output-norm-epsilon" if kind == "output" else f"--norm-rule with {kind}'s epsilon"
             raise UsageError(
                 f"the checkpoint in {path.parent} was trained with an {kind} norm epsilon of {before:g}, and "
                 f"this run asks for {now:g}; give {flag} {before:g} to continue it, or "
                 "--finetune to start from its weights"
             )
-
-
-def _own_epsilon(placement: NormPlacement, kind: str) -> float | None:
-    settings: NormSettings = placement.output_norm if kind == "output" else getattr(placement.norms, kind)
-    return settings.epsilon
 
 
 def _refuse_other_frozen_weights(

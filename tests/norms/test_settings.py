@@ -139,8 +139,8 @@ def test_flags_and_settings_of_output_norms_that_contradict_each_other(settings,
 def test_frozen_weights_and_an_epsilon_go_together():
     rule = '{"norms": {"output": {"epsilon": 0.1, "zero_centered": true}}}'
     placement = placement_of(parse("--norm-rule", rule, "--freeze-output-norm"))
-    assert placement.output_norm == NormSettings(epsilon=0.1, zero_centered=True)
-    assert PERI.with_options(output_norm_epsilon=0.2).output_norm == NormSettings(epsilon=0.2)
+    assert placement.settings_of("output") == NormSettings(epsilon=0.1, zero_centered=True)
+    assert PERI.with_options(output_norm_epsilon=0.2).settings_of("output") == NormSettings(epsilon=0.2)
 
 
 def test_norms_without_weights_hold_no_parameters():

@@ -192,8 +192,11 @@ def test_weights_may_be_frozen_where_there_is_no_optimizer_state(tmp_path, no_op
     saved = Namespace(norm_epsilon=1e-5, norm_placement="peri", embedding_norm=True, **no_optimizer)
     torch.save({"args": saved}, folder / "model_optim_rng.pt")
     args = Namespace(load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, finetune=False)
-    args.no_load_optim, args.layernorm_zero_centered_gamma = None, False
+    args.no_load_optim, args.layernorm_zero_centered_gamma, args.layernorm_epsilon = None, False, 1e-5
     refuse_other_placement(args, PERI.with_options(freeze_output_norm=True))
+    refuse_other_placement(args, PERI.with_options(output_norm_epsilon=1e-5))
+    with pytest.raises(UsageError, match=r"epsilon of 1e-05, and this run asks for 0\.001"):
+        refuse_other_placement(args, PERI.with_options(output_norm_epsilon=1e-3))
     del saved.norm_placement
     torch.save({"args": saved}, folder / "model_optim_rng.pt")
     with pytest.raises(UsageError, match="written by stock Megatron"):
