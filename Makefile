@@ -18,8 +18,10 @@ MEGATRON ?=
 TESTS ?= tests/patches tests/models
 UPSTREAM := $(VENV)-upstream
 PURELIB := 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+# Half of all that is installed, and little of it is imported: Python compiles that as it comes.
+RARE := site-packages/(.+/)?(tests?|transformers/models|pandas|plotly|pygments|awkward|nltk|mypyc?|setuptools)/
 export OMP_NUM_THREADS ?= 1
-# A folder of tests at a time in each process.
+# A folder of tests at a time in each process; tests/folders.py says how many processes.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8
 
 # For gpu-check: tests or benchmarks, both if empty; a folder of wheels for a machine without network, whose python3 has torch;
@@ -31,7 +33,7 @@ RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
 .PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster test-upstream gpu-check
-.PHONY: gpu-wheels parallelism recipes pictures lint install constraints clean
+.PHONY: gpu-wheels parallelism recipes pictures lint style install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -41,10 +43,10 @@ study: install  ## Run the small ones of examples/paper/studies on the CPU, thre
 	for study in $(STUDY); do \
 		$(PY) -m megatron_periln.studies examples/paper/studies/$$study.yaml --jobs $(JOBS) || exit; done
 
-test: lint $(OTHER)/installed  ## Lint, types and all tests that need no GPU
+test: style $(OTHER)/installed  ## Lint, and all tests that need no GPU, of which one checks the types
 	MEGATRON_PERILN_UV=$(UV) MEGATRON_PERILN_TRANSFORMERS_4=$(OTHER)/bin/python $(PYTEST)
 
-test-all: lint  ## The same, and every placement and model in every layout: an hour
+test-all: style  ## The same, and every placement and model in every layout: an hour
 	MEGATRON_PERILN_TEST_ALL=1 $(PYTEST)
 
 test-faults: install  ## Kill training ranks at random 30 times, and damage checkpoints: SEED
@@ -84,10 +86,12 @@ recipes: install  ## Train all public recipes of tests/recipes, and write docs/r
 pictures: install  ## Take docs/images from the last quickstart's report; needs Chromium
 	$(PY) -m tests.report.browser "$$(ls -t runs/quickstart/*/report.html | head -n 1)" --output docs/images
 
-lint: install
+lint: style
+	$(VENV)/bin/mypy
+
+style: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch .ci/run
 	$(VENV)/bin/hadolint Dockerfile
 
@@ -95,7 +99,8 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(UV)
 	$(UV) venv --quiet --allow-existing $(VENV)
-	$(UV) pip install --quiet --python $(PY) --compile-bytecode --constraints constraints.txt -e '.[dev]'
+	$(UV) pip install --quiet --python $(PY) --constraints constraints.txt -e '.[dev]'
+	$(PY) -m compileall -q -j 0 -x '$(RARE)' $$($(PY) -c $(PURELIB))
 	touch $@
 
 $(OTHER)/installed: constraints.txt | $(VENV)/installed  ## With the same torch, from the same cache

@@ -19,7 +19,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.folders import pytest_xdist_make_scheduler  # noqa: F401
+from tests.folders import (  # noqa: F401
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
 
 # No test depends on the machine's speed, or on chance.
 settings.register_profile("fixed", deadline=None, derandomize=True)

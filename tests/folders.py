@@ -1,11 +1,12 @@
-"""A folder's tests run in one process under pytest-xdist: they share what is slow to make.
+"""How tests are spread over processes under pytest-xdist.
 
-Its own groups of tests would do, but pytest 9.2 takes no notice of them (pytest-xdist #1386). The longest
-start first.
+A folder's tests run in one process: they share what is slow to make. Its own groups of tests would do, but
+pytest 9.2 takes no notice of them (pytest-xdist #1386). The longest start first.
 """
 
 import os
 
+import psutil
 import pytest
 
 # By their seconds; the others follow by the number of their tests.
@@ -15,8 +16,24 @@ LONGEST = (
     "tests/norms",
     "tests/convert",
     "tests/recipes",
+    "tests/test_wheel.py",
     "tests/faults",
+    "tests/convert/tokens",
+    "tests/data/preprocess",
+    "tests/patches",
+    "tests/doctor",
+    "tests/studies",
+    "tests/test_types.py",
+    "tests/examples",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Half as many again as there are cores: ranks wait for each other, and tests for what hangs."""
+    if os.environ.get("MEGATRON_PERILN_TEST_DEVICE") == "cuda":
+        return None  # as many as there are cores, for they share a GPU's memory
+    return (3 * len(psutil.Process().cpu_affinity()) + 1) // 2
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -28,12 +45,14 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Folders(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return nodeid.partition("::")[0].rpartition("/")[0]
+            path = nodeid.partition("::")[0]
+            folder = path.rpartition("/")[0]
+            return path if folder == "tests" else folder  # files outside folders share nothing
 
         def _assign_work_unit(self, node):
-            for folder in LONGEST[::-1]:
-                if folder in self.workqueue:
-                    self.workqueue.move_to_end(folder, last=False)
+            for first in LONGEST[::-1]:
+                if first in self.workqueue:
+                    self.workqueue.move_to_end(first, last=False)
             super()._assign_work_unit(node)
 
     return Folders(config, log)
