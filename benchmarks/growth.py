@@ -117,7 +117,8 @@ class Runner:
             "XDG_CACHE_HOME": str(self.work / f"cache-{name}"),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, *arguments]
+        # Not from the current folder, as -c would: that is a checkout too.
+        command = [sys.executable, "-P", *arguments]
         return measure(command, environment, self.work / "log", memory=1, timeout=self.timeout)
 
     @staticmethod
