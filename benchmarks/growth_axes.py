@@ -12,9 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_periln.studies.run_folder import RunFolder
+from megatron_periln.studies.study import read_study
+
 __all__ = ["AXES", "PREPROCESS", "WORDS", "Axis", "documents"]
 
 LINE = 100
+SMALL_MODEL = (
+    "--num-layers 16 --hidden-size 512 --num-attention-heads 8 --seq-length 512 "
+    "--max-position-embeddings 512 --tokenizer-type NullTokenizer --vocab-size 32000 --mock-data "
+    "--norm-placement peri --bf16 --micro-batch-size 1 --global-batch-size 8000 --lr 1e-3 --train-iters 200 "
+    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel"
+)
 WORDS = "a few words of a text that goes on, and some more of them in a sentence.\n"
 
 
@@ -177,7 +186,8 @@ def run_of_steps(folder: Path, size: int) -> None:
         },
         **{"num_layers": 12, "hidden_size": 256, "parameters": 10**7, "flags": {}, "started": "2026-01-01"},
     }
-    names = ("stream_variance", "stream_max_abs", "angular_distance", "attention_ratio", "mlp_gradient_norm")
+    names = ("stream_variance", "stream_max_abs", "angular_distance", "attention_ratio")
+    names += ("attention_gradient_norm", "mlp_gradient_norm")
     with (folder / "monitor.jsonl").open("w") as stream:
         stream.write(json.dumps(header) + "\n")
         for at in range(1, size + 1):
@@ -191,6 +201,21 @@ def run_of_steps(folder: Path, size: int) -> None:
                 stream.write(
                     json.dumps(line) + "\n" + json.dumps({**alert, "layer": None, "value": 1.0}) + "\n"
                 )
+
+
+def study(folder: Path, size: int) -> None:
+    """Write a study of so many runs, each trained for 200 steps."""
+    path = folder / "study.yaml"
+    path.write_text(f"flags: {SMALL_MODEL}\nseeds: {list(range(size))}\n")
+    run_of_steps(folder, 200)
+    record = (folder / "monitor.jsonl").read_bytes()
+    for run in read_study(path).runs():
+        of = RunFolder(folder / "runs" / run.name, run)
+        of.path.mkdir(parents=True)
+        of.record.write_bytes(record)
+        of.log.write_text("")
+        of.begin({})
+        of.end(0, None)
 
 
 def nothing(folder: Path, size: int) -> None:
@@ -300,6 +325,18 @@ def _start(code: str, samples: str = "10000") -> tuple[str, ...]:
     return ("-c", _START, "{folder}", "{out}", code, samples)
 
 
+# Without what looks for a checkout's missing modules in the one that is installed.
+_MODULE = """import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
+_STUDY = (
+    *("-c", _MODULE, "megatron_periln.studies", "{folder}/study.yaml"),
+    *("--output", "{folder}/runs", "--collect"),
+)
+_PLAN = (
+    *("-c", _MODULE, "megatron_periln.plan", "--world-size", "{size}", "--no-changes", "--brief"),
+    *SMALL_MODEL.split(),
+)
 _LINES = ("-c", _IN_LINES + _RUN, "{checkout}", "{size}")
 _BLEND, _STOCK_BLEND = _start("ours"), _start("stock")
 
@@ -351,5 +388,7 @@ AXES = (
         changed=True,
     ),
     Axis("steps, report", 10_000, run_of_steps, _REPORT),
+    Axis("runs of a study, their table", 30, study, _STUDY),
+    Axis("ranks, planned", 80, nothing, _PLAN),
 )
 """All axes; a new one is a line here."""
