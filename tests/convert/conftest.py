@@ -1,15 +1,20 @@
 import functools
 import json
+import shutil
 from unittest import mock
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.import_model import ImportOptions, import_model
 from megatron_periln.convert.tokens import auto_tokenizer
+from megatron_periln.errors import UsageError
 from tests.convert import checkpoints
 from tests.convert.cases import CASES
 from tests.convert.forked_readers import ForkedReaders
+from tests.convert.published import quietly
 from tests.parallel.conftest import indexed_bytes, jobs  # noqa: F401
 
 
@@ -67,3 +72,31 @@ def byte_tokenizer(tmp_path_factory):
 def config_of():
     """Return what the config.json in a folder holds."""
     return lambda folder: json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Return the one line with which a model is refused once its files were changed, with --no-verify too.
+
+    ``SOURCE`` stands in it for the folder.
+    """
+
+    def of(model, change=lambda tensors: None, without=(), **settings):
+        source = tmp_path / "source"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(model, source)
+        config = json.loads((source / "config.json").read_text()) | settings
+        kept = {key: value for key, value in config.items() if key not in without}
+        (source / "config.json").write_text(json.dumps(kept))
+        tensors = load_file(source / "model.safetensors")
+        change(tensors)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, source / "model.safetensors")
+        with pytest.raises(UsageError) as found:
+            import_model(source, tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        line = str(found.value)
+        assert "\n" not in line
+        return line.replace(f"{source}", "SOURCE")
+
+    return of
