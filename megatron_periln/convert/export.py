@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_periln.checkpoints.reader import Checkpoint
 from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import generation_config, model_config
 from megatron_periln.convert.model_folder import SpecialTokens
-from megatron_periln.convert.safetensors_folder import write_tensors
+from megatron_periln.convert.safetensors_folder import is_finite, write_tensors
 from megatron_periln.convert.targets import Target
 from megatron_periln.convert.tokens.texts import data_prefixes
 from megatron_periln.convert.tokens.write import prepare_tokenizer
 from megatron_periln.convert.unsupported import choose_target, refuse_unsupported
 from megatron_periln.convert.weights import exported_tensors
+from megatron_periln.errors import UsageError
 from megatron_periln.files import new_folder
 from megatron_periln.models.one_process import megatron_config
 
@@ -132,7 +134,7 @@ class _Conversion:
     def write_weights(self, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
         """Write the weights, and return the number of their bytes."""
         tensors = exported_tensors(self.checkpoint.read, self.architecture, self.target, dtype)
-        return write_tensors(folder, tensors, shard_bytes)
+        return write_tensors(folder, _finite(tensors, self.checkpoint.path), shard_bytes)
 
     def check_parity(self, folder: Path, dtype: torch.dtype, say: Say) -> None:
         """Compare the logits of the checkpoint and of what was written, both in fp32.
@@ -155,6 +157,20 @@ class _Conversion:
             parity_check.require_parity(parity_check.compare(unrounded, expected), say)
             parity_check.require_rounded(folder, exact, dtype)
         say(f"Rounding to {_name(dtype)} changes the logits by up to {written}")
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors as they are, but for those with values that are no numbers."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            change = "export an earlier checkpoint (--ckpt-step)"
+            if tensor.dtype is torch.float16 and not tensor.isnan().any():
+                change = "float16 ends at 65504: give --dtype bfloat16 or float32, or " + change
+            raise UsageError(
+                f"of {checkpoint}, {name} would have values that are NaN or infinite in "
+                f"{_name(tensor.dtype)}; {change}"
+            )
+        yield name, tensor
 
 
 def _name(dtype: torch.dtype) -> str:

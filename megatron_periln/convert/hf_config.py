@@ -13,7 +13,11 @@ from megatron_periln.convert.experts.config import expert_settings, experts_of
 from megatron_periln.convert.layer_kinds import LayerKinds
 from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
 from megatron_periln.convert.rope_scaling import RopeScaling
-from megatron_periln.convert.source.configuration import Statements, refuse_ids_out_of_range
+from megatron_periln.convert.source.configuration import (
+    Statements,
+    refuse_ids_out_of_range,
+    refuse_sizes_of_nothing,
+)
 from megatron_periln.convert.targets import OTHERS, TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
 from megatron_periln.errors import UsageError, with_kind
@@ -130,6 +134,7 @@ def read_config(model: Path) -> tuple[Any, Target, Statements]:
         raise UsageError(
             f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"
         )
+    refuse_sizes_of_nothing(config, said)
     refuse_ids_out_of_range(config, said)
     return config, TARGETS[config.model_type], said
 
@@ -224,8 +229,10 @@ def _rope(config: Any, target: Target) -> Rope:
         raise UsageError(
             "the model has YaRN and rotates neighbours, or a part of each head; Megatron's YaRN does neither"
         )
-    if theta != int(theta):
-        raise UsageError(f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number")
+    if not isinstance(theta, int | float) or theta < 1 or theta != int(theta):
+        raise UsageError(
+            f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number above 0"
+        )
     return Rope(
         theta=int(theta),
         fraction=fraction if target.partial_rotary else 1.0,

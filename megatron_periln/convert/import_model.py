@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import architecture_of, read_config
 from megatron_periln.convert.megatron_flags import flag_file, model_arguments
-from megatron_periln.convert.safetensors_folder import Tensors
+from megatron_periln.convert.safetensors_folder import Tensors, is_finite
 from megatron_periln.convert.source.memory_names import under_names_of_files
 from megatron_periln.convert.source.tensors import check_tensors
 from megatron_periln.convert.targets import Target
@@ -119,14 +120,30 @@ def import_model(model: Path, output: Path, options: ImportOptions, say: Say = p
 def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Target) -> None:
     """Copy the source's tensors into the model; all that it has has a place in a checkpoint."""
     filled = 0
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        if not is_finite(tensor):
+            raise UsageError(
+                f"{tensors.path(name)} has {name} with values that are NaN or infinite, from which nobody "
+                "can go on training; download the model again, or take an earlier one"
+            )
+        return tensor
+
     for key, sharded in model.sharded_state_dict().items():
         if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
             continue
         layer, expert = (int(found[1]) if found else 0 for found in (_LAYER.match(key), _EXPERT.search(key)))
-        tensor = imported_tensor(tensors.__getitem__, source, target, sharded.key, layer, expert)
+        tensor = imported_tensor(read, source, target, sharded.key, layer, expert)
         if sharded.key in VOCABULARY_TABLES:
             tensor = F.pad(tensor, (0, 0, 0, len(sharded.data) - len(tensor)))
         sharded.data.copy_(tensor)
+        if not is_finite(sharded.data):
+            dtype = str(sharded.data.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"{tensors.folder} has values up to {tensor.abs().max():.3g}, in what becomes {key}, beyond "
+                f"{dtype}; give --dtype bfloat16 or float32"
+            )
         filled += tensor.numel()
     saved = [*model.parameters(), *(bias for name, bias in model.named_buffers() if "expert_bias" in name)]
     total = sum(tensor.numel() for tensor in saved)

@@ -37,6 +37,11 @@ def check_model_folder(model: Path) -> None:
     """
     if not model.is_dir():
         raise UsageError(f"--model {model}: no such folder; hub names are not fetched, download it first")
+    if not (model / "config.json").is_file() and (model / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--model {model} holds an adapter alone (adapter_config.json); merge it into its model first "
+            "(merge_and_unload() of PEFT, then save_pretrained)"
+        )
     if not (model / "config.json").is_file():
         raise UsageError(
             f"--model {model} holds no config.json; give the folder of a downloaded or exported model"

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["INDEX", "Layout", "Part", "Tensors", "finalize_shards", "write_tensors"]
+__all__ = ["INDEX", "Layout", "Part", "Tensors", "finalize_shards", "is_finite", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ROWS = 1 << 14  # of tables that are compared at a time
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity."""
+    return all(bool(part.isfinite().all()) for part in (tensor.split(_ROWS) if tensor.dim() else [tensor]))
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:

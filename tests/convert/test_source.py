@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_periln.convert.export import ExportOptions, export
 from megatron_periln.convert.import_model import ImportOptions, import_model
 from megatron_periln.errors import UsageError
 from tests.convert.published import MODELS, make, quietly
@@ -187,6 +188,80 @@ def test_tensors_that_are_missing_or_too_many(refusal):
     )
     line = refusal("llama", lambda tensors: tensors.pop(UP))
     assert line.startswith(f"SOURCE has no tensor {UP}, and SOURCE/config.json promises it")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [lambda name: name.removeprefix("model."), lambda name: f"language_model.{name}"],
+    ids=["of a model without its head", "of a part of a larger model"],
+)
+def test_tensors_that_are_named_otherwise(refusal, rename):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[rename(name)] = tensors.pop(name)
+
+    line = refusal("llama", change)
+    assert line.startswith("SOURCE has ") and rename(EMBEDDING) in line
+    assert " more, and no tensor called model.layers.0" in line
+    assert line.endswith("as LlamaForCausalLM has them in files; write the folder with its save_pretrained")
+
+
+def test_an_adapter_that_is_not_merged(refusal, tmp_path):
+    def change(tensors):
+        tensors[UP.replace("up_proj", "up_proj.base_layer")] = tensors.pop(UP)
+        tensors[UP.replace("up_proj", "up_proj.lora_A.default")] = torch.ones(2, 64)
+
+    line = refusal("llama", change)
+    assert line.startswith(f"SOURCE/{WEIGHTS} has ") and "an adapter that is not merged" in line
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UsageError, match=r"holds an adapter alone .*; merge it into its model first"):
+        import_model(tmp_path, tmp_path / "checkpoint", ImportOptions(), say=quietly)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_no_numbers(single_process, refusal, value):
+    def change(tensors):
+        tensors[UP][3, 5] = value
+
+    line = refusal("llama", change)
+    assert line.startswith(f"SOURCE/{WEIGHTS} has {UP} with values that are NaN or infinite, from which")
+
+
+def test_values_beyond_float16(single_process, published, tmp_path):
+    """Of a model in bfloat16, which has numbers a great deal larger."""
+    source = shutil.copytree(published("llama"), tmp_path / "source")
+    tensors = load_file(source / WEIGHTS)
+    tensors[UP][3, 5] = 7e4
+    save_file(tensors, source / WEIGHTS)
+    options = ImportOptions(dtype=torch.float16, verify=False)
+    with pytest.raises(UsageError, match=r"values up to 7e\+04, in what becomes .*fc1.*, beyond float16;"):
+        import_model(source, tmp_path / "checkpoint", options, say=quietly)
+    import_model(source, tmp_path / "checkpoint", ImportOptions(verify=False), say=quietly)
+    options = ExportOptions(dtype=torch.float16, verify=False)
+    with pytest.raises(UsageError, match=rf"{UP} would have values that are .* float16; float16 ends at"):
+        export(tmp_path / "checkpoint", tmp_path / "again", options, say=quietly)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("intermediate_size", 0),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", -1),
+        ("head_dim", -1),
+    ],
+)
+def test_sizes_of_nothing(refusal, key, value):
+    line = refusal("llama", **{key: value})
+    assert line == f"SOURCE/config.json has {key} {value}, which must be a whole number above 0"
+
+
+@pytest.mark.parametrize("theta", [None, 0, -1.0, 0.5])
+def test_a_rotary_base_that_is_none(refusal, theta):
+    line = refusal("llama", rope_parameters={"rope_type": "default", "rope_theta": theta})
+    assert line == f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number above 0"
 
 
 def test_frequencies_of_old_checkpoints_are_passed_over(single_process, published, tmp_path):

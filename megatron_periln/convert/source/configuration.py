@@ -10,10 +10,15 @@ from typing import Any
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["Statements", "refuse_ids_out_of_range"]
+__all__ = ["Statements", "refuse_ids_out_of_range", "refuse_sizes_of_nothing"]
 
 _QUANTIZATION = ("quantization_config", "quantization", "compression_config")
 """Keys under which quantized models say so: those of transformers, MLX and compressed-tensors."""
+
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
 
 _DETAILS = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bits", "fmt", "format")
 """What is told of a method beside its name."""
@@ -113,3 +118,17 @@ def refuse_ids_out_of_range(config: Any, said: Statements) -> None:
             f"{said.quote('pad_token_id', pad)}, and vocab_size {size}, so that transformers can't build the "
             'model; write "pad_token_id": null there'
         )
+
+
+def refuse_sizes_of_nothing(config: Any, said: Statements) -> None:
+    """Refuse sizes that no model has; null is left to what transformers makes of it.
+
+    Raises
+    ------
+    UsageError
+        For the first that is no whole number above 0.
+    """
+    for key in _SIZES:
+        value = getattr(config, key, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{said.quote(key, value)}, which must be a whole number above 0")

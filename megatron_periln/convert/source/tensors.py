@@ -18,6 +18,7 @@ __all__ = ["check_tensors"]
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _UNREAD = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # what transformers does not read either
+_ADAPTER = re.compile(r"\.(base_layer|lora_[A-Za-z_]+)\.")  # of PEFT
 _SEVERAL = 3  # of the names in a list
 
 
@@ -78,7 +79,7 @@ def check_tensors(tensors: Tensors, architecture: Architecture, target: Target, 
                 f"{tensors.path(name)} has {name} in {dtype}, and only {', '.join(_DTYPES.values())} are "
                 "imported; of a quantized model, give the one from which it was made"
             )
-    _check_layers(tensors, architecture, said)
+    _check_layers(tensors, architecture, target, said)
     expected = list(_expected(architecture, target))
     _check_shapes(tensors, expected, said)
     _check_names(tensors, expected, architecture, target, said)
@@ -91,8 +92,13 @@ def check_tensors(tensors: Tensors, architecture: Architecture, target: Target, 
         )
 
 
-def _check_layers(tensors: Tensors, architecture: Architecture, said: Statements) -> None:
+def _check_layers(tensors: Tensors, architecture: Architecture, target: Target, said: Statements) -> None:
     layers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
+    if not layers:
+        raise UsageError(
+            f"{tensors.folder} has {_several(list(tensors))}, and no tensor called model.layers.0...., as "
+            f"{target.architecture} has them in files; write the folder with its save_pretrained"
+        )
     if layers != set(range(architecture.num_layers)):
         count = (
             f"{len(layers)} layers" if layers == set(range(len(layers))) else f"the layers {sorted(layers)}"
@@ -248,6 +254,15 @@ def _meaning(size: _Size, found: int) -> str:
 def _check_names(
     tensors: Tensors, expected: list[_Expected], architecture: Architecture, target: Target, said: Statements
 ) -> None:
+    names = {each.name for each in expected}
+    if architecture.tied:
+        names.add(target.tensor_name("head.weight"))
+    more = [name for name in tensors if name not in names and not _UNREAD.search(name)]
+    if adapters := [name for name in more if _ADAPTER.search(name)]:
+        raise UsageError(
+            f"{tensors.path(adapters[0])} has {_several(adapters)}: an adapter that is not merged; write the "
+            "folder after merge_and_unload() of PEFT"
+        )
     for each in expected:
         if each.name not in tensors:
             value: Any = each.switch != "tie_word_embeddings"
@@ -255,17 +270,16 @@ def _check_names(
             raise UsageError(
                 f"{tensors.folder} has no tensor {each.name}, and {why}; download the model again"
             )
-    names = {each.name for each in expected}
-    if architecture.tied:
-        names.add(target.tensor_name("head.weight"))
-    if more := [name for name in tensors if name not in names and not _UNREAD.search(name)]:
-        several = ", ".join(more[:_SEVERAL]) + (
-            f" and {len(more) - _SEVERAL} more" if more[_SEVERAL:] else ""
-        )
+    if more:
         raise UsageError(
-            f"{tensors.path(more[0])} has {several}, for which {target.architecture} has no place"
+            f"{tensors.path(more[0])} has {_several(more)}, for which {target.architecture} has no place"
             f"{_switch(more, target, said)}"
         )
+
+
+def _several(names: list[str]) -> str:
+    more = len(names) - _SEVERAL
+    return ", ".join(names[:_SEVERAL]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_logit_biases(tensors: Tensors, architecture: Architecture, target: Target) -> None:
