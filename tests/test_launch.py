@@ -14,8 +14,21 @@ from megatron_periln import launch
 ROOT = Path(__file__).parents[1]
 
 
-def run(*words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# What Python does at its end, and `end_at_once` leaves out.
+TELLS_ITS_END = """import os, sys
+class Tells:
+    def __del__(self, write=os.write):
+        write(2, b"was taken apart\\n")
+sys.tells = Tells()
+"""
+ONE_STEP = """--device cpu --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --norm-placement peri
+--num-layers 1 --hidden-size 16 --num-attention-heads 1 --seq-length 16 --max-position-embeddings 16
+--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0"""
+
+
+def run(*words, first=""):
+    path = f"{first}{os.pathsep}{ROOT}" if first else str(ROOT)
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "megatron_periln.launch", "--standalone", "--max-restarts", "0", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -26,6 +39,16 @@ def test_an_error_of_two_ranks_is_one_line():
     assert "Traceback" not in job.stderr
     (line,) = [line for line in job.stderr.splitlines() if line.startswith("error:")]
     assert line.startswith("error: flag file absent.flags: No such file or directory")
+
+
+def test_a_job_that_is_done_ends_at_once(tmp_path):
+    """Its rank and its launcher: each would tell, as the ranks of another program and their launcher do."""
+    (tmp_path / "sitecustomize.py").write_text(TELLS_ITS_END)
+    words = ("--nproc-per-node", "1", "-m", "megatron_periln.pretrain", *ONE_STEP.split())
+    done = run(*words, first=tmp_path)
+    assert (done.returncode, "was taken apart" in done.stderr) == (0, False), done.stderr
+    other = run("--nproc-per-node", "1", "-m", "this", first=tmp_path)
+    assert (other.returncode, other.stderr.count("was taken apart")) == (0, 2), other.stderr
 
 
 def test_a_rank_that_could_say_nothing_is_named(tmp_path):

@@ -49,7 +49,11 @@ def shares_of_gpus(study: Study, jobs: int, *, shared: bool = False) -> list[str
     count = torch.cuda.device_count()
     if shared and study.ranks > 1:
         raise UsageError(f"--share-gpus is for runs of one process, and ranks is {study.ranks}; drop it")
-    if count < (1 if shared else jobs * study.ranks):
+    if shared and not count:
+        raise UsageError(
+            "--share-gpus: no GPU is visible; make one visible (CUDA_VISIBLE_DEVICES), or drop it"
+        )
+    if not shared and count < jobs * study.ranks:
         raise UsageError(
             f"--jobs {jobs} with ranks: {study.ranks} takes {jobs * study.ranks} GPUs, and {count} are "
             "visible; give fewer --jobs, or make more visible (CUDA_VISIBLE_DEVICES)"

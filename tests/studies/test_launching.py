@@ -58,7 +58,7 @@ def test_runs_of_one_process_may_share_gpus(study, gpus):
     with pytest.raises(UsageError, match="--share-gpus is for runs of one process, and ranks is 2"):
         launching.shares_of_gpus(study("--lr 1", 2), 2, shared=True)
     gpus(0)
-    with pytest.raises(UsageError, match="and 0 are visible"):
+    with pytest.raises(UsageError, match="--share-gpus: no GPU is visible"):
         launching.shares_of_gpus(study("--lr 1", 1), 2, shared=True)
 
 
