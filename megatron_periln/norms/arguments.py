@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def placement_of(args: Namespace) -> NormPlacement:
     """
     name, embedding, init, freeze, epsilon = (getattr(args, name, stock) for name, stock in _STOCK.items())
     try:
-        return (
+        placement = (
             NormPlacement.named(name)
             .with_options(embedding=embedding)  # which the rule's norms may have settings for
             .changed(_changes(args))
@@ -127,6 +128,8 @@ def placement_of(args: Namespace) -> NormPlacement:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    centered = getattr(args, "layernorm_zero_centered_gamma", False)
+    return replace(placement, norms=placement.norms.beside(centered))
 
 
 def read_norm_rule(args: Namespace) -> None:

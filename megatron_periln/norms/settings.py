@@ -124,6 +124,12 @@ class Norms:
         settings = {kind: getattr(self, kind).given() for kind in NORM_KINDS}
         return {kind: of_kind for kind, of_kind in settings.items() if of_kind}
 
+    def beside(self, zero_centered: bool) -> Norms:
+        """Return the same settings, without what is so in a model whose weights are stored so anyway."""
+        kinds = {kind: getattr(self, kind) for kind in NORM_KINDS}
+        same = {kind: of for kind, of in kinds.items() if of.zero_centered == zero_centered}
+        return replace(self, **{kind: replace(of, zero_centered=None) for kind, of in same.items()})
+
     def without_epsilons(self) -> Norms:
         """Return the same settings, with the model's epsilon for all."""
         return Norms(**{kind: replace(getattr(self, kind), epsilon=None) for kind in NORM_KINDS})

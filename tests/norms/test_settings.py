@@ -1,5 +1,6 @@
 """What norms have of their own, as data of a rule."""
 
+import json
 import math
 import re
 from argparse import Namespace
@@ -165,3 +166,14 @@ def test_models_made_on_the_meta_device_have_no_start_for_norms_without_weights(
     reason = why_rule_does_not_fit(meta, PERI.changed({"norms": {"output": {"weight": False}}}))
     assert "leaves norms without weights as the memory was; drop it" in reason
     assert why_rule_does_not_fit(meta, PERI) is None
+
+
+@pytest.mark.parametrize("models", [False, True])
+def test_weights_that_are_stored_as_the_models_are_no_other_rule(models):
+    """By the rule or by --apply-layernorm-1p: the same kernels, checkpoints and exports."""
+    rule = {"norms": {kind: {"zero_centered": models} for kind in ("input", "output", "final")}}
+    args = parse("--norm-placement", "peri", "--norm-rule", json.dumps(rule))
+    args.layernorm_zero_centered_gamma = models
+    assert placement_of(args) == placement_of(parse("--norm-placement", "peri"))
+    args.layernorm_zero_centered_gamma = not models
+    assert placement_of(args).norms == Norms.of(rule["norms"])
