@@ -41,10 +41,13 @@ def jobs(tmp_path_factory, indexed_bytes):
 
 @pytest.fixture(scope="session")
 def run(jobs):
-    """Run a case once: one process from the start, other layouts from its checkpoint, some monitored."""
+    """Run a case once: one process from the start, other layouts from its checkpoint, some monitored.
+
+    Compared are all iterations, or those until ``last``.
+    """
 
     @functools.cache
-    def cached(case, changes=()):
+    def cached(case, changes=(), last=LAST):
         interval = f"--save-wgrads-interval {FIRST} --eval-iters 0"
         if case == case.one_process and not changes:
             arguments = f"{case.model} {interval} --save-interval {FIRST - 1}"
@@ -52,6 +55,7 @@ def run(jobs):
             load = cached(case.one_process).folder / "checkpoints"
             arguments = f"{case.model} {case.execution} {interval} --load {load} --ckpt-step {FIRST - 1}"
             arguments += " --save-interval 1000 --no-load-rng"
+            arguments += f" --exit-interval {last}" if last != LAST else ""
         name = "-".join(str(case).replace("+", "").split(", ")).replace(" ", "_")
         name += "".join(f"-{change.rsplit('.', 1)[1]}" for change in changes)
         if not changes:

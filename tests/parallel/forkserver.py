@@ -7,16 +7,17 @@ Importing torch, Megatron and transformers costs seconds a process; a fork costs
 GPU nothing speaks against it.
 """
 
-import argparse
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
-import importlib
+import importlib.metadata
 import json
 import multiprocessing.util
 import os
 import selectors
+import shlex
 import signal
 import socket
 import sys
@@ -55,11 +56,13 @@ def warm_up():
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
     from megatron.training import argument_utils
-    from megatron.training.arguments import add_megatron_arguments
 
     import megatron_periln.training.run  # noqa: F401
     from megatron_periln.patches import fixes
+    from megatron_periln.training.idle_flags import idle_flags
+    from megatron_periln.training.parsing import parse_words
     from tests.parallel import probe  # noqa: F401
+    from tests.parallel.jobs import COMMON
 
     fixes.apply()
     for name in LATE:
@@ -71,11 +74,17 @@ def warm_up():
     argument_utils.ArgumentGroupFactory._get_field_docstrings = once_a_class(
         argument_utils.ArgumentGroupFactory._get_field_docstrings
     )
-    add_megatron_arguments(argparse.ArgumentParser())
+    # Then parsers are built, flags are looked up by patterns, and torch asks for its plugins: 0.02 s a rank.
+    sys.argv = ["pretrain", *shlex.split(COMMON), "--mock-data", "--norm-placement", "peri"]
+    args, parser, _ = parse_words()
+    idle_flags(args, parser)
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points(group="torch.distributed.backends")
     torch.set_num_threads(1)
     # Ranks then neither look for garbage among what is imported, which copies its pages: 0.3 s a rank.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)  # a hundredth of a rank's time was looking for garbage of its own
     atexit.register(gc.unfreeze)  # or nanobind lists leaks
 
 
@@ -180,7 +189,8 @@ def serve(connection, own):
 
 def main():
     before = dict(os.environ)
-    warm_up()
+    with contextlib.redirect_stdout(sys.stderr):
+        warm_up()
     own = {name: value for name, value in os.environ.items() if before.get(name) != value}
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind("")  # Linux chooses a name that is free

@@ -1,5 +1,6 @@
 """Training jobs for tests: what to run, and what came of it."""
 
+import functools
 import json
 import re
 import shlex
@@ -41,12 +42,14 @@ class Finished:
 
     @property
     def gradients(self):
-        return load_tensors(self.folder / "gradients")
+        """Those of the first step, each at its full shape."""
+        return join_parts(self.folder / "gradients")
 
     def weights(self, iteration):
         return load_tensors(self.folder / "checkpoints" / f"iter_{iteration:07d}")
 
 
+@functools.lru_cache(8)  # one process's are compared with those of several layouts
 def load_tensors(folder):
     """Return every tensor of a distributed checkpoint at its full shape."""
     reader = checkpoint.FileSystemReader(folder)
@@ -58,6 +61,22 @@ def load_tensors(folder):
     }
     checkpoint.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+@functools.lru_cache(8)
+def join_parts(folder):
+    """Return the tensors whose parts ranks have saved, as `tests.parallel.probe` does."""
+    whole, there = {}, {}
+    for path in folder.iterdir():
+        for name, shape, offset, part in torch.load(path):
+            if name not in whole:
+                whole[name], there[name] = torch.empty(shape, dtype=part.dtype), torch.zeros(shape).bool()
+            place = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
+            assert not there[name][place].any(), f"{name}: two ranks have saved {place}"
+            whole[name][place], there[name][place] = part, True
+    for name, known in there.items():
+        assert known.all(), f"{name}: no rank has saved a part of it"
+    return whole
 
 
 class Jobs:

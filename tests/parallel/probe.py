@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
-from megatron.core import dist_checkpointing, mpu
+import torch
+from megatron.core import mpu
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 
 def install(folder):
-    """Write ``curve.json`` and, with ``--save-wgrads-interval``, the checkpoint ``gradients``."""
+    """Write ``curve.json`` and, with ``--save-wgrads-interval``, ``gradients``."""
     folder = Path(folder)
     curve, models = [], []
     log, get_optimizer = training.training_log, training.get_megatron_optimizer
@@ -27,8 +31,8 @@ def install(folder):
         return get_optimizer(config, model, *args, **kwargs)
 
     def save_first_gradients(save_dir, state_dict, iteration, label):
-        if not (folder / "gradients").exists():
-            save_gradients(unwrap_model(models[0]), folder / "gradients")
+        if models:
+            save_gradients(unwrap_model(models.pop()), folder / "gradients")
 
     training.training_log = recording_log
     training.get_megatron_optimizer = remembering_optimizer
@@ -36,13 +40,10 @@ def install(folder):
 
 
 def save_gradients(chunks, folder):
-    """Save the reduced gradients as the weights of a checkpoint, which Megatron gathers to full shape."""
-    import torch
+    """Save this rank's parts of the reduced gradients, with where they belong in the whole ones.
 
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir()
-    torch.distributed.barrier()
+    As Megatron saves weights, which these become for a moment: a part that several ranks hold is one's.
+    """
     parameters = [
         parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad
     ]
@@ -50,9 +51,14 @@ def save_gradients(chunks, folder):
     for parameter in parameters:
         parameter.data = parameter.main_grad.to(parameter.dtype)
     metadata = checkpointing._build_sharded_state_dict_metadata(training.get_args())
-    dist_checkpointing.save(
-        {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)},
-        str(folder),
-    )
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    apply_factories(state)
+    parts = [
+        (part.key, part.global_shape, part.global_offset, part.data[(None,) * part.prepend_axis_num].clone())
+        for part in nested_values(state)
+        if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id)
+    ]
+    folder.mkdir(exist_ok=True)
+    torch.save(parts, folder / f"rank{torch.distributed.get_rank()}.pt")
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight

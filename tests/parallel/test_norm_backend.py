@@ -10,9 +10,9 @@ from tests.parallel.conftest import FIRST
 
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-# Interpreted kernels are slow: a step or two, of one micro-batch where nothing else is compared with.
+# Interpreted kernels are slow: a step or two, of few tokens where nothing else is compared with.
 BRIEF = "--eval-iters 0 --save-interval 1000 --exit-interval"
-SMALL = "--global-batch-size 2 --override-opt-param-scheduler"
+SMALL = "--global-batch-size 2 --seq-length 16 --allow-data-changes --override-opt-param-scheduler"
 QUICK = "tests.norms.interpreter.find_builtins_once"
 FIRST_DROPPED = "tests.parallel.dropped_elements.print_first"
 
