@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from machine import command, machine
 from runtimes.environments import llama_cpp, python_of
-from runtimes.table import KINDS, TARGETS, TOKENIZED, tables
+from runtimes.table import KINDS, MIXTURES, TARGETS, TOKENIZED, tables
 from tokenizers import Tokenizer
 
 ARRAYS = {"logits", "ids", "continuations", "continued_texts"}
@@ -252,7 +252,8 @@ def main() -> None:
     names = [runtime.name for runtime in RUNTIMES]
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="some runtimes")
     parser.add_argument("--again", action="store_true", help="also those that have results")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    targets = (*TARGETS, *MIXTURES)
+    parser.add_argument("--targets", nargs="+", choices=targets, default=targets)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of tokenizers")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a job")
     parser.add_argument("--no-models", action="store_true", help="take the models that are there")

@@ -53,6 +53,10 @@ MODEL = """--num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attentio
     --lr-warmup-iters 5 --clip-grad 1.0 --split 100,0,0 --eval-iters 0 --log-interval 10 --save-interval 20
     --num-workers 0 --seed 7 --make-vocab-size-divisible-by 128"""
 WITHOUT_BIASES = " --disable-bias-linear"
+EXPERTS = WITHOUT_BIASES + " --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64"
+SHARED = " --moe-shared-expert-intermediate-size 64"
+SIGMOID = EXPERTS + " --moe-router-score-function sigmoid"
+WINDOWS = " --window-size 15,0 --window-attn-skip-freq 4"
 TARGETS = {
     "glm4": "--norm-placement peri --add-qkv-bias" + WITHOUT_BIASES,
     "hyperclovax": "--norm-placement peri",
@@ -62,6 +66,17 @@ TARGETS = {
     "exaone4": "--norm-placement output --qk-layernorm" + WITHOUT_BIASES,
     "olmo2": "--norm-placement output --qk-layernorm --whole-qk-norm" + WITHOUT_BIASES,
     "minimax": "--norm-placement post --embedding-norm" + WITHOUT_BIASES,
+    "olmo3": "--norm-placement output --qk-layernorm --whole-qk-norm" + WINDOWS + WITHOUT_BIASES,
+    "afmoe": "--norm-placement peri --qk-layernorm --attention-output-gate --no-rope-freq [0,0,0,1]"
+    " --moe-layer-freq [0,1,1,1] --moe-router-enable-expert-bias" + WINDOWS + SIGMOID + SHARED,
+    "kolibri1": "--norm-placement peri --qk-layernorm --no-rope-freq [0,0,0,1]" + WINDOWS + SIGMOID,
+    "mixtral": "--norm-placement pre" + EXPERTS,
+    "qwen3_moe": "--norm-placement pre --qk-layernorm" + EXPERTS,
+    "qwen2_moe": "--norm-placement pre --add-qkv-bias --moe-router-pre-softmax --moe-shared-expert-gate"
+    + EXPERTS
+    + SHARED,
+    "glm4_moe": "--norm-placement pre --add-qkv-bias --moe-layer-freq [0,1,1,1] --rotary-percent 0.5"
+    " --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5" + SIGMOID + SHARED,
 }
 """What makes a model one of each target."""
 

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["KINDS", "TARGETS", "TOKENIZED", "tables"]
+__all__ = ["KINDS", "MIXTURES", "TARGETS", "TOKENIZED", "tables"]
 
 TARGETS = ("glm4", "hyperclovax", "lfm3", "llama", "qwen3", "exaone4", "olmo2", "minimax")
+MIXTURES = ("olmo3", "afmoe", "kolibri1", "mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
+"""Those with windows or experts, in a table of their own."""
 TOKENIZED = ("glm4", "llama")
 """The targets with a tokenizer of every kind: AutoTokenizer of transformers 5 takes ``tokenizer.json`` as it
 is for the one, and rebuilds it by its class for the other."""
@@ -19,16 +21,22 @@ Cells = dict[str, dict[str, dict[str, Cell]]]
 
 
 def tables(cells: Cells) -> str:
-    """Return the table of logits, why some have none, and the table of ids."""
+    """Return the tables of logits, why some have none, and the table of ids."""
     first = {
         name: {target: found[KINDS[0]] for target, found in cells[name].items() if KINDS[0] in found}
         for name in cells
     }
-    logits = [line([named(name, found), *columns(found)]) for name, found in first.items()]
+    logits = [line([named(name, found), *columns(found, TARGETS)]) for name, found in first.items()]
+    mixed = {name: shown for name, found in first.items() if any(shown := columns(found, MIXTURES))}
     why = [f"- {name}, {text}" for name, found in first.items() for text in refusals(found)]
     ids = {name: [by_kind(cells[name], kind) for kind in KINDS] for name in cells}
     parts = [
         [head(["runtime", *TARGETS]), *logits],
+        *(
+            [[head(["runtime", *MIXTURES]), *(line([name, *shown]) for name, shown in mixed.items())]]
+            if mixed
+            else []
+        ),
         why,
         [head(["runtime", *KINDS]), *(line([name, *found]) for name, found in ids.items() if any(found))],
     ]
@@ -55,9 +63,9 @@ def named(name: str, found: dict[str, Cell]) -> str:
     return f"{name} ({shown})" if shown else name
 
 
-def columns(found: dict[str, Cell]) -> list[str]:
+def columns(found: dict[str, Cell], targets: Sequence[str]) -> list[str]:
     """Return what was seen of each target."""
-    return [of_logits(found[target]) if target in found else "" for target in TARGETS]
+    return [of_logits(found[target]) if target in found else "" for target in targets]
 
 
 def of_logits(cell: Cell) -> str:
@@ -92,7 +100,7 @@ def shortened(text: str, target: str) -> str:
 
 def by_kind(found: dict[str, dict[str, Cell]], kind: str) -> str:
     """Return how many texts have ids of training, with the worst of the targets."""
-    cells = {target: found[target][kind] for target in TARGETS if kind in found.get(target, {})}
+    cells = {target: found[target][kind] for target in (*TARGETS, *MIXTURES) if kind in found.get(target, {})}
     counted = {target: cell for target, cell in cells.items() if "texts" in cell}
     if not counted:
         return gguf_ids(cells)

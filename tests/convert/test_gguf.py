@@ -11,9 +11,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.gguf.graphs import check_graph, window_of
 from megatron_periln.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, rank
 from megatron_periln.convert.gguf.processes import LlamaCpp
 from megatron_periln.convert.gguf.write import GGUFOptions, write_gguf
+from megatron_periln.convert.targets import TARGETS
 from megatron_periln.convert.tokens.texts import FEATURES
 from megatron_periln.data.tokenizer_training.train import SPLITS
 from megatron_periln.data.tokenizers.probes import probe_texts
@@ -142,6 +144,87 @@ def test_what_llama_cpp_has_not_is_one_line(model, tmp_path, file, changes, mess
     with pytest.raises(UsageError, match=message):
         write_gguf(folder, tmp_path / "new.gguf", GGUFOptions(llama_cpp=NOWHERE))
     assert not (tmp_path / "new.gguf").exists()
+
+
+def configuration(folder, target, layers=4, **changes):
+    """Write a config.json, whose other settings are transformers' own."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": layers}
+    names = {"architectures": [TARGETS[target].architecture], "model_type": target}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(names | sizes | changes))
+    return folder
+
+
+def rotary(kind, **more):
+    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, "factor": 4.0} | more}
+
+
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"original_max_position_embeddings": 4096}
+WINDOW, FULL = "sliding_attention", "full_attention"
+PLAIN = {"sliding_window": None, "layer_types": [FULL] * 4}
+WINDOWS = {"sliding_window": 8, "layer_types": [WINDOW] * 3 + [FULL]}
+BY_TWO = {"sliding_window": 8, "layer_types": [WINDOW, FULL] * 2}
+
+
+@pytest.mark.parametrize(
+    "target, settings, message",
+    [
+        ("qwen3", rotary("llama3", **LLAMA_3), "no scaling by llama3"),
+        ("olmo2", rotary("llama3", **LLAMA_3), "no scaling by llama3"),
+        ("glm4_moe", rotary("llama3", **LLAMA_3), "no scaling by llama3"),
+        ("llama", rotary("dynamic"), "no scaling by dynamic"),
+        ("llama", rotary("yarn", truncate=False, **YARN), "bounds of yarn"),
+        ("exaone4", WINDOWS, "to have windows if it has 64 layers, and else none; it has 4 and windows"),
+        ("exaone4", {**PLAIN, "layers": 64, "layer_types": [FULL] * 64}, "it has 64 and no windows"),
+        ("afmoe", BY_TWO, "every fourth layer of an AFMoE"),
+        ("afmoe", PLAIN, "every fourth layer of an AFMoE"),
+        ("mixtral", {"sliding_window": 8}, "all layers to see all tokens before; it has sliding_window 8"),
+        ("qwen3", WINDOWS | {"use_sliding_window": True}, "it has sliding_window 8"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob to be False .train with --moe-router-pre"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob to be True .train without --moe-router-pre"),
+        ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "every layer to have experts"),
+        ("olmo2", {"head_dim": 24}, "4 of 24, and a size of 64"),
+        (
+            "olmo3",
+            WINDOWS
+            | {"rope_parameters": {kind: rotary("linear")["rope_parameters"] for kind in (WINDOW, FULL)}},
+            "in layers without a window alone; they are by linear in all",
+        ),
+    ],
+)
+def test_what_llama_cpp_takes_otherwise_is_refused(tmp_path, target, settings, message):
+    with pytest.raises(UsageError, match=f"config.json: llama.cpp takes .*{message}"):
+        check_graph(configuration(tmp_path / "model", target, **settings))
+
+
+@pytest.mark.parametrize(
+    "target, settings, window",
+    [
+        ("qwen3", rotary("linear"), None),
+        ("llama", rotary("llama3", **LLAMA_3), None),
+        ("mixtral", rotary("yarn", **YARN), None),
+        ("exaone4", PLAIN, None),
+        ("exaone4", WINDOWS | {"layers": 64, "layer_types": WINDOWS["layer_types"] * 16}, 8),
+        ("afmoe", WINDOWS, 8),
+        ("olmo3", BY_TWO, 8),
+        ("qwen2_moe", {"norm_topk_prob": False}, None),
+        ("qwen3_moe", {"norm_topk_prob": True}, None),
+        ("glm4_moe", {"first_k_dense_replace": 1}, None),
+    ],
+)
+def test_what_llama_cpp_takes_as_it_is_is_taken(tmp_path, target, settings, window):
+    assert window_of(check_graph(configuration(tmp_path / "model", target, **settings))) == window
+
+
+def test_targets_that_run_in_llama_cpp_are_those_that_have_a_graph(tmp_path):
+    for name, target in TARGETS.items():
+        refusal = ""
+        try:
+            check_graph(configuration(tmp_path / name, name))
+        except UsageError as error:
+            refusal = str(error)
+        assert ("is not known to compute" not in refusal) == ("llama.cpp" in target.runs_in), name
 
 
 def test_a_python_without_llama_cpp_is_told(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,22 +91,29 @@ class LlamaCpp:
             )
         return cls(source.resolve(), python)
 
-    def convert(self, folder: Path, vocabulary: Vocabulary, name: str, file: Path, kind: str) -> None:
-        """Write a GGUF file with a pre-tokenizer's name, and weights of a kind (``--outtype``).
+    def convert(self, files: Mapping[Path, Path], vocabulary: Vocabulary, name: str, kind: str) -> None:
+        """Write GGUF files, each of a model's folder, with a pre-tokenizer's name and weights of a kind.
 
         Raises
         ------
         UsageError
             If the converter fails.
         """
-        command = [sys.executable, "-P", str(_HERE / "converter.py"), str(self.source), str(folder.resolve())]
-        command += [json.dumps(asdict(vocabulary)), name, "--outfile", str(file), "--outtype", kind]
+        command = [sys.executable, "-P", str(_HERE / "converter.py"), str(self.source)]
+        command += [json.dumps(asdict(vocabulary)), name, kind]
+        for folder, file in files.items():
+            command += [str(folder.resolve()), str(file)]
         ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_QUIET})
-        if ended.returncode or not file.stat().st_size:
-            raise UsageError(f"llama.cpp's converter fails on {folder}: {_last(ended)}")
+        for folder, file in files.items():
+            if ended.returncode or not file.stat().st_size:
+                raise UsageError(f"llama.cpp's converter fails on {folder}: {_last(ended)}")
 
-    def run(self, file: Path, texts: list[str], special: bool, tokens: list[int]) -> dict[str, Any]:
-        """Return what llama.cpp makes of a file: ``runtime``, ``ids`` of texts, and ``logits`` of tokens.
+    def run(
+        self, file: Path, texts: list[str], special: bool, tokens: list[int], positions: int
+    ) -> dict[str, Any]:
+        """Return what llama.cpp makes of a file.
+
+        That is ``runtime``, ``ids`` of texts, and ``logits`` of tokens, at the last positions.
 
         Raises
         ------
@@ -113,6 +121,7 @@ class LlamaCpp:
             If it can't load it.
         """
         asked = {"file": str(file), "texts": texts, "special": special, "tokens": tokens}
+        asked["positions"] = positions
         ended = subprocess.run(
             [self.python, "-P", str(_HERE / "runtime.py")],
             input=json.dumps(asked),

@@ -2,8 +2,8 @@
 
 Run as a script in that process, by a Python that has llama-cpp-python or cyllama; it imports nothing else but
 numpy. It reads a JSON object from stdin: ``file``, ``texts``, ``special`` (whether special tokens in a text
-are taken for such) and ``tokens``, the ids whose logits are wanted. The last line of its output is a JSON
-object: ``runtime``, and ``ids`` and ``logits``, or ``error``.
+are taken for such), ``tokens``, and ``positions``: for how many of them, the last, logits are wanted. The
+last line of its output is a JSON object: ``runtime``, and ``ids`` and ``logits``, or ``error``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 __all__: list[str] = []
 
 
-def _by_llama_cpp_python(file: str, texts: list[str], special: bool, tokens: list[int]) -> dict[str, Any]:
+def _by_llama_cpp_python(
+    file: str, texts: list[str], special: bool, tokens: list[int], positions: int
+) -> dict[str, Any]:
     # One of the two is there.
     from llama_cpp import GGML_TYPE_F32, Llama  # type: ignore[import-not-found, unused-ignore]
 
@@ -26,10 +28,12 @@ def _by_llama_cpp_python(file: str, texts: list[str], special: bool, tokens: lis
     model = Llama(file, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False, **settings)
     ids = [model.tokenize(text.encode(), add_bos=True, special=special) for text in texts]
     model.eval(tokens)
-    return {"ids": ids, "logits": model.scores[: len(tokens)].tolist()}
+    return {"ids": ids, "logits": model.scores[: len(tokens)][-positions:].tolist()}
 
 
-def _by_cyllama(file: str, texts: list[str], special: bool, tokens: list[int]) -> dict[str, Any]:
+def _by_cyllama(
+    file: str, texts: list[str], special: bool, tokens: list[int], positions: int
+) -> dict[str, Any]:
     # One of the two is there.
     from cyllama.llama import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 
@@ -46,7 +50,8 @@ def _by_cyllama(file: str, texts: list[str], special: bool, tokens: list[int]) -
     batch = llama_cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
     batch.add_sequence(tokens, 0, True)
     context.decode(batch)
-    return {"ids": ids, "logits": [list(context.get_logits_ith(at)) for at in range(len(tokens))]}
+    wanted = range(len(tokens))[-positions:]
+    return {"ids": ids, "logits": [list(context.get_logits_ith(at)) for at in wanted]}
 
 
 def _main() -> None:

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from megatron_periln.convert.gguf.graphs import check_graph, window_of
 from megatron_periln.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, rank
 from megatron_periln.convert.gguf.processes import LlamaCpp, Vocabulary
 from megatron_periln.convert.logits import transformers_model
-from megatron_periln.convert.model_folder import check_model_folder
-from megatron_periln.convert.targets import TARGETS
 from megatron_periln.convert.tokens.auto_tokenizer import UnreadableError, load
 from megatron_periln.convert.tokens.sentencepiece_model import Kind, SentencePieceModel
 from megatron_periln.convert.tokens.texts import FEATURES
@@ -33,6 +32,9 @@ _SPLIT = 600
 _TRIED = 4
 """Of the pre-tokenizers that split nearest, how many are tried in llama.cpp."""
 _TOKENS = 64
+"""At how many positions the logits are compared, the last of a sample's."""
+_LONGEST = 512
+"""Of the samples, which are longer than the window where a layer has one."""
 _TOLERANCE = 1e-4
 """Of fp32 logits, as for the export itself."""
 _LONG_S = "'\u017f"
@@ -123,14 +125,16 @@ def write_gguf(model: Path, output: Path, options: GGUFOptions, say: Callable[[s
     UsageError
         If llama.cpp can't compute the model or give its ids; ``output`` is then as it was.
     """
-    _check_architecture(model)
+    config = check_graph(model)
     tokens = _tokens(model)
-    sample = torch.arange(_TOKENS) * 7919 % json.loads((model / "config.json").read_text())["vocab_size"]
+    sample = torch.arange(_sample_length(config)) * 7919 % config.vocab_size
     nearest: tuple[str, dict[str, Any]] | None = None
     with replacing(output) as (file,):
         for name in [options.pre_tokenizer] if options.pre_tokenizer else _names(tokens):
-            options.llama_cpp.convert(model, tokens.vocabulary, name, file, options.kind)
-            found = options.llama_cpp.run(file, tokens.texts, tokens.vocabulary.special, sample.tolist())
+            options.llama_cpp.convert({model: file}, tokens.vocabulary, name, options.kind)
+            found = options.llama_cpp.run(
+                file, tokens.texts, tokens.vocabulary.special, sample.tolist(), _TOKENS
+            )
             if not (wrong := tokens.differences(found)) or options.pre_tokenizer:
                 break
             if nearest is None or len(wrong) < len(tokens.differences(nearest[1])):
@@ -142,22 +146,10 @@ def write_gguf(model: Path, output: Path, options: GGUFOptions, say: Callable[[s
     say(f"Wrote {output}")
 
 
-def _check_architecture(model: Path) -> None:
-    check_model_folder(model)
-    config = json.loads((model / "config.json").read_text())
-    (architecture,) = config.get("architectures") or [None]
-    known = {each.architecture: each.name for each in TARGETS.values() if "llama.cpp" in each.runs_in}
-    if architecture not in known:
-        raise UsageError(
-            f"llama.cpp is not known to compute {architecture} as transformers does; it has "
-            f"{', '.join(known)} (export-hf --target {' or '.join(known.values())})"
-        )
-    heads, size = config["num_attention_heads"], config["hidden_size"]
-    if known[architecture] == "exaone4" and heads * (config.get("head_dim") or size // heads) != size:
-        raise UsageError(
-            f"llama.cpp takes EXAONE-4's heads to be of the hidden size together: {model}/config.json has "
-            f"{heads} heads of {config['head_dim']}, and a hidden size of {size}"
-        )
+def _sample_length(config: Any) -> int:
+    """Return how many tokens show whether a window is kept."""
+    wanted = _TOKENS if (window := window_of(config)) is None else max(_TOKENS, window + _TOKENS // 2)
+    return min(wanted, _LONGEST, config.max_position_embeddings)
 
 
 def _tokens(model: Path) -> _Tokens:
@@ -244,9 +236,8 @@ def _compare_logits(
     model: Path, sample: torch.Tensor, found: list[list[float]], kind: str, say: Callable[[str], None]
 ) -> None:
     with transformers_model(model) as reference:
-        positions = min(len(sample), reference.max_positions)
-        expected = reference.logits(sample[None, :positions])[0].numpy()
-    largest = float(np.abs(np.array(found)[:positions] - expected).max())
+        expected = reference.logits(sample[None])[0, -_TOKENS:].numpy()
+    largest = float(np.abs(np.array(found) - expected).max())
     if not largest <= _TOLERANCE and kind == "f32":
         raise UsageError(
             f"llama.cpp's logits differ from transformers' by up to {largest:.1e}, where {_TOLERANCE:.0e} is "
@@ -254,5 +245,5 @@ def _compare_logits(
         )
     say(
         f"Logits: largest difference between llama.cpp ({kind}) and transformers (fp32): {largest:.1e} on "
-        f"{positions} tokens, their standard deviation {expected.std():.2f}"
+        f"{len(expected)} tokens, their standard deviation {expected.std():.2f}"
     )

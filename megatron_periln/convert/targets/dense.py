@@ -121,7 +121,8 @@ DENSE: tuple[Target, ...] = (
     Target(
         name="exaone4",
         architecture="Exaone4ForCausalLM",
-        runs_in="transformers, vLLM, SGLang and, if its heads are of the hidden size together, llama.cpp",
+        runs_in="transformers, vLLM, SGLang and, if its heads are of the hidden size together, without "
+        "windows, llama.cpp",
         placement="output",
         qk_norm=True,
         names=_OUTPUT_NAMES,
@@ -131,7 +132,7 @@ DENSE: tuple[Target, ...] = (
     Target(
         name="olmo2",
         architecture="Olmo2ForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and llama.cpp",
         placement="output",
         qk_norm=True,
         whole_qk_norm=True,
@@ -142,7 +143,7 @@ DENSE: tuple[Target, ...] = (
     Target(
         name="olmo3",
         architecture="Olmo3ForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and llama.cpp",
         placement="output",
         qk_norm=True,
         whole_qk_norm=True,

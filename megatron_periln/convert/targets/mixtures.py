@@ -32,7 +32,7 @@ MIXTURES: tuple[Target, ...] = (
     Target(
         name="afmoe",
         architecture="AfmoeForCausalLM",
-        runs_in="transformers 5 and vLLM",
+        runs_in="transformers 5, vLLM and, if every fourth layer alone has no window, llama.cpp",
         placement="peri",
         qk_norm=True,
         gate=True,
@@ -103,7 +103,7 @@ MIXTURES: tuple[Target, ...] = (
     Target(
         name="mixtral",
         architecture="MixtralForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and llama.cpp",
         placement="pre",
         mixture=Mixture(score="softmax", count="num_local_experts", width="intermediate_size"),
         names={
@@ -122,7 +122,7 @@ MIXTURES: tuple[Target, ...] = (
     Target(
         name="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and, if the scores of the chosen experts add up to 1, llama.cpp",
         placement="pre",
         qk_norm=True,
         bias_switches={"attention_bias": _ATTENTION},
@@ -139,7 +139,7 @@ MIXTURES: tuple[Target, ...] = (
     Target(
         name="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and, with --moe-router-pre-softmax, llama.cpp",
         placement="pre",
         bias_switches={"qkv_bias": frozenset({"qkv"})},
         whole_heads=True,  # in transformers 4.57
@@ -166,7 +166,7 @@ MIXTURES: tuple[Target, ...] = (
     Target(
         name="glm4_moe",
         architecture="Glm4MoeForCausalLM",
-        runs_in="transformers, vLLM and SGLang",
+        runs_in="transformers, vLLM, SGLang and llama.cpp",
         placement="pre",
         qk_norm="use_qk_norm",
         bias_switches={"attention_bias": frozenset({"qkv"})},
