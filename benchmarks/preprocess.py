@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from machine import command, machine
-from preprocess_peers.contestants import COLD, OURS, RAW, Contestant, Job, contestants
+from preprocess_peers.contestants import BEFORE, COLD, OURS, RAW, Contestant, Job, contestants
 from preprocess_peers.corpus import Corpus, build_corpus, default_roots, describe, split_corpus
 from preprocess_peers.measure import Measurement, measure
-from preprocess_peers.results import Row, as_json, goals, peer_versions, table
+from preprocess_peers.results import Row, as_json, beside, goals, peer_versions, table
 from preprocess_peers.train import TOKENIZERS, tokenizer_files
 
 from megatron_periln.data.indexed.format import DTYPES, HEADER
@@ -39,7 +40,8 @@ class Benchmark:
         self.options = options
         self.work: Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.work / "cache", ignore_errors=True)
+        if not options.keep_cache:
+            shutil.rmtree(self.work / "cache", ignore_errors=True)
         self.corpus = self._corpus()
         self.tokenizers = self.work / f"tokenizers-{self.corpus.sha256[:8]}"
         self.rows: dict[tuple[str, int, str], Row] = {}
@@ -142,6 +144,9 @@ class Benchmark:
         for other in rows:
             if reference and other.contestant in (OURS, COLD) and other.digests != reference:
                 raise SystemExit(f"WRONG BYTES: {other.contestant} differs from {REFERENCE}: {row.tokenizer}")
+        own = [other.digests for other in rows if other.contestant in (OURS, COLD, BEFORE)]
+        if any(digests != own[0] for digests in own):
+            raise SystemExit(f"WRONG BYTES: ours differs from {BEFORE}: {row.tokenizer}")
 
     def checked(self) -> dict[str, str]:
         """Tell how the output of each contestant compares with that of 0.19's, where that is known.
@@ -173,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = (REFERENCE, COLD, OURS, "megatron-main", RAW, "datatrove", "dolma")
+    names = (REFERENCE, COLD, BEFORE, OURS, "megatron-main", RAW, "datatrove", "dolma")
     parser.add_argument("--corpus", type=Path, help="JSON Lines with a text each; default: built")
     parser.add_argument("--megabytes", type=float, default=362, help="size of the built corpus")
     parser.add_argument("--root", type=Path, action="append", help="folder with text; may be repeated")
@@ -184,6 +189,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow-workers", nargs="+", type=int, default=[2], help="for what takes minutes")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of what takes seconds")
     parser.add_argument("--peer-megabytes", type=float, default=60, help="of the corpus, for other tools")
+    parser.add_argument("--beside", type=Path, help="another checkout of ours, to compare with")
+    parser.add_argument(
+        "--keep-cache", action="store_true", help="with what runs before learned about the tokenizers"
+    )
     parser.add_argument("--megatron-0.19", type=Path, dest="megatron_0_19", help="its checkout")
     parser.add_argument("--megatron-main", type=Path, help="its checkout")
     parser.add_argument("--datatrove-python", type=Path, help="Python with datatrove")
@@ -197,12 +206,16 @@ def main() -> None:
     """Measure, print and write."""
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the contestant too
+    # All contestants start from compiled Python, as they do where they are installed.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     device = machine(peer_versions(options))
     benchmark = Benchmark(options)
     benchmark.run()
     rows = sorted(benchmark.rows.values(), key=lambda row: (-row.workers, TOKENIZERS.index(row.tokenizer)))
     reached = list(goals(rows))
     print(f"{benchmark.corpus.bytes / 1e6:.0f} MB, {benchmark.corpus.documents} documents\n\n{table(rows)}\n")
+    if options.beside:
+        print(f"{beside(rows)}\n")
     print("\n".join(map(str, reached)))
     for what, word in benchmark.checked().items():
         print(f"{word}: {what}")

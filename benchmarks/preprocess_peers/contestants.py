@@ -10,10 +10,11 @@ from pathlib import Path
 
 from preprocess_peers.train import END_OF_TEXT, Tokenizer, with_joined_merges
 
-__all__ = ["COLD", "OURS", "RAW", "Contestant", "Job", "contestants"]
+__all__ = ["BEFORE", "COLD", "OURS", "RAW", "Contestant", "Job", "contestants"]
 
 OURS = "ours"
 COLD = "ours, cold"
+BEFORE = "before"
 RAW = "raw encoder"
 
 _HERE = Path(__file__).parent
@@ -67,6 +68,8 @@ class Contestant:
 def contestants(options: argparse.Namespace) -> dict[str, Contestant]:
     """Return the contestants that ``options`` make possible, by name."""
     found = [_megatron_0_19(options.megatron_0_19), *_ours(), _megatron_main(options.megatron_main), _raw()]
+    if options.beside:
+        found.append(_before(options.beside.resolve()))
     if options.datatrove_python:
         found.append(_datatrove(options.datatrove_python))
     if options.dolma:
@@ -95,6 +98,17 @@ def _ours() -> list[Contestant]:
         Contestant(COLD, cold, command, environment, slow=True),
         Contestant(OURS, "tools/preprocess_data.py", command, environment),
     ]
+
+
+def _before(checkout: Path) -> Contestant:
+    def command(job: Job) -> list[str]:
+        tool = str(checkout / "tools/preprocess_data.py")
+        return [sys.executable, tool, *_megatron_flags(job), *_workers(job), "--overwrite"]
+
+    def environment(job: Job) -> Mapping[str, str]:
+        return {"XDG_CACHE_HOME": f"{job.cache}-before", **_path(checkout)}
+
+    return Contestant(BEFORE, "tools/preprocess_data.py of another checkout", command, environment)
 
 
 def _megatron_0_19(checkout: Path | None) -> Contestant:

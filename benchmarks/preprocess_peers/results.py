@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from preprocess_peers.contestants import OURS, RAW
+from preprocess_peers.contestants import BEFORE, OURS, RAW
 from preprocess_peers.measure import Measurement
 
-__all__ = ["Goal", "Row", "as_json", "goals", "peer_versions", "table"]
+__all__ = ["Goal", "Row", "as_json", "beside", "goals", "peer_versions", "table"]
 
 _LEAD = {"hf-32k": 45, "hf-128k": 40, "tiktoken": 15, "sentencepiece": 9}
 _PEAK_MB = 600
@@ -121,6 +121,25 @@ def goals(rows: list[Row]) -> Iterator[Goal]:
         if row.peak_mb is not None:
             met = row.peak_mb <= _PEAK_MB
             yield Goal(f"{row.tokenizer}: peak memory <= {_PEAK_MB} MB", _PEAK_MB, row.peak_mb, met)
+
+
+def beside(rows: list[Row]) -> str:
+    """Return what ours takes of the other checkout's CPU time and wall time, the least of each, in Markdown.
+
+    CPU time is what tells on a machine that others use too.
+    """
+    lines = ["| tokenizer | workers | CPU s before | CPU s | ratio | wall s before | wall s | ratio |"]
+    lines.append("|---|--:|" + "--:|" * 6)
+    for row in rows:
+        ours = _like(rows, row, OURS)
+        if row.contestant != BEFORE or ours is None:
+            continue
+        cells = [row.tokenizer, str(row.workers)]
+        for name in ("cpu_seconds", "seconds"):
+            was, now = (min(getattr(sample, name) for sample in each.samples) for each in (row, ours))
+            cells += [f"{was:.2f}", f"{now:.2f}", f"{now / was:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:

@@ -110,10 +110,13 @@ def reading(path: str, where: object = lambda: "") -> Iterator[None]:
         raise PreprocessError(f"{path}: cannot be read{place}: {reason}") from error
 
 
-def read_up_to(stream: BinaryIO, size: int) -> bytes:
-    """Read ``size`` bytes, fewer only at the end."""
+def read_up_to(stream: BinaryIO, size: int, at_once: int = READ_BYTES) -> bytes:
+    """Read ``size`` bytes, fewer only at the end.
+
+    Memory is taken for ``at_once`` of them before they are read.
+    """
     parts = []
-    while size > 0 and (part := stream.read(min(size, READ_BYTES))):
+    while size > 0 and (part := stream.read(min(size, at_once))):
         parts.append(part)
         size -= len(part)
     return b"".join(parts)

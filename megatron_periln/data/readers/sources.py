@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -75,17 +76,21 @@ class ByteRange(SingleChunk):
         with reading(self.path), Path(self.path).open("rb", buffering=0) as stream:
             begin = max(self.start - 1, 0)  # the byte before tells whether a line begins at ``start``
             stream.seek(begin)
-            data = read_up_to(stream, self.stop - begin)
-            first = data.find(b"\n") + 1 if self.start else 0
-            if self.start and not first:
-                return  # all of it belongs to a line that begins before
-            offset = begin + first
-            end = max(data.rfind(b"\n") + 1, first)
-            for line in data[first:end].split(b"\n")[:-1]:
+            data = read_up_to(stream, self.stop - begin, at_once=self.stop - begin)
+            lines = data.split(b"\n")
+            del data  # as large as all the lines
+            first = 0
+            if self.start:
+                if len(lines) == 1:
+                    return  # all of it belongs to a line that begins before
+                first = 1
+            rest = lines.pop()
+            offset = begin + (len(lines[0]) + 1 if first else 0)
+            for line in islice(lines, first, None):
                 yield RawDocument(Place(self.path, offset, None), _within(limit, line))
                 offset += len(line) + 1
-            if end < len(data):
-                line, size = finish_line(stream, data[end:], limit)
+            if rest:
+                line, size = finish_line(stream, rest, limit)
                 yield RawDocument(Place(self.path, offset, None), _within(limit, line, size))
 
 

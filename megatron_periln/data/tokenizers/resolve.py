@@ -8,6 +8,8 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from typing import Any
 
+import orjson
+
 from megatron_periln.data.tokenizers import cache
 from megatron_periln.data.tokenizers.encoders.gigatoken import convert_sentencepiece
 from megatron_periln.data.tokenizers.encoders.selection import characters_to_avoid, difference_on_vocabulary
@@ -51,8 +53,9 @@ def resolve_tokenizer(args: Namespace) -> ResolvedTokenizer:
     resolved = wrap_tokenizer(tokenizer, args)
     # Not if the files changed meanwhile, except by the hub's download.
     after = cache.content_key(args, flags)
-    if after and (key is None or after == key) and resolved.kind != "megatron":
-        cache.write_entry(after, _to_entry(resolved))
+    known = after and (key is None or after == key) and resolved.kind != "megatron"
+    if known and after and cache.write_entry(after, _to_entry(resolved)):
+        return replace(resolved, entry=after)
     return resolved
 
 
@@ -143,8 +146,9 @@ def _from_entry(key: str, args: Namespace) -> ResolvedTokenizer | None:
             differing=None if differing is None else tuple(differing),
             payload=files["payload"],
             accelerated=files.get("accelerated"),
-            probes=tuple((text, ids) for text, ids in json.loads(files["probes.json"])),
+            probes=tuple((text, ids) for text, ids in orjson.loads(files["probes.json"])),
             args=args,
+            entry=key,
         )
     except (KeyError, ValueError, TypeError):
         return None

@@ -47,6 +47,8 @@ class ResolvedTokenizer:
         Texts with the token ids that Megatron's tokenizer gives them.
     args
         The tokenizer flags, None for a tokenizer that was given as an object.
+    entry
+        The key of its entry in the cache, None without one.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class ResolvedTokenizer:
     unlike: str | None = field(default=None, repr=False)
     probes: tuple[tuple[str, list[int]], ...] = field(default=(), repr=False)
     args: Namespace | None = field(default=None, repr=False)
+    entry: str | None = field(default=None, repr=False)
     _built: list[Tokenizer] = field(default_factory=list, repr=False)
 
     def megatron_tokenizer(self) -> Tokenizer:

@@ -58,10 +58,13 @@ class GuardedEncoder:
         self.name = fast.name
         self.exact = exact
         self._fast = fast
-        self._characters = frozenset(map(chr, characters))
-        self._units = np.zeros(1 << 16, bool)  # of UTF-16: the characters, or what may be half of one
+        self._points = np.zeros(1 << 21, bool)
+        self._points[characters] = True
+        self._units = self._points[: 1 << 16].copy()  # of UTF-16; and what may be the first half of one
         for point in characters:
-            self._units[point if point < 1 << 16 else 0xD800 + (point - (1 << 16) >> 10)] = True
+            if point >= 1 << 16:
+                self._units[0xD800 + (point - (1 << 16) >> 10)] = True
+        self._first = int(np.argmax(self._units))
 
     def load(self) -> None:
         """Load the fast encoder; the other is loaded where it is needed."""
@@ -85,7 +88,12 @@ class GuardedEncoder:
 
     def _has_any(self, text: str) -> bool:
         units = np.frombuffer(text.encode("utf-16-le"), np.uint16)
-        return bool(self._units[units].any()) and not self._characters.isdisjoint(text)
+        candidates = units[units >= self._first]  # few or none of most texts
+        if not self._units[candidates].any():
+            return False
+        if candidates.max() < 0xD800:
+            return True
+        return bool(self._points[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any())
 
 
 def differing_characters(fast: BatchEncoder, exact: BatchEncoder) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_texts_with_them_are_encoded_exactly(texts: list[str]) -> None:
     assert encode(guarded, texts) == [list(map(ord, text)) for text in texts]
     assert not any("é" in text or "🙂" in text for text in fast.texts)
     assert all("é" in text or "🙂" in text for text in exact.texts)
+
+
+def test_which_texts_have_them() -> None:
+    """Beside others of the same half of UTF-16's pairs, and of a higher or lower code point."""
+    points = [0x870, 0x2FFF, 0xF900, 0x1FAE8, 0x10FFFF]
+    others = ["\u086f\u0871", "\ud7ff", "\uf901", "\U0001fae7", "\U0010fffe", "a", "é", "\u201c"]
+    draw = random.Random(0)
+    for _ in range(500):
+        pieces = draw.choices(others, k=draw.randint(0, 5)) + draw.choices(list(map(chr, points)), k=1)
+        text = "".join(draw.sample(pieces, len(pieces))[draw.randint(0, 2) :])
+        some = draw.sample(points, draw.randint(1, 5))
+        guarded = GuardedEncoder(Characters(), Characters(), some)
+        assert guarded._has_any(text) == any(ord(character) in some for character in text)
 
 
 @needs_gigatoken
