@@ -49,7 +49,8 @@ class ReportError(UsageError):
 
 def with_kind(error: BaseException, most: int | None = None) -> str:
     """Return an error's kind and what it says, in one line; of that ``most`` characters at most."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip()
+    kind, said = type(error).__name__, " ".join(str(error).split())[:most].rstrip()
+    return f"{kind}: {said}" if said else kind
 
 
 def tell(error: BaseException, *, speaks: bool = True) -> None:

@@ -180,8 +180,9 @@ def explained_tokenizer(args: Namespace) -> Iterator[None]:
         hint = "check --tokenizer-model and the other tokenizer flags"
         if args.tokenizer_type == "TikTokenizer":
             hint = (
-                "it needs a JSON list of rank, token_bytes and token_str, and --vocab-size must be "
-                "its length plus --tiktoken-num-special-tokens"
+                "it needs a .json with a list of rank, token_bytes and token_str that begins with the 256 "
+                "bytes in order (of a tekken.json, its list vocab), and --vocab-size must be its length, or "
+                "less, plus --tiktoken-num-special-tokens"
             )
         elif args.tokenizer_type in KINDS:
             hint = "check --vocab-file and --merge-file, and the other tokenizer flags"

@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, normalizers
 from megatron_periln.convert.tokens.from_tiktoken import tokenizer_json
 from megatron_periln.convert.tokens.json_parts import InexpressibleError
 from megatron_periln.convert.tokens.training_tokenizer import TrainingTokenizer
-from tests.convert.tokens.kinds import texts, tiktoken
+from megatron_periln.errors import PreprocessError
+from tests.convert.tokens.kinds import parse, texts, tiktoken
 
 
 @pytest.mark.parametrize("pattern", ["v1", "v2"])
@@ -28,6 +29,21 @@ def test_ids_are_tiktokens(tmp_path, pattern):
     content["model"]["merges"].reverse()
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\P{L}+"
     assert ids() != expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tekken.json", '{"config": {}, "vocab": []}'), ("qwen.tiktoken", "IQ== 0\n"), ("other.json", "[{}]")],
+)
+def test_files_of_another_format(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    flags = parse("--tokenizer-type", "TikTokenizer", "--tokenizer-model", tmp_path / name)
+    with pytest.raises(PreprocessError) as refused:
+        TrainingTokenizer.build(flags)
+    assert str(refused.value).startswith(
+        "TikTokenizer cannot be built: AssertionError; it needs a .json with a list of rank, token_bytes and "
+        "token_str that begins with the 256 bytes in order (of a tekken.json, its list vocab), and "
+    )
 
 
 def test_a_special_token_in_the_vocabulary_has_no_expression():
