@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import triton.language as tl
 from machine import command, machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.disasm import BRA_RE, FLINE_RE, parseCtrl
 
 from megatron_periln.norms.kernels import fused, plans
 from megatron_periln.norms.kernels.launch_config import (
@@ -183,6 +187,54 @@ def registers(cubin: bytes) -> int:
     return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
 
 
+def machine_code(cubin: bytes) -> bytes:
+    """Return the instructions of a kernel, 16 bytes each: the ELF section that is named for it."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    count, of_names = struct.unpack_from("<HH", cubin, 60)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + 64 * index) for index in range(count)]
+    names = headers[of_names][4]
+    (code,) = (
+        cubin[start : start + size]
+        for name, _, _, _, start, size in headers
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
+
+
+def disassemble(cubins: Sequence[bytes]) -> list[str]:
+    """Return the machine code of each kernel as Triton's ``asm["sass"]`` has it.
+
+    NVIDIA's disassembler takes a third of a second to start, so that it is started once for all.
+    """
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "--binary", "SM90a", "--print-instruction-encoding"]
+        printed = subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+    lines = printed.splitlines()
+    # An instruction takes two lines, the second with its control word.
+    every = [
+        (parseCtrl(lines[number + 1]), found[1].removesuffix(" ;").removesuffix(";") + ";")
+        for number, found in enumerate(map(FLINE_RE.match, lines))
+        if found
+    ]
+    starts = list(accumulate((len(code) // 16 for code in codes), initial=0))
+    assert starts[-1] == len(every), "nvdisasm printed other instructions than it was given"
+    return ["\n".join(labelled(every[first:last], first)) for first, last in pairwise(starts)]
+
+
+def labelled(instructions: Sequence[tuple[str, str]], first: int) -> Iterator[str]:
+    """Yield a kernel's lines, with a label before each instruction that is branched to by its address."""
+    targets = {int(branch[2], 16) for _, code in instructions if (branch := BRA_RE.match(code))}
+    for number, (control, code) in enumerate(instructions, first):
+        if number * 16 in targets:
+            yield f"LBB{number - first}:"
+        if branch := BRA_RE.match(code):
+            code = f"{branch[1]}LBB{int(branch[2], 16) // 16 - first};"
+        yield f"{control}\t{code}"
+
+
 def count_memory_waits(code: str) -> int:
     """Return how often an iteration of a kernel's longest loop asks for memory after it waited for some.
 
@@ -216,26 +268,45 @@ def count_memory_waits(code: str) -> int:
     return waits
 
 
-def measure(kernel: Any, variant: Variant, hidden_size: int) -> Resources:
-    """Compile one kernel and read its machine code."""
-    num_warps = variant.launch_config(hidden_size).num_warps
-    compiled = compile_kernel(kernel, arguments(kernel, variant, hidden_size), num_warps)
-    code = compiled.asm["sass"]
-    per_thread = registers(compiled.asm["cubin"])
-    fitting = REGISTERS_PER_SM // (-(-per_thread // 8) * 8 * 32 * num_warps)
-    loads = [int(bits) for bits in re.findall(r"\bLDG\.E(?:\.[A-Z]+)*\.(64|128)\b", code)]
-    return Resources(
-        kernel.__name__,
-        variant.name,
-        hidden_size,
-        num_warps,
-        per_thread,
-        len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        len(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG|ATOMS)\b", code)),
-        max(loads, default=32),
-        count_memory_waits(code),
-        min(WARPS_PER_SM // num_warps, fitting, 32),
-    )
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's binary, and what it was compiled for."""
+
+    kernel: str
+    variant: Variant
+    hidden_size: int
+    cubin: bytes
+
+    def measure(self, code: str) -> Resources:
+        """Read its disassembled ``code``."""
+        num_warps = self.variant.launch_config(self.hidden_size).num_warps
+        per_thread = registers(self.cubin)
+        fitting = REGISTERS_PER_SM // (-(-per_thread // 8) * 8 * 32 * num_warps)
+        loads = [int(bits) for bits in re.findall(r"\bLDG\.E(?:\.[A-Z]+)*\.(64|128)\b", code)]
+        return Resources(
+            self.kernel,
+            self.variant.name,
+            self.hidden_size,
+            num_warps,
+            per_thread,
+            len(re.findall(r"\b(?:STL|LDL)\b", code)),
+            len(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG|ATOMS)\b", code)),
+            max(loads, default=32),
+            count_memory_waits(code),
+            min(WARPS_PER_SM // num_warps, fitting, 32),
+        )
+
+
+def compile_all(hidden_sizes: Sequence[int]) -> Iterator[Compiled]:
+    """Compile each variant's kernels for rows of each length."""
+    for number, variant in enumerate(VARIANTS, 1):
+        for hidden_size in filter(variant.takes, hidden_sizes):
+            config = variant.launch_config(hidden_size)
+            for kernel in plans.kernels_for(config, hidden_size):
+                types = arguments(kernel, variant, hidden_size)
+                compiled = compile_kernel(kernel, types, config.num_warps)
+                yield Compiled(kernel.__name__, variant, hidden_size, compiled.asm["cubin"])
+        print(f"compiled {number} of {len(VARIANTS)} variants: {variant.name}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -248,20 +319,17 @@ def main() -> None:
     options = parser.parse_args()
     if fused.INTERPRETED:
         sys.exit("unset TRITON_INTERPRET to compile the kernels")
-    results = []
+    compiled = list(compile_all(options.hidden_sizes))
+    codes = disassemble([one.cubin for one in compiled])
+    results = [one.measure(code) for one, code in zip(compiled, codes, strict=True)]
     print(
         f"{'kernel':<24}{'variant':<28}{'hidden':>7}{'warps':>6}{'regs':>6}{'spills':>7}{'atomics':>8}{'load':>6}{'waits':>6}{'/SM':>5}"
     )
-    for variant in VARIANTS:
-        for hidden_size in filter(variant.takes, options.hidden_sizes):
-            for kernel in plans.kernels_for(variant.launch_config(hidden_size), hidden_size):
-                row = measure(kernel, variant, hidden_size)
-                results.append(row)
-                print(
-                    f"{row.kernel:<24}{row.variant:<28}{row.hidden_size:>7}{row.warps:>6}{row.registers:>6}"
-                    f"{row.spills:>7}{row.atomics:>8}{row.widest_load_bits:>6}{row.memory_waits:>6}{row.programs_on_sm:>5}",
-                    flush=True,
-                )
+    for row in results:
+        print(
+            f"{row.kernel:<24}{row.variant:<28}{row.hidden_size:>7}{row.warps:>6}{row.registers:>6}"
+            f"{row.spills:>7}{row.atomics:>8}{row.widest_load_bits:>6}{row.memory_waits:>6}{row.programs_on_sm:>5}"
+        )
     if options.output:
         report = {"device": machine(), "command": command(), "results": [asdict(row) for row in results]}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
