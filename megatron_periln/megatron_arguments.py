@@ -6,9 +6,14 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_args
 
-__all__ = ["megatron_arguments"]
+__all__ = ["megatron_arguments", "megatron_parser"]
+
+
+def megatron_parser(add_arguments: Callable[[ArgumentParser], ArgumentParser]) -> ArgumentParser:
+    """Return the parser that `megatron_arguments` makes for each call, which takes a tenth of a second."""
+    return add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
 
 
 def megatron_arguments(

@@ -8,6 +8,7 @@ import atexit
 import gc
 import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 DEVICE = os.environ.get("MEGATRON_PERILN_TEST_DEVICE", "cpu")
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import help_texts
 from tests.folders import (  # noqa: F401
     pytest_xdist_auto_num_workers,
     pytest_xdist_make_scheduler,
@@ -37,7 +39,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    """Leave thousands of tests and all that they import out of each search for garbage."""
+    """Leave thousands of tests and all that they import out of each search for garbage; read help once."""
+    if "megatron.training.argument_utils" in sys.modules:
+        help_texts.read_once()
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or nanobind lists leaks

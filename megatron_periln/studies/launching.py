@@ -92,13 +92,14 @@ def check_run_flags(study: Study) -> None:
         For the first that is not, with the run's name.
     """
     # Megatron's, after the CPU stands in for the GPU.
-    from megatron_periln.megatron_arguments import megatron_arguments
+    from megatron_periln.megatron_arguments import megatron_parser
     from megatron_periln.training.parsing import add_arguments
 
+    parser = megatron_parser(add_arguments)
     for run in study.runs():
         if run.seed == study.seeds[0]:
             try:
-                megatron_arguments(run.flags, add_arguments)
+                parser.parse_args(run.flags)
             except UsageError as error:
                 raise UsageError(f"{study.name}, run {run.name}: {error}") from error
 

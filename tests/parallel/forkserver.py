@@ -25,6 +25,7 @@ import time
 import traceback
 from pathlib import Path
 
+from tests import help_texts
 from tests.ports import free_port
 
 # What Megatron imports in every rank, but in functions.
@@ -37,17 +38,6 @@ LATE = (
 )
 
 
-def once_a_class(read):
-    texts = {}
-
-    def remembered(self, settings):
-        if settings not in texts:
-            texts[settings] = read(self, settings)
-        return texts[settings]
-
-    return remembered
-
-
 def warm_up():
     from megatron_periln import cpu
 
@@ -55,7 +45,6 @@ def warm_up():
     import torch
     import torch.utils.tensorboard
     from megatron.core.tokenizers import MegatronTokenizer
-    from megatron.training import argument_utils
 
     import megatron_periln.training.run  # noqa: F401
     from megatron_periln.patches import fixes
@@ -70,10 +59,7 @@ def warm_up():
     # After the fixes, which then do as in a rank: 1.4 s a rank whose tokenizer is one of transformers'.
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018
     MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=257)
-    # Megatron takes its flags' help from its sources, for each of a run's three parsers: 0.3 s a rank.
-    argument_utils.ArgumentGroupFactory._get_field_docstrings = once_a_class(
-        argument_utils.ArgumentGroupFactory._get_field_docstrings
-    )
+    help_texts.read_once()
     # Then parsers are built, flags are looked up by patterns, and torch asks for its plugins: 0.02 s a rank.
     sys.argv = ["pretrain", *shlex.split(COMMON), "--mock-data", "--norm-placement", "peri"]
     args, parser, _ = parse_words()

@@ -82,12 +82,17 @@ def refusing_statements(tree: ast.AST, above: ast.expr | None = None) -> list[tu
 
 
 @functools.cache
-def _statements(path: str) -> tuple[Statement, ...]:
+def _tree(path: str) -> ast.AST | None:
     try:
-        tree = ast.parse(Path(path).read_text())
+        return ast.parse(Path(path).read_text())
     except (OSError, SyntaxError, ValueError):
-        return ()
-    return tuple(statement for _, statement in refusing_statements(tree))
+        return None
+
+
+@functools.cache
+def _statements(path: str) -> tuple[Statement, ...]:
+    tree = _tree(path)
+    return tuple(statement for _, statement in refusing_statements(tree)) if tree else ()
 
 
 def statement_at(path: str, line: int) -> Statement | None:
@@ -98,9 +103,7 @@ def statement_at(path: str, line: int) -> Statement | None:
 
 def names_at(path: str, line: int) -> frozenset[str]:
     """Return what the statement that a line is in reads, and the nearest condition around it."""
-    try:
-        tree = ast.parse(Path(path).read_text())
-    except (OSError, SyntaxError, ValueError):
+    if (tree := _tree(path)) is None:
         return frozenset()
     around = [
         node

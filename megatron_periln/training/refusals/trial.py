@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -163,6 +164,21 @@ def go_on(
     owner
         The class of the method.
     """
+    code, statements, path = _rewritten(function)
+    space = {
+        **function.__globals__,
+        _NOTE: lambda error, index: note(
+            error() if isinstance(error, type) else error, statements[index], path
+        ),
+    }
+    exec(code, space)
+    made: types.FunctionType = space["around"](owner)
+    return made
+
+
+@functools.cache
+def _rewritten(function: Callable[..., Any]) -> tuple[types.CodeType, list[Statement], str]:
+    """Return code that defines `go_on`'s function in another around it, its refusing statements, its file."""
     lines, first = inspect.getsourcelines(function)
     path = inspect.getsourcefile(function) or ""
     module = ast.parse(textwrap.dedent("".join(lines)))
@@ -174,15 +190,8 @@ def go_on(
     (outer,) = around.body
     assert isinstance(outer, ast.FunctionDef)
     outer.body[:0] = module.body
-    space = {
-        **function.__globals__,
-        _NOTE: lambda error, index: note(
-            error() if isinstance(error, type) else error, list(statements.values())[index], path
-        ),
-    }
-    exec(compile(ast.fix_missing_locations(around), path, "exec"), space)
-    made: types.FunctionType = space["around"](owner)
-    return made
+    code = compile(ast.fix_missing_locations(around), path, "exec")
+    return code, list(statements.values()), path
 
 
 class _GoingOn(ast.NodeTransformer):
