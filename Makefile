@@ -21,6 +21,7 @@ PURELIB := 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 # Half of all that is installed, and little of it is imported: Python compiles that as it comes.
 RARE := site-packages/(.+/)?(tests?|transformers/models|pandas|plotly|pygments|awkward|nltk|mypyc?|setuptools)/
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE
 # A folder of tests at a time in each process; tests/folders.py says how many processes.
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 8
 
