@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def _rope(config: Any, target: Target) -> Rope:
         raise UsageError(
             "the model has YaRN and rotates neighbours, or a part of each head; Megatron's YaRN does neither"
         )
-    if not isinstance(theta, int | float) or theta < 1 or theta != int(theta):
+    if not isinstance(theta, int | float) or not 1 <= theta < math.inf or theta != int(theta):
         raise UsageError(
             f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number above 0"
         )

@@ -120,7 +120,7 @@ def _refuse_other_epsilon(
         if own == its:
             continue
         now, before = own or setting(args, "layernorm_epsilon"), its or setting(saved, "layernorm_epsilon")
-        if now != before:
+        if isinstance(before, float) and now != before:
             flag = "--output-norm-epsilon" if kind == "output" else f"--norm-rule with {kind}'s epsilon"
             raise UsageError(
                 f"the checkpoint in {path.parent} was trained with an {kind} norm epsilon of {before:g}, and "

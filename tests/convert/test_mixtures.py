@@ -240,6 +240,14 @@ SETTINGS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
             {"num_experts_per_tok": 1, "norm_topk_prob": True},
             "norm_topk_prob True, and num_experts_per_tok 1",
         ),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok 0, which must be a whole number"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": -1},
+            "moe_intermediate_size -1, which must be a whole number",
+        ),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts 0, which must be a whole number"),
+        ("qwen3_moe", {"num_experts_per_tok": 129}, "num_experts_per_tok 129, and num_experts 128"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "none of the model's layers has experts"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "has decoder_sparse_step 2"),
         (

@@ -1,6 +1,7 @@
 """A model whose files disagree, or hold what is no weight, is refused in one line, with --no-verify too."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -258,7 +259,7 @@ def test_sizes_of_nothing(refusal, key, value):
     assert line == f"SOURCE/config.json has {key} {value}, which must be a whole number above 0"
 
 
-@pytest.mark.parametrize("theta", [None, 0, -1.0, 0.5])
+@pytest.mark.parametrize("theta", [None, 0, -1.0, 0.5, math.inf, math.nan])
 def test_a_rotary_base_that_is_none(refusal, theta):
     line = refusal("llama", rope_parameters={"rope_type": "default", "rope_theta": theta})
     assert line == f"the model has rope_theta {theta}; Megatron's --rotary-base is a whole number above 0"

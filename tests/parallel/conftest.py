@@ -58,6 +58,7 @@ def run(jobs):
             arguments += f" --exit-interval {last}" if last != LAST else ""
         name = "-".join(str(case).replace("+", "").split(", ")).replace(" ", "_")
         name += "".join(f"-{change.rsplit('.', 1)[1]}" for change in changes)
+        name += f"-{last}" if last != LAST else ""
         if not changes:
             watched = case in WATCHED
             changes = (f"{MONITOR_CHANGES}.{'keep_counts' if watched else 'forbid_the_monitor'}",)

@@ -54,7 +54,13 @@ def experts_of(config: Any, mixture: Mixture | None) -> Experts | None:
 
     layers = config.num_hidden_layers
     dense = {*range(value(mixture.first_dense, 0)), *value(mixture.dense_layers, ())}
-    chosen, width = config.num_experts_per_tok, getattr(config, mixture.width)
+    sizes = {key: getattr(config, key) for key in (mixture.count, mixture.width, "num_experts_per_tok")}
+    for key, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"the model has {key} {size}, which must be a whole number above 0")
+    count, width, chosen = sizes.values()
+    if chosen > count:
+        raise UsageError(f"the model has num_experts_per_tok {chosen}, and {mixture.count} {count}")
     normalized = mixture.normalized is True or bool(value(str(mixture.normalized), True))
     said = "" if mixture.normalized is True else f"{mixture.normalized} {normalized}, and "
     if normalized and chosen == 1:
@@ -71,7 +77,7 @@ def experts_of(config: Any, mixture: Mixture | None) -> Experts | None:
         raise UsageError("none of the model's layers has experts; it is dense")
     return Experts(
         layers=tuple(layer not in dense for layer in range(layers)),
-        count=getattr(config, mixture.count),
+        count=count,
         chosen=chosen,
         width=width,
         score=mixture.score,

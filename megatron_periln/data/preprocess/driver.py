@@ -23,7 +23,6 @@ from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_
 from megatron_periln.data.readers.together import SmallSources, together
 from megatron_periln.data.tokenizers.encoders import (
     ChosenEncoder,
-    Neighbour,
     PiecewiseEncoder,
     choose_encoder,
     token_dtype,
@@ -53,8 +52,7 @@ def preprocess(plan: Plan, log_interval: int | None = None) -> Summary:
         If the input is empty or cannot be read, a document cannot be encoded, workers die, or an
         output cannot be written.
     """
-    with closing(Neighbour(plan.workers)) as neighbour:
-        return _Preprocessing(plan, log_interval, neighbour).run()
+    return _Preprocessing(plan, log_interval).run()
 
 
 class _InexactEncoderError(Exception):
@@ -68,11 +66,11 @@ class _NothingToKeepError(PreprocessError):
 class _Preprocessing:
     """One run, from the plan to the datasets."""
 
-    def __init__(self, plan: Plan, log_interval: int | None, neighbour: Neighbour) -> None:
-        self.plan, self.neighbour = plan, neighbour
+    def __init__(self, plan: Plan, log_interval: int | None) -> None:
+        self.plan = plan
         self.started = time.monotonic()
         self.dtype = token_dtype(plan.tokenizer.vocab_size)
-        self.choice = choose_encoder(plan.tokenizer, plan.encoder, neighbour.load)
+        self.choice = choose_encoder(plan.tokenizer, plan.encoder)
         sources = self._sources()
         self.sources = together(sources, plan.chunk_bytes)
         identity = plan.identity(self.dtype)
@@ -171,13 +169,7 @@ class _Preprocessing:
         first = len(outputs.records)
         tasks = islice(to_tasks(self.sources, plan.partitions, plan.max_document_bytes), first, None)
         written = encode_and_write(
-            self.encoder,
-            tasks,
-            self._place,
-            plan.workers,
-            first=first,
-            warn=self.progress.note,
-            begin=self.neighbour.take,
+            self.encoder, tasks, self._place, plan.workers, first=first, warn=self.progress.note
         )
         with closing(written):
             for chunk in written:
@@ -219,8 +211,6 @@ class _Preprocessing:
                 f"the encoder {name} is not exact: {error}; run again with --encoder {reference.name}"
             ) from error
         self.progress.note(f"the encoder {name} is not exact, starting again with {reference.name}: {error}")
-        self.neighbour.close()
-        reference.load()  # before the workers are forked
         self.choice = ChosenEncoder(reference, None)
         self.encoder = self._chunk_encoder()
         self.progress.reset()

@@ -21,8 +21,6 @@ import signal
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -120,7 +118,6 @@ def encode_and_write(
     *,
     first: int = 0,
     warn: Callable[[str], None] = lambda message: None,
-    begin: Callable[[int], None] = lambda number: None,
 ) -> Generator[Written]:
     """Encode chunks in worker processes, which write them; yield each once it is written.
 
@@ -141,8 +138,6 @@ def encode_and_write(
         Number of the first chunk.
     warn
         Is told of each worker that died.
-    begin
-        Called in each worker with its number, from 0: how many were started before.
 
     Raises
     ------
@@ -151,7 +146,7 @@ def encode_and_write(
     """
     # One more is read ahead, and one is with whom it was yielded to.
     with lending(_OUTSTANDING_PER_WORKER * workers + 2, _BUFFER_BYTES):
-        pool = _Pool(encoder, tasks, place, first, warn, begin)
+        pool = _Pool(encoder, tasks, place, first, warn)
         try:
             for _ in range(workers):
                 pool.start_worker()
@@ -195,10 +190,8 @@ class _Pool:
         place: Callable[[Report], dict[str, Location]],
         first: int,
         warn: Callable[[str], None],
-        begin: Callable[[int], None],
     ) -> None:
-        self._encoder, self._place, self._warn, self._begin = encoder, place, warn, begin
-        self._numbers = count()
+        self._encoder, self._place, self._warn = encoder, place, warn
         self._source = (_Chunk(number, task) for number, task in enumerate(tasks, first))
         self._ahead: _Chunk | None = None
         self._again: list[_Chunk] = []
@@ -215,8 +208,7 @@ class _Pool:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         inherited = [ours, *(worker.connection for worker in self._workers)]
-        begin = partial(self._begin, next(self._numbers))
-        process = context.Process(target=_work, args=(self._encoder, theirs, inherited, begin), daemon=True)
+        process = context.Process(target=_work, args=(self._encoder, theirs, inherited), daemon=True)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the worker has its own handlers
         try:
             process.start()
@@ -345,9 +337,7 @@ def _cause_of_death(process: BaseProcess) -> str:
     return f"{name} was killed by {reason}"
 
 
-def _work(
-    encoder: ChunkEncoder, connection: Connection, inherited: list[Connection], begin: Callable[[], None]
-) -> None:
+def _work(encoder: ChunkEncoder, connection: Connection, inherited: list[Connection]) -> None:
     """Encode and write chunks until the parent closes the pipe or dies: the worker's side.
 
     Parameters
@@ -359,8 +349,6 @@ def _work(
         a ``PreprocessError`` for each task, and a ``_Done`` for each chunk that shall be written.
     inherited
         The ends of pipes that belong to the parent.
-    begin
-        Called first.
     """
     # The pipe's end tells an idle worker that the parent died; the kernel kills one that is busy.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -373,7 +361,6 @@ def _work(
     # The parent's ends of the pipes must be open in the parent only, or its death would go unnoticed.
     for end in inherited:
         end.close()
-    begin()
     parts: dict[int, dict[str, Part]] = {}
     try:
         while True:

@@ -42,22 +42,13 @@ class Inexact:
 
 @pytest.fixture(autouse=True)
 def inexact(monkeypatch: pytest.MonkeyPatch, stub: Callable) -> None:
-    """Without --encoder, and with --encoder gigatoken, the inexact encoder is taken.
-
-    Its reference is in a process of its own.
-    """
+    """Without --encoder, and with --encoder gigatoken, the inexact encoder is taken."""
     stub(lambda text: None)
     monkeypatch.setattr("megatron_periln.data.preprocess.plan.CHUNK_BYTES", 50)
 
-    def choose(
-        resolved: ResolvedTokenizer,
-        requested: str | None = None,
-        elsewhere: Callable[[BatchEncoder], BatchEncoder] | None = None,
-    ) -> ChosenEncoder:
+    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
         exact = choose_encoder(resolved)
-        if requested == "megatron" or not elsewhere:
-            return exact
-        return ChosenEncoder(Inexact(exact.encoder), elsewhere(exact.encoder))
+        return ChosenEncoder(Inexact(exact.encoder), exact.encoder) if requested != "megatron" else exact
 
     monkeypatch.setattr(driver, "choose_encoder", choose)
 
@@ -100,7 +91,7 @@ def test_the_next_run_goes_on_with_the_reference(
         assert run(*flags)[0] == 130
     assert names(tmp_path) == ["out.partial"]
 
-    def choose(resolved: ResolvedTokenizer, requested: str | None = None, *_: object) -> ChosenEncoder:
+    def choose(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
         exact = choose_encoder(resolved).encoder
         return ChosenEncoder(exact if requested == "megatron" else Inexact(exact), None)
 

@@ -6,7 +6,6 @@ from megatron_periln.data.tokenizers.encoders.base import (
     EncoderUnavailableError,
     token_dtype,
 )
-from megatron_periln.data.tokenizers.encoders.neighbour import Neighbour
 from megatron_periln.data.tokenizers.encoders.pieces import PiecewiseEncoder, TextTooLargeError
 from megatron_periln.data.tokenizers.encoders.selection import (
     ChosenEncoder,
@@ -21,7 +20,6 @@ __all__ = [
     "ChosenEncoder",
     "Encoded",
     "EncoderUnavailableError",
-    "Neighbour",
     "PiecewiseEncoder",
     "TextTooLargeError",
     "available_encoders",

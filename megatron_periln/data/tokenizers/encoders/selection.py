@@ -83,17 +83,8 @@ def available_encoders(resolved: ResolvedTokenizer) -> list[str]:
     return [*fast, resolved.kind, "megatron"]
 
 
-def open_encoder(resolved: ResolvedTokenizer, name: str, library: BatchEncoder | None = None) -> BatchEncoder:
+def open_encoder(resolved: ResolvedTokenizer, name: str) -> BatchEncoder:
     """Return an encoder by its name.
-
-    Parameters
-    ----------
-    resolved
-        The tokenizer.
-    name
-        The encoder's name.
-    library
-        What encodes the texts for which gigatoken is not exact; the library's own encoder without one.
 
     Raises
     ------
@@ -104,7 +95,7 @@ def open_encoder(resolved: ResolvedTokenizer, name: str, library: BatchEncoder |
     try:
         if name in names:
             encoder = ENCODERS[name](resolved)
-            return _guarded(encoder, resolved, library) if name == "gigatoken" else encoder
+            return _guarded(encoder, resolved) if name == "gigatoken" else encoder
         missing = name == "gigatoken" and resolved.kind != "megatron"
         reason = (
             "it is not installed: pip install gigatoken" if missing else f"choose from {', '.join(names)}"
@@ -114,11 +105,7 @@ def open_encoder(resolved: ResolvedTokenizer, name: str, library: BatchEncoder |
     raise PreprocessError(f"encoder {name} cannot serve {resolved.description}: {reason}")
 
 
-def choose_encoder(
-    resolved: ResolvedTokenizer,
-    requested: str | None = None,
-    elsewhere: Callable[[BatchEncoder], BatchEncoder] | None = None,
-) -> ChosenEncoder:
+def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) -> ChosenEncoder:
     """Return the fastest encoder that gives the ids which Megatron's tokenizer gave for the probes.
 
     What gave them once is not asked again, as long as everything is as it was (`proofs`).
@@ -129,9 +116,6 @@ def choose_encoder(
         The tokenizer.
     requested
         The name of the only encoder to try.
-    elsewhere
-        Called before gigatoken is loaded where it was proven: returns the library's encoder, which it has
-        loaded in another process meanwhile.
 
     Raises
     ------
@@ -140,13 +124,10 @@ def choose_encoder(
     """
     notes: list[str] = []
     for name in [requested] if requested else available_encoders(resolved):
-        library = None
         try:
-            proven = name == "megatron" or is_proven(resolved, name)
-            if name == "gigatoken" and proven and elsewhere:
-                library = elsewhere(ENCODERS[resolved.kind](resolved))
-            encoder = open_encoder(resolved, name, library)
+            encoder = open_encoder(resolved, name)
             encoder.load()
+            proven = name == "megatron" or is_proven(resolved, name)
             problem = None if proven else _difference_from_probes(encoder, resolved)
             if not proven and problem is None:
                 remember(resolved, name)
@@ -157,8 +138,9 @@ def choose_encoder(
                 raise
             problem = str(error)
         if problem is None:
-            reference = _reference(encoder, resolved, library) if name == "gigatoken" else None
-            return ChosenEncoder(encoder, reference, notes)
+            return ChosenEncoder(
+                encoder, _reference(encoder, resolved) if name == "gigatoken" else None, notes
+            )
         if requested:
             raise PreprocessError(problem)
         notes.append(problem)
@@ -223,35 +205,27 @@ def difference_on_vocabulary(resolved: ResolvedTokenizer, strings: Sequence[str]
     return None
 
 
-def _guarded(
-    encoder: BatchEncoder, resolved: ResolvedTokenizer, library: BatchEncoder | None
-) -> BatchEncoder:
+def _guarded(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
     if resolved.differing is None:
         raise EncoderUnavailableError("it could not be found out how it splits texts")
     if resolved.unlike:
         raise EncoderUnavailableError(f"it is not exact for its vocabulary: {resolved.unlike}")
-    return _with_exact(encoder, resolved, library)
+    return _with_exact(encoder, resolved)
 
 
-def _with_exact(
-    encoder: BatchEncoder, resolved: ResolvedTokenizer, library: BatchEncoder | None = None
-) -> BatchEncoder:
+def _with_exact(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
     characters = list(resolved.differing or ())
     if with_normalization_alone(resolved):
         characters += unknown_characters()
     if not characters:
         return encoder
-    exact = PiecewiseEncoder(library or ENCODERS[resolved.kind](resolved), resolved)
+    exact = PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
     return GuardedEncoder(encoder, exact, characters)
 
 
-def _reference(
-    encoder: BatchEncoder, resolved: ResolvedTokenizer, library: BatchEncoder | None
-) -> BatchEncoder:
+def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
     """Return the library's own encoder, the one that ``encoder`` has loaded if it has."""
-    if isinstance(encoder, GuardedEncoder):
-        return encoder.exact
-    return library or open_encoder(resolved, resolved.kind)
+    return encoder.exact if isinstance(encoder, GuardedEncoder) else open_encoder(resolved, resolved.kind)
 
 
 def _difference_from_probes(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> str | None:
