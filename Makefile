@@ -33,8 +33,8 @@ FLAGS ?=
 RESULTS ?= runs/gpu-check
 GPU_PYTHON ?= $(if $(WHEELS),$(PYTHON),$(PY))
 
-.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-cluster test-upstream gpu-check
-.PHONY: gpu-wheels parallelism recipes pictures lint style install constraints clean
+.PHONY: quickstart study test test-all test-faults test-gpu test-docker test-llama-cpp test-harness test-cluster test-upstream
+.PHONY: gpu-check gpu-wheels parallelism recipes pictures lint style install constraints clean
 
 quickstart: install  ## Train small GPTs from raw text, on the GPU if there is one, and compare them
 	$(PY) examples/quickstart/quickstart.py --norm-placement $(PLACEMENTS)
@@ -61,6 +61,9 @@ test-docker: install  ## Build the Dockerfile on a stand-in for NVIDIA's image a
 
 test-llama-cpp: install $(LLAMA)/llama_cpp/lib  ## Convert exports to GGUF and run them; builds llama.cpp: minutes
 	MEGATRON_PERILN_LLAMA_CPP=$(OTHER) $(PY) -m pytest tests/convert/test_llama_cpp.py tests/convert/test_gguf.py
+
+test-harness: install  ## Exports in lm-evaluation-harness, which is installed for it alone
+	$(UV) run --quiet --no-project --python $(PY) --with 'lm-eval>=0.4.9' --with accelerate python -m pytest tests/convert/test_harness.py
 
 test-cluster: install  ## The batch scripts on a SLURM with three nodes, on this machine: needs root and Debian's SLURM
 	MEGATRON_PERILN_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
