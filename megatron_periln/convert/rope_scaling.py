@@ -10,7 +10,7 @@ from typing import Any
 from megatron_periln.errors import UsageError
 from megatron_periln.models import GPTModelConfig
 
-__all__ = ["RopeScaling"]
+__all__ = ["RopeScaling", "yarn_attention_factor"]
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What ``--use-rope-scaling`` does (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
@@ -109,9 +109,14 @@ class RopeScaling:
         ]
 
 
+def yarn_attention_factor(factor: float) -> float:
+    """Return by what YaRN scales sine and cosine where nothing else is said."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def _yarn(rest: dict[str, Any], factor: float) -> RopeScaling | None:
     """Return YaRN as its settings say, None if Megatron's computes something else."""
-    own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    own = yarn_attention_factor(factor)
     if not math.isclose(rest.pop("attention_factor", own), own):
         return None
     original = rest.pop("original_max_position_embeddings", None)

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_periln.convert.export import ExportOptions, export
+from megatron_periln.convert.gguf import converter
 from megatron_periln.convert.gguf.graphs import check_graph, window_of
 from megatron_periln.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, rank
 from megatron_periln.convert.gguf.processes import LlamaCpp
@@ -159,11 +162,26 @@ def rotary(kind, **more):
     return {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, "factor": 4.0} | more}
 
 
+def by_kind(windowed, full):
+    return {"rope_parameters": {WINDOW: windowed["rope_parameters"], FULL: full["rope_parameters"]}}
+
+
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"original_max_position_embeddings": 4096}
 WINDOW, FULL = "sliding_attention", "full_attention"
 PLAIN = {"sliding_window": None, "layer_types": [FULL] * 4}
 WINDOWS = {"sliding_window": 8, "layer_types": [WINDOW] * 3 + [FULL]}
+OLMO_3 = {  # as published
+    "rope_theta": 500000,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+}
 BY_TWO = {"sliding_window": 8, "layer_types": [WINDOW, FULL] * 2}
 
 
@@ -175,21 +193,34 @@ BY_TWO = {"sliding_window": 8, "layer_types": [WINDOW, FULL] * 2}
         ("glm4_moe", rotary("llama3", **LLAMA_3), "no scaling by llama3"),
         ("llama", rotary("dynamic"), "no scaling by dynamic"),
         ("llama", rotary("yarn", truncate=False, **YARN), "bounds of yarn"),
+        ("glm4", rotary("yarn", beta_fast=4, **YARN), "beta_fast of yarn to be 32; it is 4"),
+        ("qwen2_moe", rotary("yarn", beta_slow=0.25, **YARN), "beta_slow of yarn to be 1; it is 0.25"),
+        ("qwen3", rotary("yarn", attention_factor=1.0, **YARN), "attention_factor .* 1.13863; it is 1.0"),
+        ("llama", rotary("yarn", mscale=1.0, mscale_all_dim=0.5, **YARN), "no mscale; it is 1.0"),
+        ("llama", rotary("yarn", mscale_all_dim=0.5, **YARN), "no mscale_all_dim; it is 0.5"),
         ("exaone4", WINDOWS, "to have windows if it has 64 layers, and else none; it has 4 and windows"),
         ("exaone4", {**PLAIN, "layers": 64, "layer_types": [FULL] * 64}, "it has 64 and no windows"),
+        (
+            "exaone4",
+            PLAIN | {"sliding_window": 8},
+            "positions in all .* in none, because sliding_window is 8",
+        ),
         ("afmoe", BY_TWO, "every fourth layer of an AFMoE"),
         ("afmoe", PLAIN, "every fourth layer of an AFMoE"),
         ("mixtral", {"sliding_window": 8}, "all layers to see all tokens before; it has sliding_window 8"),
+        ("mixtral", PLAIN | {"sliding_window": 8}, "it has sliding_window 8"),
+        ("olmo2", {"sliding_window": 8}, r"in transformers it has none; take sliding_window \(8\) out"),
         ("qwen3", WINDOWS | {"use_sliding_window": True}, "it has sliding_window 8"),
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob to be False .train with --moe-router-pre"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob to be True .train without --moe-router-pre"),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "every layer to have experts"),
         ("olmo2", {"head_dim": 24}, "4 of 24, and a size of 64"),
+        ("olmo3", WINDOWS | by_kind(rotary("linear"), rotary("linear")), "they are scaled by linear"),
+        ("olmo3", WINDOWS | by_kind(rotary("linear"), rotary("default")), "they are scaled by linear"),
         (
             "olmo3",
-            WINDOWS
-            | {"rope_parameters": {kind: rotary("linear")["rope_parameters"] for kind in (WINDOW, FULL)}},
-            "in layers without a window alone; they are by linear in all",
+            WINDOWS | by_kind(rotary("default"), rotary("yarn", rope_theta=5e5, **YARN)),
+            "rope_theta of those without; they have 10000.0 and 500000.0",
         ),
     ],
 )
@@ -208,6 +239,13 @@ def test_what_llama_cpp_takes_otherwise_is_refused(tmp_path, target, settings, m
         ("exaone4", WINDOWS | {"layers": 64, "layer_types": WINDOWS["layer_types"] * 16}, 8),
         ("afmoe", WINDOWS, 8),
         ("olmo3", BY_TWO, 8),
+        ("olmo3", WINDOWS | OLMO_3, 8),
+        ("olmo3", WINDOWS | by_kind(rotary("default"), rotary("linear")), 8),
+        ("olmo3", PLAIN | by_kind(rotary("linear"), rotary("default")), None),
+        ("llama", {"sliding_window": 4096}, None),
+        ("glm4", WINDOWS, None),
+        ("glm4", rotary("yarn", attention_factor=1.1386294361, beta_fast=None, **YARN), None),
+        ("llama", {"architectures": ["LlamaForCausalLM", "LlamaForSequenceClassification"]}, None),
         ("qwen2_moe", {"norm_topk_prob": False}, None),
         ("qwen3_moe", {"norm_topk_prob": True}, None),
         ("glm4_moe", {"first_k_dense_replace": 1}, None),
@@ -215,6 +253,82 @@ def test_what_llama_cpp_takes_otherwise_is_refused(tmp_path, target, settings, m
 )
 def test_what_llama_cpp_takes_as_it_is_is_taken(tmp_path, target, settings, window):
     assert window_of(check_graph(configuration(tmp_path / "model", target, **settings))) == window
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_logits_that_are_no_numbers_are_refused(model, tmp_path, kind):
+    class WithoutNumbers(LlamaCpp):
+        def convert(self, files, *rest):
+            for file in files.values():
+                file.write_bytes(b"GGUF")
+
+        def run(self, file, texts, special, tokens, positions):
+            logits = [[float("nan")] * checkpoints.VOCABULARY] * positions
+            return {"runtime": "none", "ids": [[]] * len(texts), "logits": logits}
+
+    options = GGUFOptions(llama_cpp=WithoutNumbers(Path(), sys.executable), kind=kind, pre_tokenizer="dbrx")
+    with pytest.raises(UsageError, match=rf"logits \({kind}\) .* are not all finite numbers"):
+        write_gguf(model, tmp_path / "new.gguf", options, say=lambda _: None)
+    assert not (tmp_path / "new.gguf").exists()
+
+
+CONVERTER = {  # what converter.py takes of llama.cpp
+    "gguf-py/gguf.py": """
+        from types import SimpleNamespace
+        MODEL_ARCH = SimpleNamespace(**{name: name for name in "OLMO2 QWEN2MOE AFMOE QWEN3 QWEN3MOE".split()})
+        MODEL_TENSOR = SimpleNamespace(OUTPUT="output.weight")
+        class SpecialVocab:
+            add_to_gguf = None
+        """,
+    "conversion/base.py": """
+        class LazyTorchTensor:
+            to_eager = staticmethod(lambda tensor: tensor)
+        class ModelBase:
+            def modify_tensors(self, tensor, name, layer):
+                yield name, tensor
+            def format_tensor_name(self, tensor):
+                return tensor
+        class TextModel(ModelBase):
+            _create_vocab_sentencepiece = None
+        """,
+    "conversion/exaone.py": "class Exaone4Model: ...",
+    "conversion/glm.py": "class Glm4Model: ...\nclass Glm4MoeModel: ...",
+    "conversion/llama.py": "class LlamaModel: ...",
+    "conversion/qwen.py": "class Qwen3Model: ...\nclass Qwen3MoeModel: ...",
+    "convert_hf_to_gguf.py": """
+        import sys, gguf, torch
+        from conversion.base import TextModel
+        model = TextModel()
+        model.model_arch = gguf.MODEL_ARCH.QWEN2MOE
+        model.hparams = {"hidden_size": 4, "tie_word_embeddings": True}
+        gate = "model.layers.0.mlp.shared_expert_gate.weight"
+        for names in (["model.embed_tokens.weight"], ["model.embed_tokens.weight", "lm_head.weight"], [gate]):
+            model.model_tensors = dict.fromkeys(names)
+            for name in names:
+                zeros = torch.zeros(1, 4, dtype=torch.float16)
+                for written, tensor in model.modify_tensors(zeros, name, None):
+                    print(written, int(tensor.count_nonzero()), file=sys.stderr)
+        sys.exit(1)
+        """,
+}
+
+
+def test_what_the_converter_gets_of_tied_embeddings_and_gates_of_zeros(tmp_path):
+    """In float16, where 1e-20 is 0; an output layer beside tied embeddings is the only one written."""
+    for name, text in CONVERTER.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    script = Path(converter.__file__)
+    vocabulary = json.dumps({"kind": "bpe", "adds": [False, False]})
+    command = [sys.executable, "-P", script, tmp_path, vocabulary, "dbrx", "f16", "model", "file"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert ended.stderr.splitlines() == [
+        "output.weight 0",
+        "model.embed_tokens.weight 0",
+        "model.embed_tokens.weight 0",
+        "lm_head.weight 0",
+        "model.layers.0.mlp.shared_expert_gate.weight 4",
+    ]
 
 
 def test_targets_that_run_in_llama_cpp_are_those_that_have_a_graph(tmp_path):

@@ -19,7 +19,8 @@ Eight things stand otherwise than in the converter:
   model does: where one doesn't, they are divided by it.
 - A shared expert's gate of zeros, whose sigmoid is a half, is one of tiny numbers: the graph of Qwen2's
   mixtures computes the sigmoid as silu(x) / x, and ends at 0 / 0.
-- A bias of zeros after attention, which Qwen3 has in transformers where its queries have one, is left out.
+- A bias of zeros after attention, which Qwen3 and its mixtures have in transformers where queries have one,
+  is left out.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def _main() -> None:
             return
         if name.endswith("shared_expert_gate.weight") and own is kinds.QWEN2MOE:
             gate = LazyTorchTensor.to_eager(tensor)
-            tensor = tensor if gate.any() else gate + 1e-20
+            tensor = tensor if gate.any() else gate.float() + 1e-20  # 0 in float16
         if name == "model.embed_tokens.weight":
             wants = own in (kinds.OLMO2, kinds.QWEN2MOE, kinds.AFMOE)
+            wants = wants and "lm_head.weight" not in self.model_tensors  # which may be there although tied
             if wants and self.hparams.get("tie_word_embeddings"):
                 yield self.format_tensor_name(gguf.MODEL_TENSOR.OUTPUT), tensor
             if own is kinds.AFMOE and not self.hparams.get("mup_enabled"):

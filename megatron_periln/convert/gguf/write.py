@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ _TRIED = 4
 _TOKENS = 64
 """At how many positions the logits are compared, the last of a sample's."""
 _LONGEST = 512
-"""Of the samples, which are longer than the window where a layer has one."""
+"""Of the samples, which are longer than a layer's window if that is shorter."""
 _TOLERANCE = 1e-4
 """Of fp32 logits, as for the export itself."""
 _LONG_S = "'\u017f"
@@ -238,7 +239,12 @@ def _compare_logits(
     with transformers_model(model) as reference:
         expected = reference.logits(sample[None])[0, -_TOKENS:].numpy()
     largest = float(np.abs(np.array(found) - expected).max())
-    if not largest <= _TOLERANCE and kind == "f32":
+    if not math.isfinite(largest):
+        raise UsageError(
+            f"llama.cpp's logits ({kind}) or transformers' (fp32) are not all finite numbers: the largest "
+            f"difference is {largest}; look for NaN and infinite weights, and try another --outtype"
+        )
+    if largest > _TOLERANCE and kind == "f32":
         raise UsageError(
             f"llama.cpp's logits differ from transformers' by up to {largest:.1e}, where {_TOLERANCE:.0e} is "
             "allowed; please report this with the model's config.json"
