@@ -16,7 +16,7 @@ from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import generation_config, model_config
 from megatron_periln.convert.model_folder import SpecialTokens
-from megatron_periln.convert.safetensors_folder import is_finite, write_tensors
+from megatron_periln.convert.safetensors_folder import dtype_name, is_finite, write_tensors
 from megatron_periln.convert.targets import Target
 from megatron_periln.convert.tokens.texts import data_prefixes
 from megatron_periln.convert.tokens.write import prepare_tokenizer
@@ -105,7 +105,7 @@ def export(
         if tokenizer.source and "llama.cpp" in target.runs_in:
             say("For llama.cpp, use tools/export_gguf.py: its own converter doesn't know own tokenizers")
         size = conversion.write_weights(folder, dtype, options.shard_bytes)
-        say(f"Weights: {size:,} bytes in {_name(dtype)}")
+        say(f"Weights: {size:,} bytes in {dtype_name(dtype)}")
         if options.verify:
             conversion.check_parity(folder, dtype, say)
         else:
@@ -156,7 +156,7 @@ class _Conversion:
             unrounded = parity_check.transformers_outputs(exact, sample)
             parity_check.require_parity(parity_check.compare(unrounded, expected), say)
             parity_check.require_rounded(folder, exact, dtype)
-        say(f"Rounding to {_name(dtype)} changes the logits by up to {written}")
+        say(f"Rounding to {dtype_name(dtype)} changes the logits by up to {written}")
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
@@ -168,10 +168,6 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], checkpoint: Path) -> Iterator
                 change = "float16 ends at 65504: give --dtype bfloat16 or float32, or " + change
             raise UsageError(
                 f"of {checkpoint}, {name} would have values that are NaN or infinite in "
-                f"{_name(tensor.dtype)}; {change}"
+                f"{dtype_name(tensor.dtype)}; {change}"
             )
         yield name, tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

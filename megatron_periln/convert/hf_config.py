@@ -12,8 +12,9 @@ import torch
 from megatron_periln.convert.architecture import Architecture, Rope
 from megatron_periln.convert.experts.config import expert_settings, experts_of
 from megatron_periln.convert.layer_kinds import LayerKinds
-from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder
+from megatron_periln.convert.model_folder import SpecialTokens, check_model_folder, transformers_config
 from megatron_periln.convert.rope_scaling import RopeScaling
+from megatron_periln.convert.safetensors_folder import dtype_name
 from megatron_periln.convert.source.configuration import (
     Statements,
     refuse_ids_out_of_range,
@@ -21,7 +22,7 @@ from megatron_periln.convert.source.configuration import (
 )
 from megatron_periln.convert.targets import OTHERS, TARGETS, Target
 from megatron_periln.convert.weights import is_exported_tied
-from megatron_periln.errors import UsageError, with_kind
+from megatron_periln.errors import UsageError
 from megatron_periln.norms import NormPlacement
 
 __all__ = ["architecture_of", "generation_config", "model_config", "read_config"]
@@ -43,7 +44,6 @@ def model_config(
     rotary parameters are written twice: all but transformers 5 take ``rope_theta``,
     ``partial_rotary_factor`` and ``rope_scaling``, and some want the last even if it is null.
     """
-    dtype_name = str(dtype).removeprefix("torch.")
     kinds = architecture.kinds or LayerKinds.all_plain(architecture.num_layers)
     return {
         "architectures": [target.architecture],
@@ -72,8 +72,8 @@ def model_config(
         **{name: [value] * architecture.num_layers for name, value in target.layer_settings.items()},
         **({} if target.root_scale is None else {target.root_scale: False}),
         **tokens.as_settings(target.no_eos),
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
+        "dtype": dtype_name(dtype),
+        "torch_dtype": dtype_name(dtype),
     }
 
 
@@ -121,23 +121,17 @@ def read_config(model: Path) -> tuple[Any, Target, Statements]:
     """
     check_model_folder(model)
     said = Statements.read(model)
-    from transformers import AutoConfig  # not above: an export does without these seconds
-
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each architecture's own code, which fails in its own ways
-        raise UsageError(
-            f"--model {model}: transformers can't read its config.json: {with_kind(error, 300)}"
-        ) from error
+    config = transformers_config(model)
     if (why := OTHERS.get(config.model_type)) is not None:
         raise UsageError(f"--model {model} is a {config.model_type}, which can't be imported: {why}")
     if config.model_type not in TARGETS:
         raise UsageError(
             f"--model {model} is a {config.model_type}; those that can be imported are {', '.join(TARGETS)}"
         )
-    refuse_sizes_of_nothing(config, said)
+    target = TARGETS[config.model_type]
+    refuse_sizes_of_nothing(config, said, target.mixture.sizes if target.mixture else ())
     refuse_ids_out_of_range(config, said)
-    return config, TARGETS[config.model_type], said
+    return config, target, said
 
 
 def architecture_of(config: Any, target: Target) -> Architecture:

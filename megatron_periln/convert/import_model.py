@@ -18,7 +18,7 @@ from megatron_periln.convert import parity_check
 from megatron_periln.convert.architecture import Architecture
 from megatron_periln.convert.hf_config import architecture_of, read_config
 from megatron_periln.convert.megatron_flags import flag_file, model_arguments
-from megatron_periln.convert.safetensors_folder import Tensors, is_finite
+from megatron_periln.convert.safetensors_folder import Tensors, dtype_name, is_finite
 from megatron_periln.convert.source.memory_names import under_names_of_files
 from megatron_periln.convert.source.tensors import check_tensors
 from megatron_periln.convert.targets import Target
@@ -139,10 +139,9 @@ def _fill(model: GPTModel, tensors: Tensors, source: Architecture, target: Targe
             tensor = F.pad(tensor, (0, 0, 0, len(sharded.data) - len(tensor)))
         sharded.data.copy_(tensor)
         if not is_finite(sharded.data):
-            dtype = str(sharded.data.dtype).removeprefix("torch.")
             raise UsageError(
                 f"{tensors.folder} has values up to {tensor.abs().max():.3g}, in what becomes {key}, beyond "
-                f"{dtype}; give --dtype bfloat16 or float32"
+                f"{dtype_name(sharded.data.dtype)}; give --dtype bfloat16 or float32"
             )
         filled += tensor.numel()
     saved = [*model.parameters(), *(bias for name, bias in model.named_buffers() if "expert_bias" in name)]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_periln.errors import UsageError
+from megatron_periln.errors import UsageError, with_kind
 
-__all__ = ["TOKENIZER_FILES", "SpecialTokens", "check_model_folder"]
+__all__ = ["TOKENIZER_FILES", "SpecialTokens", "check_model_folder", "transformers_config"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,6 +47,24 @@ def check_model_folder(model: Path) -> None:
         raise UsageError(
             f"--model {model} holds no config.json; give the folder of a downloaded or exported model"
         )
+
+
+def transformers_config(model: Path) -> Any:
+    """Return a model's configuration in transformers, by no code but its own.
+
+    Raises
+    ------
+    UsageError
+        If transformers can't follow it.
+    """
+    from transformers import AutoConfig  # not above: an export, and what is refused, do without these seconds
+
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each architecture's own code, which fails in its own ways
+        raise UsageError(
+            f"--model {model}: transformers can't read its config.json: {with_kind(error, 300)}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

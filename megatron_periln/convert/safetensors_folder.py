@@ -16,11 +16,25 @@ from torch import Tensor
 
 from megatron_periln.errors import UsageError
 
-__all__ = ["INDEX", "Layout", "Part", "Tensors", "finalize_shards", "is_finite", "write_tensors"]
+__all__ = [
+    "INDEX",
+    "Layout",
+    "Part",
+    "Tensors",
+    "dtype_name",
+    "finalize_shards",
+    "is_finite",
+    "write_tensors",
+]
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ROWS = 1 << 14  # of tables that are compared at a time
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as ``--dtype`` and config.json have it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -54,11 +54,7 @@ def experts_of(config: Any, mixture: Mixture | None) -> Experts | None:
 
     layers = config.num_hidden_layers
     dense = {*range(value(mixture.first_dense, 0)), *value(mixture.dense_layers, ())}
-    sizes = {key: getattr(config, key) for key in (mixture.count, mixture.width, "num_experts_per_tok")}
-    for key, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"the model has {key} {size}, which must be a whole number above 0")
-    count, width, chosen = sizes.values()
+    count, width, chosen = (getattr(config, name) for name in mixture.sizes)
     if chosen > count:
         raise UsageError(f"the model has num_experts_per_tok {chosen}, and {mixture.count} {count}")
     normalized = mixture.normalized is True or bool(value(str(mixture.normalized), True))

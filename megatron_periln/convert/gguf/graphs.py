@@ -14,10 +14,10 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from megatron_periln.convert.model_folder import check_model_folder
+from megatron_periln.convert.model_folder import check_model_folder, transformers_config
 from megatron_periln.convert.rope_scaling import yarn_attention_factor
 from megatron_periln.convert.targets import TARGETS
-from megatron_periln.errors import UsageError, with_kind
+from megatron_periln.errors import UsageError
 
 __all__ = ["check_graph", "window_of"]
 
@@ -126,12 +126,7 @@ def check_graph(model: Path) -> Any:
             f"llama.cpp is not known to compute {architecture} as transformers does; it has those of "
             f"export-hf --target {', '.join(_GRAPHS)}"
         )
-    from transformers import AutoConfig  # not above: what was refused needs none of its seconds
-
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each architecture's own code, which fails in its own ways
-        raise UsageError(f"transformers can't read {model}/config.json: {with_kind(error, 300)}") from error
+    config = transformers_config(model)
     for taken in _otherwise(_BY_ARCHITECTURE[architecture], config):
         raise UsageError(f"{model}/config.json: llama.cpp takes {taken}")
     return config

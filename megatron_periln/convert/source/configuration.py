@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,15 @@ def refuse_ids_out_of_range(config: Any, said: Statements) -> None:
         )
 
 
-def refuse_sizes_of_nothing(config: Any, said: Statements) -> None:
-    """Refuse sizes that no model has; null is left to what transformers makes of it.
+def refuse_sizes_of_nothing(config: Any, said: Statements, needed: Sequence[str] = ()) -> None:
+    """Refuse sizes that no model has; null is left to transformers, but for those ``needed``.
 
     Raises
     ------
     UsageError
         For the first that is no whole number above 0.
     """
-    for key in _SIZES:
+    for key in (*_SIZES, *needed):
         value = getattr(config, key, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if (value is not None or key in needed) and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{said.quote(key, value)}, which must be a whole number above 0")

@@ -58,6 +58,11 @@ class Mixture:
     dense_layers: str | None = None
 
     @property
+    def sizes(self) -> tuple[str, str, str]:
+        """The settings for the number of experts, the hidden size of each, and how many a token chooses."""
+        return self.count, self.width, "num_experts_per_tok"
+
+    @property
     def shares(self) -> bool:
         """Tell whether each layer has a shared expert."""
         return self.shared_width is not None or self.shared_count is not None
