@@ -44,6 +44,7 @@ def pytest_collection_finish():
         help_texts.read_once()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)  # a twelfth of these processes' time was looking for garbage
     atexit.register(gc.unfreeze)  # or nanobind lists leaks
 
 
