@@ -8,6 +8,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+from megatron_periln.data.preprocess.checker import Checker, InexactEncoderError
 from megatron_periln.data.preprocess.checksums import RunningChecksums
 from megatron_periln.data.preprocess.encode import ChunkEncoder
 from megatron_periln.data.preprocess.finalize import finalize_run
@@ -23,8 +24,10 @@ from megatron_periln.data.readers.tasks import cut_into_sources, take_shard, to_
 from megatron_periln.data.readers.together import SmallSources, together
 from megatron_periln.data.tokenizers.encoders import (
     ChosenEncoder,
+    GuardedEncoder,
     PiecewiseEncoder,
     choose_encoder,
+    likely_reference,
     token_dtype,
 )
 from megatron_periln.data.tokenizers.megatron_tokenizer import end_of_document
@@ -52,11 +55,10 @@ def preprocess(plan: Plan, log_interval: int | None = None) -> Summary:
         If the input is empty or cannot be read, a document cannot be encoded, workers die, or an
         output cannot be written.
     """
-    return _Preprocessing(plan, log_interval).run()
-
-
-class _InexactEncoderError(Exception):
-    """The encoder does not do what its reference does."""
+    with closing(Checker()) as checker:
+        # First of all, so that it loads its library while this process loads the encoder.
+        checker.use(likely_reference(plan.tokenizer, plan.encoder))
+        return _Preprocessing(plan, checker, log_interval).run()
 
 
 class _NothingToKeepError(PreprocessError):
@@ -66,8 +68,8 @@ class _NothingToKeepError(PreprocessError):
 class _Preprocessing:
     """One run, from the plan to the datasets."""
 
-    def __init__(self, plan: Plan, log_interval: int | None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, checker: Checker, log_interval: int | None) -> None:
+        self.plan, self.checker = plan, checker
         self.started = time.monotonic()
         self.dtype = token_dtype(plan.tokenizer.vocab_size)
         self.choice = choose_encoder(plan.tokenizer, plan.encoder)
@@ -79,6 +81,7 @@ class _Preprocessing:
         if cut := [name for kind, name in kinds.items() if any(isinstance(s, kind) for s in self.sources)]:
             identity["the size of a chunk"] = [plan.chunk_bytes, *cut]
         self.progress = Progress(sum(source.weight for source in sources), log_interval)
+        checker.warn = self.progress.note
         self.encoder = self._chunk_encoder()
         self.outputs = PartialOutputs(
             partial_folder(plan.output_prefix), self.dtype, identity, plan.max_bin_size
@@ -126,12 +129,13 @@ class _Preprocessing:
         return take_shard(sources, shard, shards) if shards > 1 else sources
 
     def _chunk_encoder(self) -> ChunkEncoder:
-        plan = self.plan
+        plan, encoder = self.plan, self.choice.encoder
         return ChunkEncoder(
-            PiecewiseEncoder(self.choice.encoder, plan.tokenizer, limited=not plan.any_size),
+            PiecewiseEncoder(encoder, plan.tokenizer, limited=not plan.any_size),
             plan.keys,
             self.dtype,
-            reference=self.choice.reference,
+            guarded=encoder if isinstance(encoder, GuardedEncoder) else None,
+            sampled=self.choice.reference is not None,
             eod=end_of_document(plan.tokenizer) if plan.append_eod else None,
             split=plan.split,
             stop=plan.on_error == "stop",
@@ -156,7 +160,7 @@ class _Preprocessing:
         """Encode what is not written yet; all, if the encoder turns out not to be exact."""
         try:
             self._encode_chunks()
-        except _InexactEncoderError as error:
+        except InexactEncoderError as error:
             self._fall_back(error)
             self._encode_chunks()
 
@@ -168,8 +172,15 @@ class _Preprocessing:
             self._show(outputs.records.total(), new=False)
         first = len(outputs.records)
         tasks = islice(to_tasks(self.sources, plan.partitions, plan.max_document_bytes), first, None)
+        self.checker.use(self.choice.reference)
         written = encode_and_write(
-            self.encoder, tasks, self._place, plan.workers, first=first, warn=self.progress.note
+            self.encoder,
+            tasks,
+            self._place,
+            plan.workers,
+            checker=self.checker,
+            first=first,
+            warn=self.progress.note,
         )
         with closing(written):
             for chunk in written:
@@ -190,8 +201,6 @@ class _Preprocessing:
 
     def _place(self, report: Report) -> dict[str, Location]:
         """Return where a chunk goes; end the run at what shall end it, of all chunks the first in order."""
-        if report.difference:
-            raise _InexactEncoderError(report.difference)
         if report.bad and self.plan.on_error == "stop":
             (bad,) = number_lines(lambda: report.bad[:1])
             raise PreprocessError(f"{bad}; --on-error skip or quarantine skips such documents")
@@ -201,7 +210,7 @@ class _Preprocessing:
         for path, end in self.outputs.newly_final():
             self.checksums.extend(path, end)
 
-    def _fall_back(self, error: _InexactEncoderError) -> None:
+    def _fall_back(self, error: InexactEncoderError) -> None:
         name, reference = self.choice.encoder.name, self.choice.reference
         assert reference
         if self.plan.encoder:

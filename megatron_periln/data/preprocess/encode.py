@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 
 from megatron_periln.data.readers.documents import BadDocument, Document, parse, readable, size_of
 from megatron_periln.data.readers.tasks import Task
-from megatron_periln.data.tokenizers.encoders import BatchEncoder, TextTooLargeError, first_difference
+from megatron_periln.data.tokenizers.encoders import BatchEncoder, Encoded, GuardedEncoder, TextTooLargeError
 from megatron_periln.errors import PreprocessError, with_kind
 
-__all__ = ["ChunkEncoder", "EncodedChunk", "Part"]
+__all__ = ["ChunkEncoder", "EncodedChunk", "Part", "Sample"]
 
 _BATCH_BYTES = 4 << 20
 _SAMPLED = 1 / 4096
-"""Part of the characters that the reference encodes again."""
+"""Part of the characters that are checked."""
 _LONG_DOCUMENT = 256
 """Tokens of a document, about, from which on it is copied by itself."""
 _SAMPLE_CHARACTERS = 16 << 10
-"""How many it encodes to begin with, and of one text at most."""
+"""How many are checked to begin with, and of one text at most."""
 
 
 class Part(NamedTuple):
@@ -51,6 +51,14 @@ class Part(NamedTuple):
         return int((self.document_lengths == 0).sum())
 
 
+class Sample(NamedTuple):
+    """Some texts and what an encoder, by its name, gave for them: to be checked."""
+
+    encoder: str
+    texts: list[str]
+    encoded: Encoded
+
+
 @dataclass(frozen=True)
 class EncodedChunk:
     """The documents of a chunk.
@@ -65,15 +73,15 @@ class EncodedChunk:
         Number of documents that were skipped, of each kind.
     bad
         Those documents, if they were asked for.
-    difference
-        Where the encoder and its reference differ, in a sample; None if they agree.
+    samples
+        What shall be checked of it.
     """
 
     parts: dict[str, Part]
     bytes: int
     skipped: dict[str, int]
     bad: list[BadDocument]
-    difference: str | None
+    samples: list[Sample]
 
 
 class ChunkEncoder:
@@ -87,8 +95,10 @@ class ChunkEncoder:
         The keys to encode.
     dtype
         The dtype of the tokens.
-    reference
-        Encodes a sample of the texts again, to be compared.
+    guarded
+        The part of ``encoder`` that leaves some texts to another one, if there is any.
+    sampled
+        Whether to take samples, to be checked.
     eod
         Ends each document that is not empty, unless None.
     split
@@ -107,7 +117,8 @@ class ChunkEncoder:
         keys: Sequence[str],
         dtype: np.dtype,
         *,
-        reference: BatchEncoder | None = None,
+        guarded: GuardedEncoder | None = None,
+        sampled: bool = False,
         eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
         stop: bool = True,
@@ -116,7 +127,8 @@ class ChunkEncoder:
     ) -> None:
         self.keys = list(dict.fromkeys(keys))
         self.dtype = dtype
-        self._encoder, self._reference = encoder, reference
+        self.guarded = guarded
+        self._encoder, self._sampled = encoder, sampled
         self._eod, self._split = eod, split
         self._stop, self._keep_bad, self._limit = stop, keep_bad, limit
         self._largest_id = int(np.iinfo(dtype).max)
@@ -139,11 +151,12 @@ class ChunkEncoder:
         parts: dict[str, list[Part]] = {key: [] for key in self.keys}
         bad: list[BadDocument] = []
         skipped = Counter[str]()
-        size, difference = 0, None
+        samples: list[Sample] = []
+        size = 0
         for batch, read in self._batches(task):
             good = [item for item in batch if isinstance(item, Document)]
             size += read
-            difference = difference or self._compare(good)
+            samples += self._samples(good)
             try:
                 encoded = [self._encode_documents(good)]
             except _CannotEncodeError:  # of one of them: each by itself tells which
@@ -156,7 +169,7 @@ class ChunkEncoder:
                 for key, part in zip(self.keys, found, strict=True):
                     parts[key].append(part)
         joined = {key: _joined(found, self.dtype) for key, found in parts.items()}
-        return EncodedChunk(joined, size, dict(skipped), bad, difference)
+        return EncodedChunk(joined, size, dict(skipped), bad, samples)
 
     def _batches(self, task: Task) -> Iterator[tuple[list[Document | BadDocument], int]]:
         """Yield some documents at a time, and their size as they were read."""
@@ -229,14 +242,14 @@ class ChunkEncoder:
                 return BadDocument(item.place, wrong.kind, wrong.reason, readable(item.content))
         return item
 
-    def _compare(self, documents: Sequence[Document]) -> str | None:
-        """Encode a sample again with the reference; return how they differ."""
-        if self._reference is None:
-            return None
+    def _samples(self, documents: Sequence[Document]) -> list[Sample]:
+        """Return a sample of the documents, none if enough were taken before."""
+        if not self._sampled:
+            return []
         self._to_sample += _SAMPLED * sum(map(_characters, documents))
         if self._to_sample <= 0:
-            return None
-        sample = []
+            return []
+        sample = list[str]()
         for document in self._random.sample(documents, len(documents)):
             if self._to_sample <= 0:
                 break
@@ -246,9 +259,9 @@ class ChunkEncoder:
                 sample += starts
                 self._to_sample -= sum(map(len, starts))
         try:
-            return first_difference(self._encoder, self._reference, sample) if sample else None
+            return [Sample(self._encoder.name, sample, self._encoder.encode(sample))] if sample else []
         except BaseException:  # that of a document that cannot be tokenized, which is found again below
-            return None
+            return []
 
 
 class _CannotEncodeError(Exception):

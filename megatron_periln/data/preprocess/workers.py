@@ -13,23 +13,23 @@ how many it has, learns where they go once all chunks before are known, and writ
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk, Part
+from megatron_periln.data.preprocess.checker import Check, Checker
+from megatron_periln.data.preprocess.encode import ChunkEncoder, EncodedChunk, Part, Sample
 from megatron_periln.data.preprocess.journal import Size
 from megatron_periln.data.preprocess.partial_outputs import Location, write_part
+from megatron_periln.data.preprocess.processes import cause_of_death, fork
+from megatron_periln.data.preprocess.rare_texts import Inbox, RareTexts, RareTextsEncoder
 from megatron_periln.data.readers.documents import BadDocument
 from megatron_periln.data.readers.shared_buffers import lending
 from megatron_periln.data.readers.tasks import Task
+from megatron_periln.data.tokenizers.encoders import Encoded
 from megatron_periln.errors import PreprocessError
 
 __all__ = ["Report", "Written", "encode_and_write"]
@@ -45,11 +45,6 @@ _BUFFER_BYTES = 24 << 20
 _DEATHS = 3
 """Workers that die with the same chunk, after which the run ends."""
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""The signals by which a run is stopped."""
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 
 @dataclass(frozen=True)
 class Report:
@@ -61,7 +56,7 @@ class Report:
         For each key, how much it has.
     empty
         For each key, its documents without tokens.
-    bytes, skipped, bad, difference
+    bytes, skipped, bad, samples
         As in ``EncodedChunk``.
     """
 
@@ -70,14 +65,14 @@ class Report:
     bytes: int
     skipped: dict[str, int]
     bad: list[BadDocument]
-    difference: str | None
+    samples: list[Sample]
 
     @classmethod
     def of(cls, chunk: EncodedChunk) -> Report:
         """Describe ``chunk``."""
         sizes = {key: Size(*map(len, part)) for key, part in chunk.parts.items()}
         empty = {key: part.empty for key, part in chunk.parts.items()}
-        return cls(sizes, empty, chunk.bytes, chunk.skipped, chunk.bad, chunk.difference)
+        return cls(sizes, empty, chunk.bytes, chunk.skipped, chunk.bad, chunk.samples)
 
 
 @dataclass(frozen=True)
@@ -116,6 +111,7 @@ def encode_and_write(
     place: Callable[[Report], dict[str, Location]],
     workers: int,
     *,
+    checker: Checker | None = None,
     first: int = 0,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Generator[Written]:
@@ -134,6 +130,8 @@ def encode_and_write(
         Returns where a chunk goes, or raises; called once for each chunk, in order.
     workers
         Number of processes.
+    checker
+        Is asked about each chunk before it is placed.
     first
         Number of the first chunk.
     warn
@@ -143,10 +141,12 @@ def encode_and_write(
     ------
     PreprocessError
         If an input cannot be read or an output cannot be written, or a chunk's workers die.
+    InexactEncoderError
+        If the checker finds a difference in what is to be placed next.
     """
     # One more is read ahead, and one is with whom it was yielded to.
     with lending(_OUTSTANDING_PER_WORKER * workers + 2, _BUFFER_BYTES):
-        pool = _Pool(encoder, tasks, place, first, warn)
+        pool = _Pool(encoder, tasks, place, checker or Checker(), first, warn)
         try:
             for _ in range(workers):
                 pool.start_worker()
@@ -160,6 +160,7 @@ class _Chunk:
     number: int
     task: Task
     report: Report | PreprocessError | None = None
+    check: Check | None = None
     holder: _Worker | None = None
     locations: dict[str, Location] | None = None
     deaths: int = 0
@@ -173,9 +174,10 @@ class _Worker:
     holding: dict[int, _Chunk] = field(default_factory=dict)
     """The chunks that it has encoded, by number, and has not written yet."""
 
-    def send(self, number: int, order: Task | dict[str, Location]) -> None:
+    def send(self, number: int | None, order: Task | dict[str, Location] | Encoded | None) -> None:
         # A task may be large, so it goes only to a worker that waits for one. Locations go to busy ones too:
-        # they fit in the pipe's buffer, so the parent does not wait for a worker that waits to be read.
+        # they fit in the pipe's buffer, so the parent does not wait for a worker that waits to be read. Ids,
+        # which have no number, go to one that waits for them.
         with suppress(OSError):  # the pipe of a worker that died breaks; reading from it tells
             self.connection.send((number, order))
 
@@ -188,10 +190,12 @@ class _Pool:
         encoder: ChunkEncoder,
         tasks: Iterable[Task],
         place: Callable[[Report], dict[str, Location]],
+        checker: Checker,
         first: int,
         warn: Callable[[str], None],
     ) -> None:
         self._encoder, self._place, self._warn = encoder, place, warn
+        self._checker = checker
         self._source = (_Chunk(number, task) for number, task in enumerate(tasks, first))
         self._ahead: _Chunk | None = None
         self._again: list[_Chunk] = []
@@ -205,19 +209,11 @@ class _Pool:
         self._workers: list[_Worker] = []
 
     def start_worker(self) -> None:
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        inherited = [ours, *(worker.connection for worker in self._workers)]
-        process = context.Process(target=_work, args=(self._encoder, theirs, inherited), daemon=True)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the worker has its own handlers
+        ends = [*self._checker.connections, *(worker.connection for worker in self._workers)]
         try:
-            process.start()
+            self._workers.append(_Worker(*fork(_work, self._encoder, inherited=ends)))
         except OSError as error:
             raise PreprocessError(f"cannot start a worker process: {error.strerror}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()  # the worker's alone, so that the pipe ends when it dies
-        self._workers.append(_Worker(process, ours))
 
     def stop(self) -> None:
         for worker in self._workers:
@@ -228,7 +224,7 @@ class _Pool:
     def written(self) -> Generator[Written]:
         """Keep the workers busy until all is written."""
         while True:
-            while chunk := self._unplaced.pop(self._to_place, None):
+            while (chunk := self._unplaced.get(self._to_place)) and (not chunk.check or chunk.check.done):
                 self._place_chunk(chunk)
             self._hand_out()
             if not self._outstanding:
@@ -236,14 +232,19 @@ class _Pool:
                     raise self._input_error
                 return
             # An idle worker's pipe has something to read only when it has died.
-            ready = wait([worker.connection for worker in self._workers])
+            answers = self._checker.answers
+            ready = wait([*answers, *(worker.connection for worker in self._workers)])
+            if any(connection in ready for connection in answers):
+                self._checker.receive()
             for worker in [worker for worker in self._workers if worker.connection in ready]:
                 try:
                     message = worker.connection.recv()
                 except (EOFError, OSError):
                     self._replace(worker)
                     continue
-                if isinstance(message, _Done):
+                if isinstance(message, RareTexts):
+                    self._checker.encode(message.texts, partial(worker.send, None))
+                elif isinstance(message, _Done):
                     yield self._finish(worker, message)
                 else:
                     self._take_report(worker, message)
@@ -279,6 +280,7 @@ class _Pool:
         before, chunk.report, chunk.holder = chunk.report, report, worker
         worker.holding[chunk.number] = chunk
         if chunk.locations is None:
+            chunk.check = self._checker.ask(report.samples) if isinstance(report, Report) else None
             self._unplaced[chunk.number] = chunk
             return
         # Its first worker died after it had a place.
@@ -292,8 +294,10 @@ class _Pool:
     def _place_chunk(self, chunk: _Chunk) -> None:
         if isinstance(chunk.report, PreprocessError):
             raise chunk.report
-        assert chunk.report and chunk.holder
+        assert chunk.report and chunk.check and chunk.holder
+        chunk.check.result()
         chunk.locations = self._place(chunk.report)
+        del self._unplaced[chunk.number]
         self._to_place += 1
         chunk.holder.send(chunk.number, chunk.locations)
 
@@ -308,7 +312,7 @@ class _Pool:
     def _replace(self, worker: _Worker) -> None:
         """Start another worker for one that died; what it had is done again, before anything else."""
         worker.process.join()
-        reason = _cause_of_death(worker.process)
+        reason = f"worker process {worker.process.pid} {cause_of_death(worker.process)}"
         lost = [*worker.holding.values(), *([worker.encoding] if worker.encoding else [])]
         suspect = worker.encoding or next(iter(lost), None)
         if suspect:
@@ -326,56 +330,33 @@ class _Pool:
         self.start_worker()
 
 
-def _cause_of_death(process: BaseProcess) -> str:
-    code = process.exitcode or 0
-    name = f"worker process {process.pid}"
-    if code >= 0:
-        return f"{name} ended with exit code {code}"
-    reason = signal.Signals(-code).name
-    if -code == signal.SIGKILL:
-        reason += ", often sent by the kernel for lack of memory: use fewer --workers"
-    return f"{name} was killed by {reason}"
-
-
-def _work(encoder: ChunkEncoder, connection: Connection, inherited: list[Connection]) -> None:
-    """Encode and write chunks until the parent closes the pipe or dies: the worker's side.
+def _work(connection: Connection, encoder: ChunkEncoder) -> None:
+    """Encode and write chunks until the pipe ends: the worker's side.
 
     Parameters
     ----------
-    encoder
-        Encodes a chunk.
     connection
         Brings pairs of a chunk's number and a task, or where to write that chunk; takes a ``Report`` or
-        a ``PreprocessError`` for each task, and a ``_Done`` for each chunk that shall be written.
-    inherited
-        The ends of pipes that belong to the parent.
+        a ``PreprocessError`` for each task, and a ``_Done`` for each chunk that shall be written. In between
+        it takes ``RareTexts``, and brings their ids without a number.
+    encoder
+        Encodes a chunk.
     """
-    # The pipe's end tells an idle worker that the parent died; the kernel kills one that is busy.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # what was made before the fork is not looked through again, nor its memory copied for that
-    # The parent's ends of the pipes must be open in the parent only, or its death would go unnoticed.
-    for end in inherited:
-        end.close()
+    inbox = Inbox(connection)
+    if encoder.guarded:
+        encoder.guarded.exact = RareTextsEncoder(encoder.guarded.exact, inbox.ask)
     parts: dict[int, dict[str, Part]] = {}
-    try:
-        while True:
-            number, order = connection.recv()
-            if isinstance(order, Task):
-                try:
-                    chunk = encoder.encode(order)
-                    parts[number] = chunk.parts
-                    connection.send(Report.of(chunk))
-                except PreprocessError as error:
-                    connection.send(error)
-            else:
-                connection.send(_Done(number, _write(order, parts.pop(number))))
-    except (EOFError, OSError):
-        pass
+    while True:
+        number, order = inbox.next()
+        if isinstance(order, Task):
+            try:
+                chunk = encoder.encode(order)
+                parts[number] = chunk.parts
+                connection.send(Report.of(chunk))
+            except PreprocessError as error:
+                connection.send(error)
+        else:
+            connection.send(_Done(number, _write(order, parts.pop(number))))
 
 
 def _write(locations: dict[str, Location], parts: dict[str, Part]) -> dict[str, int] | PreprocessError:

@@ -139,30 +139,26 @@ def test_sampled_documents_that_cannot_be_encoded(
 
 def test_sample() -> None:
     """At first some texts, then one character in 4,096; the start of a long text."""
-    seen: list[str] = []
 
-    class Watching:
-        name = "watching"
+    class Silent:
+        name = "silent"
 
         def load(self) -> None:
             pass
 
         def encode(self, texts: list[str]) -> Encoded:
-            seen.extend(texts)
             return np.zeros(len(texts), np.uint32), np.ones(len(texts), np.int64)
 
-    class Silent(Watching):
-        def encode(self, texts: list[str]) -> Encoded:
-            return np.zeros(len(texts), np.uint32), np.ones(len(texts), np.int64)
-
-    chunks = ChunkEncoder(Silent(), ["text"], np.dtype(np.uint16), reference=Watching())
+    chunks = ChunkEncoder(Silent(), ["text"], np.dtype(np.uint16), sampled=True)
     task = Task(Block("file", 0, 1, to_lines(["x" * 1000] * 1000), 1))
-    chunks.encode(task)
+
+    def sampled(task: Task) -> list[str]:
+        return [text for sample in chunks.encode(task).samples for text in sample.texts]
+
+    seen = sampled(task)
     assert 16 <= len(seen) <= 18
     for _ in range(99):
-        chunks.encode(task)
+        seen += sampled(task)
     assert 38 <= len(seen) <= 46
-    seen.clear()
-    for _ in range(100):
-        chunks.encode(Task(Block("file", 0, 1, to_lines(["y" * 1_000_000]), 1)))
-    assert {len(text) for text in seen} == {16 << 10}
+    long = Task(Block("file", 0, 1, to_lines(["y" * 1_000_000]), 1))
+    assert {len(text) for _ in range(100) for text in sampled(long)} == {16 << 10}

@@ -6,12 +6,15 @@ from megatron_periln.data.tokenizers.encoders.base import (
     EncoderUnavailableError,
     token_dtype,
 )
+from megatron_periln.data.tokenizers.encoders.characters import GuardedEncoder
 from megatron_periln.data.tokenizers.encoders.pieces import PiecewiseEncoder, TextTooLargeError
 from megatron_periln.data.tokenizers.encoders.selection import (
     ChosenEncoder,
     available_encoders,
     choose_encoder,
+    difference_between,
     first_difference,
+    likely_reference,
     open_encoder,
 )
 
@@ -20,11 +23,14 @@ __all__ = [
     "ChosenEncoder",
     "Encoded",
     "EncoderUnavailableError",
+    "GuardedEncoder",
     "PiecewiseEncoder",
     "TextTooLargeError",
     "available_encoders",
     "choose_encoder",
+    "difference_between",
     "first_difference",
+    "likely_reference",
     "open_encoder",
     "token_dtype",
 ]

@@ -37,8 +37,10 @@ __all__ = [
     "available_encoders",
     "characters_to_avoid",
     "choose_encoder",
+    "difference_between",
     "difference_on_vocabulary",
     "first_difference",
+    "likely_reference",
     "open_encoder",
 ]
 
@@ -147,10 +149,30 @@ def choose_encoder(resolved: ResolvedTokenizer, requested: str | None = None) ->
     raise AssertionError("Megatron's own tokenizer is always an encoder")
 
 
+def likely_reference(resolved: ResolvedTokenizer, requested: str | None = None) -> BatchEncoder | None:
+    """Return what the encoder of `choose_encoder` will be checked against, where that can be told before.
+
+    Nothing is loaded yet.
+    """
+    known = requested in (None, "gigatoken") and "gigatoken" in available_encoders(resolved)
+    if not known or not is_proven(resolved, "gigatoken"):
+        return None
+    return PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
+
+
 def first_difference(encoder: BatchEncoder, reference: BatchEncoder, texts: list[str]) -> str | None:
     """Return in one line how two encoders differ on the first text on which they do; None if on none."""
-    found = _compare(texts, encoder.encode(texts), reference.encode(texts))
-    return found and f"{found[0]} {encoder.name} gives {found[1]}, {reference.name} {found[2]}"
+    return difference_between(
+        texts, (encoder.name, encoder.encode(texts)), (reference.name, reference.encode(texts))
+    )
+
+
+def difference_between(
+    texts: list[str], ours: tuple[str, Encoded], theirs: tuple[str, Encoded]
+) -> str | None:
+    """Return the same of what two encoders, by name, gave for ``texts``."""
+    found = _compare(texts, ours[1], theirs[1])
+    return found and f"{found[0]} {ours[0]} gives {found[1]}, {theirs[0]} {found[2]}"
 
 
 def characters_to_avoid(resolved: ResolvedTokenizer) -> tuple[int, ...] | None:
