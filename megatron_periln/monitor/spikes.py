@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["GRADIENT_SPIKES", "LOSS_SPIKES", "Spike", "SpikeDetector", "SpikeRule"]
 
@@ -105,10 +107,26 @@ class SpikeDetector:
         """Return the level expected next and the noise around the window's trend."""
         values = np.fromiter(self._window, dtype=np.float64, count=len(self._window))
         half = len(values) // 2
-        early, late = np.median(values[:half]), np.median(values[half:])
+        early, late = _median(values[:half]), _median(values[half:])
         slope = (late - early) / (len(values) - half)
-        trend = late + slope * (np.arange(len(values)) - half - (len(values) - half - 1) / 2)
-        noise = _MAD_TO_SIGMA * float(np.median(np.abs(values - trend)))
+        trend = late + slope * _distances(len(values))
+        noise = _MAD_TO_SIGMA * _median(np.abs(values - trend))
         ahead = late + slope * (len(values) - half) / 2
-        recent = np.median(values[-max(len(values) // 8, 5) :])  # a falling series that levels off
-        return float(max(ahead, recent)), max(noise, self.rule.least_noise)
+        recent = _median(values[-max(len(values) // 8, 5) :])  # a falling series that levels off
+        return max(ahead, recent), max(noise, self.rule.least_noise)
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    """Return what ``np.median`` returns of finite values, in a fraction of its time for so few."""
+    ordered = np.sort(values)
+    middle = len(values) // 2
+    if len(values) % 2:
+        return float(ordered[middle])
+    return float(ordered[middle - 1] + ordered[middle]) / 2
+
+
+@cache
+def _distances(length: int) -> NDArray[np.float64]:
+    """Return how far each step of a window is from the middle of its later half."""
+    half = length // 2
+    return np.arange(length) - half - (length - half - 1) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from megatron_periln.monitor.spikes import GRADIENT_SPIKES, LOSS_SPIKES, SpikeDetector, SpikeRule
 from tests.monitor.series import NOISES, Series, falling_loss, gradient_norm, score, with_spikes
@@ -29,11 +30,13 @@ def detect(rule: SpikeRule, values: np.ndarray) -> list[int]:
 
 def naive(values: np.ndarray, window: int = 100, sigmas: float = 6, rest: int = 20) -> list[int]:
     """Mean and standard deviation of a rolling window; silent for some steps after an alarm."""
+    starting = [values[:step] for step in range(50, window)]
+    later = sliding_window_view(values, window)[:-1]
+    means = np.append([recent.mean() for recent in starting], later.mean(1))
+    deviations = np.append([recent.std() for recent in starting], later.std(1))
     found: list[int] = []
-    for step in range(50, len(values)):
-        recent = values[max(0, step - window) : step]
-        spike = values[step] > recent.mean() + sigmas * recent.std()
-        if spike and not (found and step - found[-1] <= rest):
+    for step in (50 + np.flatnonzero(values[50:] > means + sigmas * deviations)).tolist():
+        if not (found and step - found[-1] <= rest):
             found.append(step)
     return found
 
