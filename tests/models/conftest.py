@@ -4,6 +4,12 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.models.gpt import gpt_layer_specs as specs
 
 from megatron_periln.norms import kernels
+from tests.norms import interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    interpreter.repeat_less()
 
 
 @pytest.fixture

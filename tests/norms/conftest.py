@@ -9,7 +9,7 @@ def interpreted_bf16(monkeypatch, request):
     if DEVICE == "cpu":
         from tests.norms import interpreter  # imports Triton, which a GPU's tests import when they need it
 
-        interpreter.find_builtins_once()
+        interpreter.repeat_less()
         interpreter.compute_as_a_gpu_does(monkeypatch)
         given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         if getattr(given.get("case"), "hidden", 0) > 1000:

@@ -6,6 +6,7 @@ GPU rounds to nearest. Tests that hold kernels to bf16's rounding must rely on n
 
 import functools
 import inspect
+import math
 
 import torch
 import triton.language as tl
@@ -23,12 +24,22 @@ _MOVES = {
 }
 
 
-def find_builtins_once():
-    """Let the interpreter look through Triton's modules once, not for each call of a kernel's function.
+def repeat_less():
+    """Let the interpreter do once what it does for each call of a function, or for each operation.
 
-    It does so for all of their members, a quarter of the time that it takes.
+    Most of its time goes there: it looks through Triton's modules for functions to replace, writes the names
+    of types and checks their shapes. What it computes, and in which order, stays.
     """
+    if interpreter._patch_builtin is _patch_builtin:
+        return
     interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = functools.partial(_patch_lang, interpreter._patch_lang)
+    interpreter._LangPatchScope = _Scope
+    interpreter._get_np_dtype = functools.partial(_numpy_dtype, interpreter._get_np_dtype, {})
+    tl.block_type.__init__ = _block_type(tl.block_type.__init__)
+    tl.tensor.__init__ = _tensor
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.broadcast_impl_value = _broadcast(semantic.broadcast_impl_value)
 
 
 @functools.cache
@@ -40,6 +51,69 @@ def _patch_builtin(package, builder, scope):
     for name in _builtins(package):
         if tl.core.is_builtin(member := getattr(package, name)):  # else a calling function has replaced it
             interpreter._patch_attr(package, name, member, builder, scope)
+
+
+@functools.cache
+def _languages(function):
+    found = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+    return frozenset(language.__name__ for language in (tl, tl.core) if language in found)
+
+
+_replaced = set()
+"""The modules whose functions the kernel that runs has replaced; what it calls need not do it again."""
+
+
+class _Scope(interpreter._LangPatchScope):
+    def restore(self):
+        super().restore()
+        _replaced.clear()
+
+
+def _patch_lang(original, function):
+    if _languages(function) <= _replaced:
+        return _Scope()
+    scope = original(function)
+    _replaced.update(_languages(function))
+    return scope
+
+
+def _numpy_dtype(original, known, dtype):
+    if dtype.name not in known:
+        known[dtype.name] = original(dtype)
+    return known[dtype.name]
+
+
+def _block_type(original):
+    known = {}
+
+    def init(self, element_ty, shape):
+        key = (element_ty.name, *[size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if key not in known:
+            original(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        self.__dict__.update(known[key], element_ty=element_ty)
+
+    return init
+
+
+def _tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _extent(*(type.shape.values if type.is_block() else ()))
+
+
+@functools.cache
+def _extent(*shape):
+    return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+
+def _broadcast(original):
+    def broadcast(self, left, right):
+        types = left.type, right.type
+        if all(type.is_block() for type in types) and types[0].shape.values == types[1].shape.values:
+            return left, right
+        return original(self, left, right)
+
+    return broadcast
 
 
 def sum_in_wide_tiles(monkeypatch):
@@ -80,7 +154,7 @@ def _refusing_bf16(function):
         for arg in args:
             for operand in arg if isinstance(arg, tuple) else (arg,):
                 dtype = getattr(operand, "dtype", None)
-                if isinstance(dtype, tl.dtype) and dtype.scalar == tl.bfloat16:
+                if isinstance(dtype, tl.dtype) and dtype.scalar.name == "bf16":
                     raise BF16ArithmeticError(f"{function.__name__} of bf16")
         return function(self, *args, **kwargs)
 

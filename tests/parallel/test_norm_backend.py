@@ -13,7 +13,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 # Interpreted kernels are slow: a step or two, of few tokens where nothing else is compared with.
 BRIEF = "--eval-iters 0 --save-interval 1000 --exit-interval"
 SMALL = "--global-batch-size 2 --seq-length 16 --allow-data-changes --override-opt-param-scheduler"
-QUICK = "tests.norms.interpreter.find_builtins_once"
+QUICK = "tests.norms.interpreter.repeat_less"
 FIRST_DROPPED = "tests.parallel.dropped_elements.print_first"
 
 
