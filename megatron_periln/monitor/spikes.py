@@ -129,4 +129,4 @@ def _median(values: NDArray[np.float64]) -> float:
 def _distances(length: int) -> NDArray[np.float64]:
     """Return how far each step of a window is from the middle of its later half."""
     half = length // 2
-    return np.arange(length) - half - (length - half - 1) / 2
+    return np.arange(length, dtype=np.float64) - half - (length - half - 1) / 2
