@@ -57,6 +57,7 @@ def install(args: Namespace) -> None:
     take = functools.partial(_take, args)
     checkpoint_saving.delete_with(_discard)
     checkpoint_writer.when_started(watch_writer)
+    checkpoint_writer.save_without_a_process()
     checkpoint_saving.guard(SaveGuard(take, args.checkpoint_verify, args.distributed_timeout_minutes))
 
 

@@ -1,18 +1,21 @@
-"""How Megatron's writer of distributed checkpoints opens its files."""
+"""How Megatron's writer of distributed checkpoints opens its files, and which processes it starts."""
 
 from __future__ import annotations
 
 import functools
+import queue
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_periln.patches.registry import changes
 
-__all__ = ["open_with", "when_started"]
+__all__ = ["open_with", "save_without_a_process", "when_started"]
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _MODULE = f"{_STRATEGIES}.filesystem_async"
@@ -38,6 +41,29 @@ def open_with(opener: Callable[..., Any]) -> None:
         return (None if write is None else functools.partial(_write, opener, write)), preload, args
 
     FileSystemWriterAsync.get_save_function_and_args = with_opener
+
+
+@changes(
+    f"{_STRATEGIES}.torch.TorchDistSaveShardedStrategy.save",
+    f"{_MODULE}.get_write_results_queue",
+    why="the first save of each rank starts a process that hands on what was written, also where the rank "
+    "writes by itself and waits for it: on a GPU the process imports torch, seconds and hundreds of MB",
+    until="patches/test_checkpoint_writer.py::test_upstream_still_starts_a_process_to_save_without_one",
+)
+def save_without_a_process() -> None:
+    """Let a rank that writes a checkpoint by itself tell itself what it wrote through a queue of its own."""
+    save = TorchDistSaveShardedStrategy.save
+
+    @functools.wraps(save)
+    def save_here(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for_processes = filesystem_async.get_write_results_queue
+        filesystem_async.get_write_results_queue = lambda *_, **__: queue.Queue()
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            filesystem_async.get_write_results_queue = for_processes
+
+    TorchDistSaveShardedStrategy.save = save_here
 
 
 @changes(

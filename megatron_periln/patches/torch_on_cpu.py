@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 from megatron_periln.patches.registry import changes
 from megatron_periln.patches.starting.late_imports import step_without_dynamo
@@ -18,6 +20,7 @@ __all__ = [
     "exchange_parts_of_any_size",
     "install",
     "keep_data_loaders_off_the_device_generator",
+    "share_the_devices_of_gloo",
     "sum_embedding_gradients_in_fp32",
     "sum_layer_norm_gradients_in_fp32",
 ]
@@ -33,6 +36,7 @@ def install() -> None:
     sum_layer_norm_gradients_in_fp32()
     sum_embedding_gradients_in_fp32()
     exchange_parts_of_any_size()
+    share_the_devices_of_gloo()
 
 
 @changes(
@@ -166,3 +170,30 @@ def exchange_parts_of_any_size() -> None:
 
 def _of_one_size(parts: list[Tensor]) -> bool:
     return all(part.shape == parts[0].shape for part in parts)
+
+
+@changes(
+    "torch.distributed.distributed_c10d._create_gloo_process_group",
+    why="each process group has a device of its own, whose thread wakes 100 times a second to look for "
+    "messages, and Megatron makes 24 groups in each rank: up to a tenth of a small model's CPU time",
+    until="patches/test_torch_on_cpu.py::test_upstream_still_has_a_device_for_each_group",
+)
+def share_the_devices_of_gloo() -> None:
+    """Let all groups of a process use the devices of its first one."""
+    create = distributed_c10d._create_gloo_process_group
+    of_process: dict[int, Any] = {}
+
+    def on_shared_devices(opts: Any, backend_options: Any) -> Any:
+        if (first := of_process.get(os.getpid())) is None:  # their threads stay behind in a fork
+            group = create(opts, backend_options)
+            of_process[os.getpid()] = group.options
+            return group
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices, options._threads = first._devices, first._threads
+        options._timeout, options.enable_reconfigure = opts.timeout, opts.enable_reconfigure
+        group = ProcessGroupGloo(opts.store, opts.group_rank, opts.group_size, options)
+        group.options.global_ranks_in_group = opts.global_ranks_in_group
+        group.options.group_name = opts.group_id
+        return group
+
+    distributed_c10d._create_gloo_process_group = on_shared_devices

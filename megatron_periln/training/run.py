@@ -29,6 +29,7 @@ from megatron_periln.models.from_arguments import (
 )
 from megatron_periln.norms.arguments import placement_of
 from megatron_periln.patches import checkpoint_choice, fixes, training_loop
+from megatron_periln.patches.starting.parsed_once import parse_once
 from megatron_periln.training.checks import make_save_folder
 from megatron_periln.training.cudnn_check import cudnn_in_one_line, refuse_old_cudnn
 from megatron_periln.training.datasets.gpt_datasets import check_data, train_valid_test_datasets
@@ -95,6 +96,7 @@ def run(program_start: float) -> None:
     refuse_old_cudnn(args)
     with refusals_in_one_line(args):
         configuration = pretrain_cfg_container_from_args(args, model_config_of(args))
+    parse_once(args)
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     if args.rank == 0:
         check_data(args)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_periln.patches import checkpoint_writer
 from tests.cpu.unpatched import copy_of
@@ -86,3 +88,39 @@ def test_upstream_still_waits_for_a_writer_that_is_gone(monkeypatch):
     caller.process = SimpleNamespace(is_alive=lambda: False, exitcode=-9)
     with pytest.raises(TimeoutError):
         caller.is_current_async_call_done(blocking=True, no_dist=True)
+
+
+@pytest.fixture
+def queues(monkeypatch):
+    """How often a process was asked for, to hand on what was written."""
+    asked = []
+    monkeypatch.setattr(
+        filesystem_async, "get_write_results_queue", lambda *_: asked.append("process") or queue.Queue()
+    )
+    monkeypatch.setattr(TorchDistSaveShardedStrategy, "save", UPSTREAM_S_SAVE)
+    return asked
+
+
+UPSTREAM_S_SAVE = copy_of(torch_strategies.__name__).TorchDistSaveShardedStrategy.save
+
+
+def save(folder):
+    folder.mkdir()
+    state = {"weight": dist_checkpointing.ShardedTensor.from_rank_offsets("weight", torch.ones(3))}
+    dist_checkpointing.save(state, str(folder), async_strategy="mcore")
+    state["weight"].data = torch.zeros(3)
+    assert dist_checkpointing.load(state, str(folder))["weight"].tolist() == [1, 1, 1]
+
+
+def test_upstream_still_starts_a_process_to_save_without_one(queues, tmp_path, single_process):
+    save(tmp_path / "saved")
+    assert queues == ["process"]
+
+
+def test_a_rank_that_saves_by_itself_starts_no_process(queues, tmp_path, single_process):
+    asked = filesystem_async.get_write_results_queue
+    checkpoint_writer.save_without_a_process()
+    save(tmp_path / "first")
+    save(tmp_path / "second")
+    assert queues == []
+    assert filesystem_async.get_write_results_queue is asked  # for a save that another process does

@@ -5,6 +5,8 @@ A test named ``upstream_still_...`` fails once the change can go.
 
 import datetime
 import inspect
+import os
+import tempfile
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from tests.cpu import fresh
 from tests.cpu.unpatched import copy_of
 
 
@@ -201,3 +204,47 @@ def test_upstream_still_gathers_parts_of_one_size():
         thread.join()
     assert len(refused) == 2
     assert all("invalid tensor size" in message for message in refused)
+
+
+def devices_of(groups):
+    """Return how many devices these groups have, each of which has a thread."""
+    return len({device for group in groups for device in group.options._devices})
+
+
+def test_upstream_still_has_a_device_for_each_group():
+    patience = datetime.timedelta(seconds=20)
+    groups = [
+        torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1, patience) for _ in range(3)
+    ]
+    assert devices_of(groups) == len(groups)
+
+
+def sum_in_groups():
+    """Be both ranks of a job, of which the second is a fork; return what the first finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        rank = int(os.fork() == 0)
+        store = torch.distributed.FileStore(f"{folder}/store", 2)
+        patience = datetime.timedelta(seconds=27)
+        torch.distributed.init_process_group("nccl", store=store, rank=rank, world_size=2, timeout=patience)
+        pair = torch.distributed.new_group([0, 1], timeout=2 * patience)
+        alone = [torch.distributed.new_group([one]) for one in range(2)][rank]
+        sums = [torch.tensor([1.0 + rank]) for _ in range(3)]
+        for numbers, group in zip(sums, (None, pair, alone), strict=True):
+            torch.distributed.all_reduce(numbers, group=group)
+        torch.distributed.barrier()
+        if rank:
+            os._exit(0)
+    groups = [
+        group._get_backend(torch.device("cpu"))
+        for group in (torch.distributed.distributed_c10d._get_default_group(), pair, alone)
+    ]
+    settings = groups[1].options
+    assert settings.group_name == pair.group_name and list(settings.global_ranks_in_group) == [0, 1]
+    return devices_of(groups), [numbers.item() for numbers in sums], settings._timeout.total_seconds()
+
+
+def test_all_groups_of_a_process_share_a_device():
+    devices, sums, seconds = fresh.call(sum_in_groups)
+    assert devices == 1
+    assert sums == [3, 3, 1]
+    assert seconds == 54
