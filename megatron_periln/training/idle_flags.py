@@ -501,4 +501,9 @@ def _why_idle(name: str, group: str, args: Namespace) -> str | None:
 
 @functools.cache
 def _rows(name: str) -> list[tuple[_Condition, str]]:
-    return [row for pattern, row in _FEATURES if re.fullmatch(pattern, name)]
+    return [row for matches, row in _patterns() if matches(name)]
+
+
+@functools.cache
+def _patterns() -> list[tuple[Callable[[str], object], tuple[_Condition, str]]]:
+    return [(re.compile(pattern).fullmatch, row) for pattern, row in _FEATURES]

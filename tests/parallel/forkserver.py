@@ -7,6 +7,7 @@ Importing torch, Megatron and transformers costs seconds a process; a fork costs
 GPU nothing speaks against it.
 """
 
+import argparse
 import atexit
 import contextlib
 import ctypes
@@ -48,7 +49,7 @@ def warm_up():
 
     import megatron_periln.training.run  # noqa: F401
     from megatron_periln.patches import fixes
-    from megatron_periln.training.idle_flags import idle_flags
+    from megatron_periln.training.idle_flags import idle_flags, is_idle
     from megatron_periln.training.parsing import parse_words
     from tests.parallel import probe  # noqa: F401
     from tests.parallel.jobs import COMMON
@@ -64,6 +65,9 @@ def warm_up():
     sys.argv = ["pretrain", *shlex.split(COMMON), "--mock-data", "--norm-placement", "peri"]
     args, parser, _ = parse_words()
     idle_flags(args, parser)
+    for name in vars(args):
+        is_idle(name, args)
+    prepare_a_parser()
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points(group="torch.distributed.backends")
     torch.set_num_threads(1)
@@ -72,6 +76,22 @@ def warm_up():
     gc.freeze()
     gc.set_threshold(20_000)  # a hundredth of a rank's time was looking for garbage of its own
     atexit.register(gc.unfreeze)  # or nanobind lists leaks
+
+
+def prepare_a_parser():
+    """Build a parser for the first one that a rank needs: 0.01 s a rank."""
+    from megatron.training import arguments
+
+    add = arguments.add_megatron_arguments
+    prepared = [add(argparse.ArgumentParser(description="Megatron-LM Arguments", allow_abbrev=False))]
+
+    def add_once(parser):
+        if not prepared:
+            return add(parser)
+        vars(parser).update(vars(prepared.pop()))
+        return parser
+
+    arguments.add_megatron_arguments = add_once
 
 
 def run_rank(job, rank, port):
