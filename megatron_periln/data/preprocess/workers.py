@@ -6,6 +6,9 @@ how many it has, learns where they go once all chunks before are known, and writ
 
     parent                                        worker
     Task: what to read                     ->     encodes it
+    asks the checker for their ids         <-     RareTexts, if it meets some
+    ids                                    ->     goes on
+    has the checker look at its samples,
     places it behind the chunks before     <-     Report: how much it has, or a PreprocessError
     locations: where to write              ->     writes it
     journal                                <-     Done: checksums of what it wrote, or a PreprocessError
