@@ -3,6 +3,7 @@
 They would take two seconds each to import it. Run as a script, this is that one process, of any Python.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -41,6 +42,7 @@ class ForkedReaders:
 
 
 def main():
+    gc.disable()
     spec = importlib.util.spec_from_file_location("auto_tokenizer", sys.argv[1])
     reader = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reader)

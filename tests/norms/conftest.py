@@ -1,3 +1,9 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import DEVICE
@@ -14,3 +20,14 @@ def interpreted_bf16(monkeypatch, request):
         given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         if getattr(given.get("case"), "hidden", 0) > 1000:
             interpreter.sum_in_wide_tiles(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def compiled_on_the_cpu():
+    """Return what compiled_on_the_cpu.py found."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("compiled_on_the_cpu.py")]
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -4,13 +4,17 @@ A script, as the interpreter can't be turned off once Triton is imported.
 """
 
 import contextlib
+import gc
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 import driver_stand_in
-import torch
+
+gc.disable()  # or it looks through all that is imported, again and again
+
+import torch  # noqa: E402
 
 folder = tempfile.TemporaryDirectory()
 STAND_IN = driver_stand_in.install(Path(folder.name))

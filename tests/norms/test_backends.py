@@ -1,9 +1,6 @@
 """Which backend is chosen, why, and that the norm modules follow it."""
 
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -118,42 +115,13 @@ def test_modules_follow_the_backend(name, monkeypatch):
     )
 
 
-SCRIPT = """
-import torch
-from megatron_periln.norms import kernels
-from megatron_periln.norms.kernels import reference
-try:
-    kernels.choose_backend("triton", "cpu", 8)
-except ValueError as error:
-    print(error)
-torch.manual_seed(1)
-shapes = ((6, 8), (8,), (6, 8), (8,), (8,))
-sublayer_output, sublayer_bias, residual, weight, bias = (torch.randn(*shape) for shape in shapes)
-for name in ("norm_add", "add_norm"):
-    function = getattr(reference, name)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    arguments = (sublayer_output, sublayer_bias, residual, weight, bias, 1e-5, True, 0.0, True)
-    print((compiled(*arguments) - function(*arguments)).abs().max().item())
-"""
-
-
-@pytest.fixture(scope="module")
-def printed_on_a_plain_cpu():
-    """What the script prints without Triton's interpreter, and where torch.compile does compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-
-
-def test_on_the_cpu_triton_needs_its_interpreter(printed_on_a_plain_cpu):
-    error = printed_on_a_plain_cpu[0]
+def test_on_the_cpu_triton_needs_its_interpreter(compiled_on_the_cpu):
+    error = compiled_on_the_cpu["refusal"]
     assert error.startswith("norm backend 'triton': Triton's kernels need a GPU, or TRITON_INTERPRET=1")
     assert error.endswith("choose auto")
 
 
-def test_the_reference_compiles_as_one_graph(printed_on_a_plain_cpu):
-    differences = [float(line) for line in printed_on_a_plain_cpu[1:]]
+def test_the_reference_compiles_as_one_graph(compiled_on_the_cpu):
+    differences = compiled_on_the_cpu["differences"]
     assert len(differences) == 2
     assert max(differences) < 1e-5
