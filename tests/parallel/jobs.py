@@ -16,7 +16,7 @@ COMMON = """
     --device cpu --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 64
     --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4
     --lr-decay-style cosine --lr-decay-iters 40 --lr-warmup-iters 2 --weight-decay 0.1 --clip-grad 1.0
-    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --seed 1234 --train-iters 12
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --seed 1234 --train-iters 10
     --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 128 --split 90,5,5
     --log-interval 1 --eval-iters 1 --eval-interval 1000 --num-workers 0 --no-save-rng
 """
