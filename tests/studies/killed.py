@@ -1,4 +1,4 @@
-"""The command, killed with all its runs in the fourth iteration of the run with seed 2."""
+"""A change to a job: be the command, killed with all its runs in the fourth iteration of that with seed 2."""
 
 import os
 import signal
@@ -16,6 +16,6 @@ def deadly(self, iteration, **values):
     step(self, iteration, **values)
 
 
-if __name__ == "__main__":
+def run():
     RunRecord.step = deadly
     sys.exit(main())

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_periln import flag_files
 from megatron_periln.monitor.reading import read_run
-from tests.parallel.conftest import indexed_bytes  # noqa: F401
+from megatron_periln.studies.__main__ import main
+from tests.parallel.conftest import indexed_bytes, jobs  # noqa: F401
 from tests.training.model import MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +36,9 @@ save: true
 """
 
 
-def run_study(module, path, output, data, *arguments):
+def run_study(arguments):
     return subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-m", module, path, "--output", output, *arguments),
-            *("--", "--data-path", data, "--data-cache-path", output / "cache"),
-        ],
+        [sys.executable, "-W", "ignore", "-m", "megatron_periln.studies", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -51,14 +49,16 @@ def run_study(module, path, output, data, *arguments):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, indexed_bytes):  # noqa: F811
-    """Run a study that is killed, and run it again: both processes, states between and after."""
+def study(tmp_path_factory, indexed_bytes, jobs):  # noqa: F811
+    """Run a study that is killed, and run it again: how both end, states between and after."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "study.yaml").write_text(STUDY)
-    arguments = (folder / "study.yaml", folder / "runs", indexed_bytes)
-    killed = run_study("tests.studies.killed", *arguments)
+    command = [str(folder / "study.yaml"), "--output", str(folder / "runs")]
+    data = ["--", "--data-path", str(indexed_bytes), "--data-cache-path", str(folder / "cache")]
+    job = {"folder": str(folder), "ranks": 1, "arguments": [*command, *data], "timeout": 120}
+    killed = jobs.submit(job | {"changes": ["tests.studies.killed.run"]})
     between = states(folder / "runs")
-    again = run_study("megatron_periln.studies", *arguments, "--jobs", "2")
+    again = run_study([*command, "--jobs", "2", *data])
     return killed, between, again, states(folder / "runs"), folder
 
 
@@ -72,7 +72,7 @@ def statuses(states):
 
 def test_the_killed_study_keeps_what_was_done(study):
     killed, between, *_ = study
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.exit_codes == [-signal.SIGKILL], killed.log
     assert between["peri,seed=1"]["status"] == "finished"
     assert between["peri,seed=2"]["status"] == "running"
 
@@ -141,11 +141,11 @@ def test_the_table_has_both_seeds_and_hides_nothing(study):
     assert [rows[name][what] for name, what in (("hot", "diverged"), ("impossible", "missing"))] == [2, 2]
 
 
-def test_a_flag_that_megatron_lacks_is_one_error_before_anything_runs(tmp_path, indexed_bytes):  # noqa: F811
+def test_a_flag_that_megatron_lacks_is_one_error_before_anything_runs(tmp_path, indexed_bytes, capfd):  # noqa: F811
     (tmp_path / "study.yaml").write_text(STUDY.replace("--hidden-size 33", "--hiden-size 33"))
-    done = run_study("megatron_periln.studies", tmp_path / "study.yaml", tmp_path / "runs", indexed_bytes)
-    assert done.returncode == 1
-    [line] = done.stderr.splitlines()
+    arguments = [tmp_path / "study.yaml", "--output", tmp_path / "runs", "--", "--data-path", indexed_bytes]
+    assert main(list(map(str, arguments))) == 1
+    [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("error: study, run impossible,seed=1: ")
     assert "--hiden-size" in line
     assert not (tmp_path / "runs").exists()
