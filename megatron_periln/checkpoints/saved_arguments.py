@@ -6,6 +6,8 @@ from stock Megatron, which is Pre-LN.
 
 from __future__ import annotations
 
+import copy
+import functools
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -93,6 +95,23 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
     path = checkpoint_path(args, load_arg)
     if path is None:
         return None
+    return copy.copy(_read(path, _stamp(path)))  # whoever asks may change it
+
+
+def _stamp(path: Path) -> tuple[tuple[int, int], ...]:
+    """Return what tells whether a checkpoint is still the one that was read."""
+    files = (path, path / ".metadata", path / "common.pt", *_files_of_ranks(path)[:1])
+    return tuple(
+        (seen.st_mtime_ns, seen.st_size) for seen in (file.stat() for file in files if file.exists())
+    )
+
+
+def _files_of_ranks(path: Path) -> list[Path]:
+    return sorted(path.glob("mp_rank_00*/model_optim_rng.pt"))
+
+
+@functools.lru_cache(1)  # asked for three times by each rank that starts; of a large model it has many MB
+def _read(path: Path, _: tuple[tuple[int, int], ...]) -> Namespace | None:
     checkpoint_loading.restrict()
     state: dict[str, Any] = {}
     try:
@@ -102,7 +121,7 @@ def saved_arguments(args: Namespace, load_arg: str = "load") -> Namespace | None
             state = {"args": None}
             if "args" in dcp.FileSystemReader(path).read_metadata().state_dict_metadata:
                 dcp.load(state, checkpoint_id=path, no_dist=True)
-        elif ranks := sorted(path.glob("mp_rank_00*/model_optim_rng.pt")):
+        elif ranks := _files_of_ranks(path):
             state = torch.load(ranks[0], map_location="cpu", mmap=True)
     except CheckpointException as error:
         reason = checkpoint_loading.why_unreadable(path) or next(iter(error.failures.values()), (error,))[0]

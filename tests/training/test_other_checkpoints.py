@@ -203,6 +203,21 @@ def test_weights_may_be_frozen_where_there_is_no_optimizer_state(tmp_path, no_op
         refuse_other_placement(args, PERI)
 
 
+def test_arguments_are_read_once_until_they_are_saved_anew(tmp_path, monkeypatch):
+    file, load, read = tmp_path / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt", torch.load, []
+    file.parent.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    monkeypatch.setattr(torch, "load", lambda path, **how: read.append(path) or load(path, **how))
+    args = Namespace(load=str(tmp_path), ckpt_step=None)
+    for epsilon in (1e-5, 1e-6):
+        torch.save({"args": Namespace(norm_epsilon=epsilon)}, file)
+        for _ in range(2):
+            saved = saved_arguments(args)
+            assert saved.norm_epsilon == epsilon
+            saved.norm_epsilon = 1  # whoever changes it changes it for nobody else
+    assert read == [file, file]
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_another_layout_of_the_optimizer_is_refused(trained, distributed):
     """Megatron ends in a traceback, or in a list of all tensors."""
