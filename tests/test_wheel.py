@@ -100,11 +100,11 @@ def share_bytecode(environment: Path) -> None:
     here = Path(sysconfig.get_paths()["purelib"])
     (there,) = environment.glob("lib/python*/site-packages")
     with contextlib.suppress(OSError):
-        for package in ("torch", "megatron", "numpy", "sympy", "transformers", "triton"):
-            for cache in (here / package).rglob("__pycache__"):
-                target = there / cache.relative_to(here)
-                if target.parent.is_dir() and not target.exists():
-                    shutil.copytree(cache, target, copy_function=os.link)
+        for folder, inner, _ in os.walk(there):
+            cache = here / Path(folder).relative_to(there) / "__pycache__"
+            if "__pycache__" not in inner and cache.is_dir():
+                shutil.copytree(cache, Path(folder, "__pycache__"), copy_function=os.link)
+            inner[:] = [name for name in inner if name != "__pycache__"]
 
 
 @pytest.fixture(scope="module")

@@ -167,9 +167,7 @@ class NormPlacement:
     def _check_norms(self) -> None:
         """Raise a ValueError if norms have settings that are none of this placement's, or twice."""
         output, options = self.norms.output, (self.output_norm_init, self.freeze_output_norm)
-        if absent := [
-            kind for kind in NORM_KINDS if self.norms.given().get(kind) and not getattr(self, kind)
-        ]:
+        if absent := [kind for kind in self.norms.given() if not getattr(self, kind)]:
             raise ValueError(
                 f"norm placement {self.name!r} has no {absent[0].replace('_', ' ')} norm, of which norms has "
                 "settings; drop these, or choose another norm placement"

@@ -56,6 +56,8 @@ class NormSettings:
 
     def given(self) -> dict[str, Any]:
         """Return what `of` makes these settings of."""
+        if self is MODELS:
+            return {}
         return {name: value for name, value in asdict(self).items() if value != getattr(MODELS, name)}
 
 

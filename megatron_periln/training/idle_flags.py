@@ -470,13 +470,17 @@ def idle_flags(args: Namespace, parser: ArgumentParser) -> list[str]:
     parser
         Which has parsed them.
     """
+    values = vars(args)
+    # Of some 1,500 flags a few dozen are given, at most.
+    given = [each for each in parser._actions if values.get(each.dest, each.default) is not each.default]
+    defaults: dict[str, list[Any]] = {action.dest: [] for action in given}
+    for action in parser._actions:
+        if action.dest in defaults:
+            defaults[action.dest].append(action.default)
     groups = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
-    defaults: dict[str, list[Any]] = {}
-    for action in parser._actions:
-        defaults.setdefault(action.dest, []).append(action.default)
     found = []
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
+    for action in given:
+        value = values[action.dest]
         if value in defaults[action.dest] or (action.const is not None and action.const != value):
             continue
         if reason := _why_idle(action.dest, groups.get(id(action)) or "", args):

@@ -106,11 +106,16 @@ def prepare(folder):
     train(f"{trials.MODELS['dense']} {ends}--norm-epsilon 0.01", folder)
 
 
-def train(flags, folder):
-    """Train by ``flags``, beside those of `TRAINING`, where DATA and the like are in ``folder``."""
+def parse(flags, folder):
+    """Parse and check ``flags`` as `train` does; return the arguments, and what was printed."""
     flags = f"{TRAINING} --data-cache-path FOLDER/cache {flags}"
     flags = re.sub(r"\b(DATA2?|CHECKPOINT)\b", r"FOLDER/\1", flags).replace("FOLDER", str(folder))
-    args, first = trials.parse(flags)
+    return trials.parse(flags)
+
+
+def train(flags, folder):
+    """Train by ``flags``, beside those of `TRAINING`, where DATA and the like are in ``folder``."""
+    args, first = parse(flags, folder)
     before = set(Path(folder).rglob("*"))
     watch = _Watch()
     said = io.StringIO()
