@@ -46,12 +46,14 @@ def choose_device(argv: list[str]) -> None:
 
     if FLAG in argv:
         os.environ[TRACEBACK] = "1"
-    if flag_files.device_of(argv) == "cpu":
+    # Help is the same for any device, and there a second sooner on the CPU.
+    helps = bool({"-h", "--help", "--help-all"} & set(argv))
+    if helps or flag_files.device_of(argv) == "cpu":
         try:
-            cpu.activate()
+            cpu.activate(hide_gpu=helps)
         except RuntimeError as error:
             raise UsageError(str(error)) from error
-    elif not torch.cuda.is_available() and not {"-h", "--help", "--help-all"} & set(argv):
+    elif not torch.cuda.is_available():
         raise UsageError(
             "no GPU is visible to this process; give --device cpu to train on the CPU, or check "
             "`nvidia-smi` and CUDA_VISIBLE_DEVICES"

@@ -1,8 +1,6 @@
-"""Jobs that start at the same moment on a cold cache, at which one dies in the midst of building it.
+"""Jobs that start at the same moment on a cold cache, at which one dies in the midst of building it."""
 
-``python -m tests.training.datasets.cold_cache ONE TWO FOLDER``, of two datasets.
-"""
-
+import json
 import multiprocessing
 import os
 import signal
@@ -34,7 +32,13 @@ def job(number, built, cache, named, expected, moment, results):
     results.put(samples(cache, named) == expected)
 
 
-def main(one, two, folder):
+def in_place_of_training():
+    """Run them in a process that has no threads, of two datasets and a folder that ``COLD_CACHE`` names."""
+    rounds(*json.loads(os.environ["COLD_CACHE"]))
+    sys.exit()
+
+
+def rounds(one, two, folder):
     """Run the rounds; an assertion fails where a job did not get what one alone gets."""
     named = NAMED["weighted"](one, two)
     expected = samples(Path(folder, "fresh"), named)
@@ -54,7 +58,3 @@ def main(one, two, folder):
         assert samples(cache, named) == expected
         assert all(_is_whole(path) for path in cache.glob("*.npy"))
     print(ROUNDS, "rounds")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,21 +269,12 @@ def test_what_a_killed_job_left_is_removed_once_it_is_old_and_no_job_holds_it(tm
     assert (old.exists(), held.exists(), young.exists()) == (False, True, True)
 
 
-def test_many_jobs_at_once_on_a_cold_cache_one_of_them_killed(tmp_path, one, two):
+def test_many_jobs_at_once_on_a_cold_cache_one_of_them_killed(jobs, tmp_path, one, two):
     """Forked by a process of its own: the tests' has threads, whose locks a fork may find taken."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.training.datasets.cold_cache",
-        one,
-        two,
-        str(tmp_path),
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stdout.split() == [f"{ROUNDS}", "rounds"]
+    where = {"COLD_CACHE": json.dumps([one, two, str(tmp_path)])}
+    changes = ["tests.training.datasets.cold_cache.in_place_of_training"]
+    finished = jobs.run("cold-cache", changes=changes, environment=where)
+    assert finished.log.split()[-2:] == [f"{ROUNDS}", "rounds"]
 
 
 def test_jobs_that_start_at_once_share_a_cache(tmp_path, one, two, monkeypatch):
