@@ -13,7 +13,7 @@ MUP = "--use-mup --mup-base-hidden-size 16 --mup-base-head-dim 4"
 
 @pytest.fixture(scope="module", params=["adam", "distributed optimizer", "bf16", "mup"])
 def runs(request, jobs):
-    """Runs jobs in a folder of the optimizer's, and has run one that stopped midway."""
+    """Runs jobs in a folder of the optimizer's, and has run one straight, to load what it saved midway."""
     kind = {"adam": "", "distributed optimizer": "--use-distributed-optimizer", "bf16": "--bf16", "mup": MUP}
 
     def run(name, arguments, **more):
@@ -23,7 +23,8 @@ def runs(request, jobs):
             **more,
         )
 
-    run.load = f"--load {run('stopped', f'{RATES} --exit-interval 3').folder / 'checkpoints'}"
+    run.straight = run("straight", f"{RATES} --save-interval 3")
+    run.load = f"--load {run.straight.folder / 'checkpoints'} --ckpt-step 3"
     return run
 
 
@@ -38,10 +39,8 @@ def rates(job):
     ids=["the flags'", "the checkpoint's"],
 )
 def test_the_rate_that_counts(runs, flag, counts):
-    resumed, straight = (
-        rates(runs(flag, f"{OTHER} {runs.load} {flag}")),
-        rates(runs(f"straight{flag}", counts)),
-    )
+    resumed = rates(runs(flag, f"{OTHER} {runs.load} {flag}"))
+    straight = rates(runs.straight if counts == RATES else runs("straight-otherwise", counts))
     assert list(resumed) == [4, 5, 6]
     assert resumed == {iteration: straight[iteration] for iteration in resumed}
     assert len(set(resumed.values())) == 3
