@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_periln.norms.formulas import Place, Value, check, evaluate, names_a_place
-from megatron_periln.norms.settings import NORM_KINDS, Norms, NormSettings
+from megatron_periln.norms.settings import Norms, NormSettings
 
 __all__ = ["OUTPUT", "PERI", "PLACEMENTS", "POST", "PRE", "NormPlacement", "OutputNormInit", "SublayerRule"]
 

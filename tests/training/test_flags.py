@@ -51,7 +51,6 @@ def listed(wrong):
 def try_flag():
     """Return how a model with a flag differs from the one without: a set of words, or what refused it."""
 
-
     @functools.cache
     def base(model, given):
         args, _ = trials.parse(f"{trials.MODELS[model]} {given}")

@@ -108,7 +108,10 @@ def _copy(args: Namespace) -> Namespace:
     """Return a deep copy, which shares what can't be changed: almost all of some 1,500 values."""
     fixed = (str, int, float, bool, type(None))
     return Namespace(
-        **{name: value if isinstance(value, fixed) else copy.deepcopy(value) for name, value in vars(args).items()}
+        **{
+            name: value if isinstance(value, fixed) else copy.deepcopy(value)
+            for name, value in vars(args).items()
+        }
     )
 
 
