@@ -40,17 +40,28 @@ def repeat_less():
     tl.tensor.__init__ = _tensor
     semantic = type(interpreter.interpreter_semantic)
     semantic.broadcast_impl_value = _broadcast(semantic.broadcast_impl_value)
+    semantic.binary_op_sanitize_overflow_impl = _look_for_overflow(semantic.binary_op_sanitize_overflow_impl)
 
 
 @functools.cache
 def _builtins(package):
-    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+    """Return the names of a module's functions, themselves, and what the interpreter replaces each with."""
+    members = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+    return [(name, member, _interpreted(member)) for name, member in members]
+
+
+def _interpreted(function):
+    def call(*args, **kwargs):
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _patch_builtin(package, builder, scope):
-    for name in _builtins(package):
-        if tl.core.is_builtin(member := getattr(package, name)):  # else a calling function has replaced it
-            interpreter._patch_attr(package, name, member, builder, scope)
+    for name, member, interpreted in _builtins(package):
+        if getattr(package, name) is member:  # else a calling function has replaced it
+            scope.set_attr(package, name, interpreted)
 
 
 @functools.cache
@@ -116,6 +127,14 @@ def _broadcast(original):
     return broadcast
 
 
+def _look_for_overflow(original):
+    def look(self, *operands):
+        if self.builder.options.debug:  # else it computes in 64 bits, compares, and asserts nothing
+            original(self, *operands)
+
+    return look
+
+
 def sum_in_wide_tiles(monkeypatch):
     """Sum gradients of 512 columns in a program, not 16, of which long rows have thousands of programs.
 
@@ -148,13 +167,15 @@ def _convert(original, numbers, from_dtype, to_dtype, rounding):
     return bits.view("uint16")
 
 
+_WITH_DTYPE = (interpreter.TensorHandle, tl.tensor)
+
+
 def _refusing_bf16(function):
     @functools.wraps(function)
     def checked(self, *args, **kwargs):
         for arg in args:
             for operand in arg if isinstance(arg, tuple) else (arg,):
-                dtype = getattr(operand, "dtype", None)
-                if isinstance(dtype, tl.dtype) and dtype.scalar.name == "bf16":
+                if isinstance(operand, _WITH_DTYPE) and operand.dtype.scalar.name == "bf16":
                     raise BF16ArithmeticError(f"{function.__name__} of bf16")
         return function(self, *args, **kwargs)
 
