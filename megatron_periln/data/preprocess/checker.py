@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,8 +19,12 @@ from megatron_periln.data.preprocess.encode import Sample
 from megatron_periln.data.preprocess.processes import cause_of_death, fork
 from megatron_periln.data.preprocess.rare_texts import FOR_ALL_WORKERS
 from megatron_periln.data.tokenizers.encoders import BatchEncoder, Encoded, difference_between
+from megatron_periln.errors import PreprocessError, with_kind
 
 __all__ = ["Check", "Checker", "InexactEncoderError"]
+
+_DEATHS = 3
+"""Checkers that die one after the other without an answer, after which the run ends."""
 
 
 class InexactEncoderError(Exception):
@@ -34,15 +37,12 @@ class Check:
 
     Parameters
     ----------
-    samples
-        What its encoder gave.
     done
         Whether the answer is there.
     difference
         The answer: where the reference gives something else; None if nowhere.
     """
 
-    samples: Sequence[Sample]
     done: bool = False
     difference: str | None = None
 
@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True)
 class _Question:
-    """Samples to be checked or texts to be encoded; the first, of none, is answered when all is loaded."""
+    """Samples to be checked, or texts to be encoded; None is answered when the reference is loaded."""
 
     content: Any
     is_check: bool
@@ -78,17 +78,21 @@ class Checker:
     Attributes
     ----------
     warn
-        Is told, when there is something to check, that the process could not be started or has died.
+        Is told that a process has died, that none could be started, or that nothing can be checked.
+    others
+        Returns this process's ends of other pipes, which the checker must not keep open.
     """
 
     def __init__(self) -> None:
         self.warn: Callable[[str], None] = lambda message: None
+        self.others: Callable[[], list[Connection]] = list
         self._reference: BatchEncoder | None = None
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._problem: str | None = None
         self._waiting: deque[_Question] = deque()
         """Those that are not answered; the first has been asked."""
+        self._deaths = 0
         self._left = FOR_ALL_WORKERS
 
     def use(self, reference: BatchEncoder | None) -> None:
@@ -97,11 +101,19 @@ class Checker:
             self.close()
         elif self._process is None:
             self._reference = reference
-            try:
-                self._process, self._connection = fork(_serve, reference)
-                self._waiting.append(_Question([], is_check=True, answer=lambda loaded: None))
-            except OSError as error:
-                self._problem = f"cannot be started: {error.strerror}"
+            self._start()
+
+    def _start(self) -> None:
+        try:
+            self._process, self._connection = fork(_serve, self._reference, inherited=self.others())
+        except OSError as error:
+            self._problem = f"cannot be started: {error.strerror}"
+        else:
+            self._waiting.appendleft(_Question(None, is_check=True, answer=self._take_problem))
+
+    def _take_problem(self, problem: str | None) -> None:
+        if problem:
+            self.warn(f"a sample of the ids cannot be checked, as the tokenizer's library fails: {problem}")
 
     def close(self) -> None:
         """End the process; what was not answered never will be."""
@@ -124,7 +136,7 @@ class Checker:
 
     def ask(self, samples: Sequence[Sample]) -> Check:
         """Ask about a chunk."""
-        check = Check(samples)
+        check = Check()
         if samples:
             self._add(_Question(samples, is_check=True, answer=check.answer))
         else:
@@ -145,15 +157,23 @@ class Checker:
             self._ask_first()
 
     def receive(self) -> None:
-        """Read the answer to the first question, and ask the next."""
+        """Read the answer to the first question, and ask the next.
+
+        Raises
+        ------
+        PreprocessError
+            If one process after the other dies.
+        """
         assert self._connection
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
-            self._lose_process()
-            self._check_here()
+            self._replace()
         else:
-            self._waiting.popleft().answer(answer)
+            question = self._waiting.popleft()
+            if question.content is not None:
+                self._deaths = 0
+            question.answer(answer)
             self._ask_first()
 
     def _ask_first(self) -> None:
@@ -162,16 +182,29 @@ class Checker:
             if self._waiting and self._connection:
                 self._connection.send((self._waiting[0].is_check, self._waiting[0].content))
         except OSError:
-            self._lose_process()
-        if not self._connection:
-            self._check_here()
+            self._replace()
+        else:
+            if not self._connection:
+                self._check_here()
 
-    def _lose_process(self) -> None:
+    def _replace(self) -> None:
+        """Start another process for one that died, which is asked first what the other did not answer."""
         assert self._process and self._connection
         self._connection.close()
-        self._process.join()
-        self._problem = cause_of_death(self._process)
         self._connection = None
+        self._process.join()
+        self._deaths += 1
+        reason = f"the process that checks a sample of the ids {cause_of_death(self._process)}"
+        if self._deaths >= _DEATHS:
+            raise PreprocessError(f"{reason}, the last of {_DEATHS} without an answer")
+        self.warn(f"{reason}; another does its work")
+        if self._waiting and self._waiting[0].content is None:
+            self._waiting.popleft()
+        elif self._waiting and not self._waiting[0].is_check:  # a worker can do that, and may die of it
+            self._waiting.popleft().answer(None)
+        self._start()
+        if not self._connection:
+            self._check_here()
 
     def _check_here(self) -> None:
         """Check everything in this process; texts are for the workers who ask."""
@@ -186,9 +219,13 @@ class Checker:
 
 def _serve(connection: Connection, reference: BatchEncoder) -> None:
     """Load the reference and answer: the process's side."""
-    with suppress(BaseException):  # the first sample finds the same
+    try:
         reference.load()
-    connection.send(None)
+        connection.send(None)
+    except (EOFError, OSError):
+        raise
+    except BaseException as error:  # a panic in an encoder written in Rust is no Exception
+        connection.send(with_kind(error))
     while True:
         is_check, content = connection.recv()
         connection.send((_difference if is_check else _encoded)(reference, content))

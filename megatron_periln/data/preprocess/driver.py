@@ -95,6 +95,7 @@ class _Preprocessing:
             self._open_outputs()
             if not outputs.complete:
                 self._encode()
+                self.checker.close()
                 self._check_tokens()
                 outputs.mark_complete()
             if not outputs.records:

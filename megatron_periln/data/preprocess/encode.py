@@ -253,11 +253,12 @@ class ChunkEncoder:
         for document in self._random.sample(documents, len(documents)):
             if self._to_sample <= 0:
                 break
-            for value in document.values:
-                texts = [value] if isinstance(value, str) else value
-                starts = [text[:_SAMPLE_CHARACTERS] for text in texts]
-                sample += starts
-                self._to_sample -= sum(map(len, starts))
+            for value in document.values:  # of each key one text at least
+                for text in [value] if isinstance(value, str) else value:
+                    sample.append(text[:_SAMPLE_CHARACTERS])
+                    self._to_sample -= len(sample[-1])
+                    if self._to_sample <= 0:
+                        break
         try:
             return [Sample(self._encoder.name, sample, self._encoder.encode(sample))] if sample else []
         except BaseException:  # that of a document that cannot be tokenized, which is found again below

@@ -210,6 +210,7 @@ class _Pool:
         self._outstanding = 0
         self._idle_deaths = 0
         self._workers: list[_Worker] = []
+        checker.others = lambda: [worker.connection for worker in self._workers]
 
     def start_worker(self) -> None:
         ends = [*self._checker.connections, *(worker.connection for worker in self._workers)]

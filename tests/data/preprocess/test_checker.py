@@ -23,6 +23,7 @@ from megatron_periln.data.readers.tasks import Task
 from megatron_periln.data.tokenizers.encoders import Encoded, GuardedEncoder
 from megatron_periln.data.tokenizers.encoders.gigatoken import GigatokenEncoder
 from megatron_periln.data.tokenizers.encoders.libraries import TokenizersEncoder
+from megatron_periln.errors import PreprocessError
 from tests.data.preprocessing import read, to_lines
 from tests.data.tokenizers.encoder_tokenizers import needs_gigatoken
 from tests.data.worker_runs import Run, Started, blocks
@@ -90,14 +91,35 @@ def send_half_and_die(connection: Connection, message: bytes) -> None:
     kill_self()
 
 
-def die_while_answering(text: str) -> None:
-    if text == TEXTS[3]:
-        Connection._send = send_half_and_die  # type: ignore[attr-defined]  # in the checker, a copy of this process
+class Deaths:
+    """Lets a checker die by a text, so often."""
+
+    def __init__(
+        self, folder: Path, times: int, die: Callable[[], None] = kill_self, text: str = TEXTS[3]
+    ) -> None:
+        self.folder, self.times, self.die, self.text = folder, times, die, text
+
+    def __call__(self, text: str) -> None:
+        died = self.folder / f"died {len(list(self.folder.glob('died *')))}"
+        if text == self.text and died.name != f"died {self.times}":
+            died.touch()
+            self.die()
 
 
-@pytest.mark.parametrize("moment", ["never", "at first", "asked", "answering", "idle"])
+def die_while_answering() -> None:
+    Connection._send = send_half_and_die  # type: ignore[attr-defined]  # in the checker, a copy of this process
+
+
+KILLED = f"{NOTE}was killed by SIGKILL, often sent by the kernel for lack of memory: use fewer --workers"
+
+
+@pytest.mark.parametrize("moment", ["never", "at first", "asked", "asked twice", "answering", "idle"])
 def test_the_checker_is_killed(tmp_path: Path, started: Started, moment: str) -> None:
-    acts = {"asked": lambda text: kill_self() if text == TEXTS[3] else None, "answering": die_while_answering}
+    acts = {
+        "asked": Deaths(tmp_path, 1),
+        "asked twice": Deaths(tmp_path, 2),
+        "answering": Deaths(tmp_path, 1, die_while_answering),
+    }
     run = CheckedRun(tmp_path, acts.get(moment, lambda text: None))
     with closing(Checker()) as checker:
         checker.use(run.reference)
@@ -118,17 +140,40 @@ def test_the_checker_is_killed(tmp_path: Path, started: Started, moment: str) ->
             kill()
         list(run(lambda text: None, tasks(), checker=checker))
     assert run.text() == "".join(TEXTS)
-    assert run.notes == (
-        []
-        if moment == "never"
-        else [
-            f"{NOTE}was killed by SIGKILL, often sent by the kernel for lack of memory: use fewer --workers; "
-            "this one does it"
-        ]
-    )
+    deaths = {"never": 0, "asked twice": 2}.get(moment, 1)
+    assert run.notes == [f"{KILLED}; another does its work"] * deaths
     assert {text for _, text in run.reference.noted} - {"load"} == set(TEXTS)
-    assert any(here for here, _ in run.reference.noted) == (moment != "never")
+    assert not any(here for here, _ in run.reference.noted)
     assert not started()
+
+
+def test_a_text_that_kills_every_checker_ends_the_run_and_not_this_process(
+    tmp_path: Path, started: Started
+) -> None:
+    run = CheckedRun(tmp_path, Deaths(tmp_path, -1))
+    with closing(Checker()) as checker:
+        checker.use(run.reference)
+        with pytest.raises(PreprocessError, match=f"^{re.escape(KILLED)}, the last of 3 without an answer$"):
+            list(run(lambda text: None, blocks(TEXTS), checker=checker))
+    assert run.placed <= 3
+    assert not any(here for here, _ in run.reference.noted)
+    assert not started()
+
+
+def test_a_library_that_fails_is_told(tmp_path: Path) -> None:
+    class Broken(Reference):
+        def load(self) -> None:
+            raise ValueError("no such thing")
+
+    run = CheckedRun(tmp_path)
+    with closing(Checker()) as checker:
+        checker.use(Broken(tmp_path / "log"))
+        list(run(lambda text: None, blocks(["", ""]), checker=checker))
+        while checker.answers:
+            checker.receive()
+    assert run.notes == [
+        "a sample of the ids cannot be checked, as the tokenizer's library fails: ValueError: no such thing"
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -223,13 +268,14 @@ def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_difference_ends_the_run_before_its_chunk_is_placed(tmp_path: Path, dead: bool) -> None:
-    run = CheckedRun(tmp_path, lambda text: kill_self() if dead else None)
+    run = CheckedRun(tmp_path, Deaths(tmp_path, int(dead), text="wrong"))
     with closing(Checker()) as checker:
         checker.use(run.reference)
         message = "for 'wrong' at token 0 megatron gives [119, 114, 111, 110], reference [114, 105, 103, 104]"
         with pytest.raises(InexactEncoderError, match=f"^{re.escape(message)}$"):
             list(run(lambda text: None, blocks([*TEXTS[:3], "wrong", *TEXTS[3:]]), checker=checker))
     assert run.placed == 3
+    assert len(run.notes) == dead
 
 
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:

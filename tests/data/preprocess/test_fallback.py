@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_sampled_documents_that_cannot_be_encoded(
 
 
 def test_sample() -> None:
-    """At first some texts, then one character in 4,096; the start of a long text."""
+    """At first some texts, then one character in 4,096; the start of a long text, some of a long list."""
 
     class Silent:
         name = "silent"
@@ -162,3 +163,8 @@ def test_sample() -> None:
     assert 38 <= len(seen) <= 46
     long = Task(Block("file", 0, 1, to_lines(["y" * 1_000_000]), 1))
     assert {len(text) for _ in range(100) for text in sampled(long)} == {16 << 10}
+    lists = ChunkEncoder(Silent(), ["text", "title"], np.dtype(np.uint16), sampled=True)
+    line = json.dumps({"text": ["z" * 1000] * 5000, "title": "t"}).encode() + b"\n"
+    (sample,) = lists.encode(Task(Block("file", 0, 1, line, 1))).samples
+    assert sum(map(len, sample.texts)) < 1.2 * (16 << 10)
+    assert sample.texts[-1] == "t"  # of each key, though the first one's texts are enough

@@ -84,7 +84,9 @@ def test_a_wrong_encoder_is_noticed(
         choose_encoder(tokenizer, "gigatoken")
 
 
-def test_the_first_difference_is_named(resolved: Callable[[str], ResolvedTokenizer]) -> None:
+def test_the_first_difference_is_named(
+    resolved: Callable[[str], ResolvedTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = resolved("tiktoken")
     right = open_encoder(tokenizer, "tiktoken")
     texts = ["", "good", "a b\tc", "\t"]
@@ -97,6 +99,14 @@ def test_the_first_difference_is_named(resolved: Callable[[str], ResolvedTokeniz
     assert first_difference(right, open_encoder(tokenizer, "megatron"), texts) is None
     assert first_difference(Wrong(tokenizer), right, ["", "good"]) is None
     assert first_difference(right, right, []) is None
+
+    def one_more(self: Wrong, texts: list[str]) -> Any:
+        ids, lengths = right.encode(texts)
+        return np.append(ids, 1), lengths
+
+    monkeypatch.setattr(Wrong, "encode", one_more)
+    message = first_difference(Wrong(tokenizer), right, ["a"])
+    assert message == "for 1 texts together gigatoken gives 2 ids, tiktoken 1"
 
 
 def test_a_wrong_library_leaves_megatron(resolved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
