@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-# In place of this folder, which has one of the name of a library.
-sys.path[0] = str(Path(__file__).parents[2])
+sys.path.remove(str(Path(__file__).parent))  # which has a folder of the name of a library
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_periln.command_line import run_command
 from megatron_periln.data.preprocess import plan
