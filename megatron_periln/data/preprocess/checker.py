@@ -2,8 +2,9 @@
 
 One for all workers, and none of them knows of it: the first process has their samples from their reports,
 asks one question at a time, and places no chunk before its answer. Whatever happens to a worker, the checker
-never waits for it. Where the checker has ended, the first process loads the reference and checks by itself.
-It keeps up with 90 workers: they encode 110 MB/s each, of which it gets 1/4096, and libraries 2.6 or more.
+never waits for it. One that dies is replaced, and asked again; only where no process can be started does the
+first one, which nobody replaces, load the reference and check by itself.
+One keeps up with 90 workers: they encode 110 MB/s each, of which it gets 1/4096, and libraries 2.6 or more.
 """
 
 from __future__ import annotations
@@ -219,13 +220,12 @@ class Checker:
 
 def _serve(connection: Connection, reference: BatchEncoder) -> None:
     """Load the reference and answer: the process's side."""
+    problem = None
     try:
         reference.load()
-        connection.send(None)
-    except (EOFError, OSError):
-        raise
     except BaseException as error:  # a panic in an encoder written in Rust is no Exception
-        connection.send(with_kind(error))
+        problem = with_kind(error)
+    connection.send(problem)
     while True:
         is_check, content = connection.recv()
         connection.send((_difference if is_check else _encoded)(reference, content))

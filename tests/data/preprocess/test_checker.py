@@ -160,10 +160,11 @@ def test_a_text_that_kills_every_checker_ends_the_run_and_not_this_process(
     assert not started()
 
 
-def test_a_library_that_fails_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_library_that_fails_is_told(tmp_path: Path, error: type[Exception]) -> None:
     class Broken(Reference):
         def load(self) -> None:
-            raise ValueError("no such thing")
+            raise error("no such thing")
 
     run = CheckedRun(tmp_path)
     with closing(Checker()) as checker:
@@ -172,7 +173,8 @@ def test_a_library_that_fails_is_told(tmp_path: Path) -> None:
         while checker.answers:
             checker.receive()
     assert run.notes == [
-        "a sample of the ids cannot be checked, as the tokenizer's library fails: ValueError: no such thing"
+        "a sample of the ids cannot be checked, as the tokenizer's library fails: "
+        f"{error.__name__}: no such thing"
     ]
 
 

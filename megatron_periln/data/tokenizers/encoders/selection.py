@@ -157,7 +157,7 @@ def likely_reference(resolved: ResolvedTokenizer, requested: str | None = None) 
     known = requested in (None, "gigatoken") and "gigatoken" in available_encoders(resolved)
     if not known or not is_proven(resolved, "gigatoken"):
         return None
-    return PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
+    return _exact(resolved)
 
 
 def first_difference(encoder: BatchEncoder, reference: BatchEncoder, texts: list[str]) -> str | None:
@@ -241,8 +241,11 @@ def _with_exact(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEnco
         characters += unknown_characters()
     if not characters:
         return encoder
-    exact = PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
-    return GuardedEncoder(encoder, exact, characters)
+    return GuardedEncoder(encoder, _exact(resolved), characters)
+
+
+def _exact(resolved: ResolvedTokenizer) -> BatchEncoder:
+    return PiecewiseEncoder(ENCODERS[resolved.kind](resolved), resolved)
 
 
 def _reference(encoder: BatchEncoder, resolved: ResolvedTokenizer) -> BatchEncoder:
